@@ -1,0 +1,414 @@
+"""Walks a contiguous (or strided) class axis row by row.
+
+A row is read in blocks that stay in the first-level cache: its maximum is found, then the
+exponentials are summed from there while what comes next is fetched. Several short rows are taken
+as one batch. The order of every sum is fixed by the number of classes and the type alone, and
+`tiles` adds in the same order: a row's bits depend neither on the layout nor on its neighbours.
+
+The order: a step is four vectors, (v0 + v1) + (v2 + v3); a group is STEPS steps one after the
+other; the lanes of a group are added in a tree; groups are added one after the other in float64
+with the rounding errors kept; blocks are joined by `state.merge`.
+"""
+
+import math
+
+
+from numbakern.cpu.frame import data, integer
+from numbakern.cpu.compile import device
+from numbakern.cpu.simd import (
+    Format,
+    any_lane,
+    convert,
+    lane_max,
+    lane_sum,
+    load_scalar,
+    prefetch,
+    splat,
+    traced,
+    unordered,
+    where,
+    zeros,
+)
+from numbakern.cpu.state import (
+    SLOT,
+    first_block,
+    get_f64,
+    get_i64,
+    join_block,
+    make_centre_on,
+    make_finish,
+    put_f64,
+    put_i64,
+)
+from numbakern.cpu.vmath import two_sum
+
+BLOCK = {"f4": 4096, "f8": 2048}
+"""Elements whose maximum is found before their exponentials are summed: 16 KiB."""
+STEPS = 4
+BATCH = 8
+"""Rows in a batch at most; fewer when they would not stay in the first-level cache."""
+
+
+@device
+def row_offsets(geometry, p, x_row, y_row, out_row):
+    """Where row p starts in x, y and out, in bytes (see `arrays.batch_geometry`)."""
+    if geometry == 0:
+        return p * x_row, p * y_row, p * out_row
+    x = y = out = 0
+    for d in range(get_i64(geometry), 0, -1):
+        size, dimension = get_i64(geometry + 32 * d - 24), geometry + 32 * d
+        p, i = divmod(p, size)
+        x += i * get_i64(dimension - 16)
+        y += i * get_i64(dimension - 8)
+        out += i * get_i64(dimension)
+    return x, y, out
+
+
+class Access:
+    """A row's vectors, contiguous or strided, under the same names. Inside traced functions."""
+
+    def __init__(self, fmt, strided):
+        self.format, self.strided = fmt, strided
+        self.size, self.lanes = fmt.size, fmt.lanes
+
+    def whole(self, address, j, step):
+        """The full vector from class j on."""
+        if self.strided:
+            return self.format.gather(address + j * step, step, self.lanes, 0.0)
+        return self.format.load(address + j * self.size)
+
+    def part(self, address, j, step, n, fill):
+        """The vector from class j on; `fill` behind class n."""
+        if self.strided:
+            return self.format.gather(address + j * step, step, n - j, fill)
+        return self.format.load_first(address + j * self.size, n - j, fill)
+
+    def put_part(self, address, j, step, n, v):
+        """Write the vector from class j on, up to class n."""
+        if self.strided:
+            self.format.scatter(address + j * step, step, n - j, v)
+        else:
+            self.format.store_first(address + j * self.size, n - j, v)
+
+
+class Operands:
+    """The inputs of a sum or a map at class j, as (x, y, w). Inside traced functions.
+
+    `operands` are (x, x_step, y, y_step, w): addresses and byte strides along the classes. An
+    absent input reads as None.
+    """
+
+    def __init__(self, x, y, w):
+        self._x, self._y, self._w = x, y, w
+
+    def whole(self, operands, j):
+        """Full vectors from class j on."""
+        x, x_step, y, y_step, w = operands
+        return (
+            self._x.whole(x, j, x_step),
+            self._y and self._y.whole(y, j, y_step),
+            self._w and self._w.whole(w, j, None),
+        )
+
+    def part(self, operands, j, n):
+        """Vectors from class j on; behind class n x is −inf, y and w are 0."""
+        x, x_step, y, y_step, w = operands
+        return (
+            self._x.part(x, j, x_step, n, -math.inf),
+            self._y and self._y.part(y, j, y_step, n, 0.0),
+            self._w and self._w.part(w, j, None, n, 0.0),
+        )
+
+
+def make_sums(terms, elem, x_access, y_access, w_access):
+    """Sum two terms over a stretch of a row, in the canonical order.
+
+    Parameters
+    ----------
+    terms : function (x, y, w, params) -> (a, b)
+        Vectors to be added up; of padding (x −inf, y and w 0) they must be 0. Traced.
+    elem : str
+        Element kind of the terms: what the order's vectors are added in.
+
+    Returns
+    -------
+    function (operands, n, ahead, params) -> (a, a_low, b)
+        Σ of the first term is a + a_low, Σ of the second is b, float64. With each line another
+        one is fetched, `ahead` bytes behind it (0: none).
+    """
+    operands_at = Operands(x_access, y_access, w_access)
+    lanes, size = x_access.lanes, x_access.size
+    step, group = 4 * lanes, 4 * lanes * STEPS
+
+    def add(group_a, group_b, four):
+        (a0, b0), (a1, b1), (a2, b2), (a3, b3) = four
+        return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
+
+    @traced
+    def whole(group_a, group_b, operands, j, params):
+        at = (operands_at.whole(operands, j + i * lanes) for i in range(4))
+        return add(group_a, group_b, [terms(*values, params) for values in at])
+
+    @traced
+    def part(group_a, group_b, operands, j, n, params):
+        at = (operands_at.part(operands, j + i * lanes, n) for i in range(4))
+        return add(group_a, group_b, [terms(*values, params) for values in at])
+
+    @traced
+    def fetch(operands, j, ahead):
+        for i in range(4):
+            prefetch(operands[0] + j * size + ahead + i * lanes * size)
+
+    @traced
+    def zero(j):
+        return zeros(j, elem, lanes)
+
+    @traced
+    def close(a, a_low, b, group_a, group_b):
+        a, e = two_sum(a, convert(lane_sum(group_a), "f8"))
+        return a, a_low + e, b + convert(lane_sum(group_b), "f8")
+
+    @device
+    def sums(operands, n, ahead, params):
+        a = a_low = b = 0.0
+        j = 0
+        while j < n:
+            group_a = group_b = zero(j)
+            end = min(j + group, n)
+            while j + step <= end:
+                group_a, group_b = whole(group_a, group_b, operands, j, params)
+                if ahead > 0:
+                    fetch(operands, j, ahead)
+                j += step
+            if j < end:
+                group_a, group_b = part(group_a, group_b, operands, j, n, params)
+                j += step
+            a, a_low, b = close(a, a_low, b, group_a, group_b)
+        return a, a_low, b
+
+    return sums
+
+
+def make_map(value, out_access, x_access, y_access, w_access):
+    """sweep(operands, out, out_step, n, stream, params): out = value(x, y, w, params) along a
+    row; past the caches where `stream` is set and rows are contiguous."""
+    operands_at = Operands(x_access, y_access, w_access)
+    size, lanes, strided = out_access.size, out_access.lanes, out_access.strided
+    line = size * lanes
+
+    @traced
+    def whole(operands, j, params, out):
+        v = value(*operands_at.whole(operands, j), params)
+        out_access.format.store(out + j * size, v)
+
+    @traced
+    def stream_whole(operands, j, params, out):
+        v = value(*operands_at.whole(operands, j), params)
+        out_access.format.stream(out + j * size, v)
+
+    @traced
+    def part(operands, j, n, params, out, out_step):
+        v = value(*operands_at.part(operands, j, n), params)
+        out_access.put_part(out, j, out_step, n, v)
+
+    @device
+    def sweep(operands, out, out_step, n, stream, params):
+        j = 0
+        if not strided:
+            if stream and out % size == 0:
+                j = min((-out % line) // size, n)
+                if j > 0:
+                    part(operands, 0, j, params, out, out_step)
+                while j + lanes <= n:
+                    stream_whole(operands, j, params, out)
+                    j += lanes
+            else:
+                while j + lanes <= n:
+                    whole(operands, j, params, out)
+                    j += lanes
+        while j < n:
+            part(operands, j, n, params, out, out_step)
+            j += lanes
+
+    return sweep
+
+
+def make_block_max(access, elem):
+    """block_max(x, step, n): the largest of n elements as float64; NaN if one is NaN."""
+    lanes = access.lanes
+
+    def larger(v, m):
+        return where(v > m, v, m)
+
+    @traced
+    def start(x):
+        lowest = zeros(x, elem, lanes) - math.inf
+        return lowest, lowest, unordered(lowest, lowest)
+
+    @traced
+    def whole(a, b, bad, x, j, step):
+        v = [access.whole(x, j + i * lanes, step) for i in range(4)]
+        bad = bad | (unordered(v[0], v[1]) | unordered(v[2], v[3]))
+        return larger(v[2], larger(v[0], a)), larger(v[3], larger(v[1], b)), bad
+
+    @traced
+    def part(a, b, bad, x, j, step, n):
+        v = access.part(x, j, step, n, -math.inf)
+        return larger(v, a), b, bad | unordered(v, v)
+
+    @traced
+    def close(a, b, bad):
+        m = convert(lane_max(larger(a, b)), "f8")
+        return where(any_lane(bad), math.nan, m)
+
+    @device
+    def block_max(x, step, n):
+        a, b, bad = start(x)
+        j = 0
+        while j + 4 * lanes <= n:
+            a, b, bad = whole(a, b, bad, x, j, step)
+            j += 4 * lanes
+        while j < n:
+            a, b, bad = part(a, b, bad, x, j, step, n)
+            j += lanes
+        return close(a, b, bad)
+
+    return block_max
+
+
+class Rows:
+    """The walker for rows: what `kernels` needs to reduce and to map them, for these formats.
+
+    Parameters
+    ----------
+    x_format, y_format, out_format : simd.Format
+        How the inputs and the output lie in memory; None for what an operation has not.
+    weighted : bool
+        Whether there is a weight for each class.
+    strided : bool
+        Whether the class axis of some array is not contiguous.
+    """
+
+    scratch_per_column = 0
+
+    def __init__(self, x_format, y_format, out_format, weighted, strided):
+        self.elem = x_format.elem
+        self.x_format = x_format
+        x = Access(x_format, strided)
+        y = Access(y_format, strided) if y_format else None
+        w = Access(Format(self.elem, self.elem), False) if weighted else None
+        self._accesses = (x, y, w)
+        self._out_access = Access(out_format, strided) if out_format else None
+        self._make_walk()
+
+    def _make_walk(self):
+        classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
+        x_row, y_row, out_row = integer("x_row"), integer("y_row"), integer("out_row")
+        x_data, y_data, out_data, weight = data("x"), data("y"), data("out"), data("weight")
+        geometry = data("geometry")
+        s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
+        near = 2 * BLOCK[self.elem]
+
+        @device
+        def advance(frame, item, last):
+            """The next batch from row `item` on: (first row, rows, next item)."""
+            count = max(1, min(BATCH, near // max(1, classes(frame)), last - item))
+            return item, count, item + count
+
+        @device
+        def begin(frame, state, p, count):
+            """Set the addresses of rows p … p + count − 1."""
+            shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
+            for i in range(count):
+                x, y, out = row_offsets(shape, p + i, x_row(frame), y_row(frame), out_row(frame))
+                put_i64(state + s_x + 8 * i, x0 + x)
+                put_i64(state + s_y + 8 * i, y0 + y)
+                put_i64(state + s_out + 8 * i, out0 + out)
+
+        @device
+        def operands(frame, state, i):
+            x, y = get_i64(state + s_x + 8 * i), get_i64(state + s_y + 8 * i)
+            return x, x_step(frame), y, y_step(frame), weight(frame)
+
+        self.advance, self.begin, self._operands = advance, begin, operands
+
+    def _params(self, names):
+        """params(state, i): a row's values of these slots, spread over vectors."""
+
+        def params(state, i):
+            at = (load_scalar(state + SLOT[name] + 8 * i, "f8") for name in names)
+            return tuple(splat(value, self.elem) for value in at)
+
+        return traced(params)
+
+    def softmax(self, rest_and_count):
+        """reduce(frame, state, count): m, k, rest and log_sum of every row."""
+        x_access = self._accesses[0]
+        block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
+        block_max = make_block_max(x_access, self.elem)
+        sums = make_sums(rest_and_count, self.elem, x_access, None, None)
+        centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
+        params = self._params(("block_m", "base", "magic", "floor"))
+        classes, x_step = integer("classes"), integer("x_class")
+        s_x, s_block_m = SLOT["x"], SLOT["block_m"]
+        s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
+
+        @device
+        def reduce(frame, state, count):
+            n, step = classes(frame), x_step(frame)
+            j = 0
+            while j == 0 or j < n:
+                length = min(n - j, block)
+                for i in range(count):
+                    x = get_i64(state + s_x + 8 * i) + j * step
+                    put_f64(state + s_block_m + 8 * i, block_max(x, step, length))
+                centre_on(state, count)
+                ahead = 0 if strided else count * length * size
+                for i in range(count):
+                    x = get_i64(state + s_x + 8 * i) + j * step
+                    a, low, k = sums((x, step, x, step, x), length, ahead, params(state, i))
+                    put_f64(state + s_a + 8 * i, a)
+                    put_f64(state + s_a_low + 8 * i, low)
+                    put_f64(state + s_b + 8 * i, k)
+                if j == 0:
+                    first_block(state, count)
+                else:
+                    join_block(state, count)
+                j += block
+            finish(state, count)
+
+        return reduce
+
+    def sums(self, terms, elem, names):
+        """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row, with
+        the parameters in these slots, into sum_a, sum_a_low and sum_b."""
+        sums = make_sums(terms, elem, *self._accesses)
+        operands, params, classes = self._operands, self._params(names), integer("classes")
+        s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
+
+        @device
+        def add(frame, state, count):
+            for i in range(count):
+                a, low, b = sums(operands(frame, state, i), classes(frame), 0, params(state, i))
+                put_f64(state + s_a + 8 * i, a)
+                put_f64(state + s_a_low + 8 * i, low)
+                put_f64(state + s_b + 8 * i, b)
+
+        return add
+
+    def map(self, value, names):
+        """sweep(frame, state, count): out = value(x, y, w, params) with the parameters in these
+        slots."""
+        row = make_map(value, self._out_access, *self._accesses)
+        operands, params = self._operands, self._params(names)
+        classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
+        s_out = SLOT["out"]
+
+        @device
+        def sweep(frame, state, count):
+            n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
+            for i in range(count):
+                out = get_i64(state + s_out + 8 * i)
+                row(operands(frame, state, i), out, step, n, stream, params(state, i))
+
+        return sweep

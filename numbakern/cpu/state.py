@@ -1,0 +1,131 @@
+"""What is known of each row of a batch while a kernel works on it, and the finish of a reduction.
+
+A batch is a few rows (`rows`) or a tile of columns (`tiles`). Its state lies in the worker's
+scratch memory as slots of float64 or addresses, a value a row, so that what happens once a row
+runs on vectors of rows: its latency is paid once a batch.
+"""
+
+
+from numbakern.cpu.compile import device
+from numbakern.cpu.simd import load_scalar, load_vector, store_scalar, store_vector, traced, where
+from numbakern.cpu.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
+
+MAX_ROWS = 256
+"""Rows of the largest batch."""
+LANES = 8
+"""Rows that are finished at once."""
+_NAMES = (
+    "x", "y", "out",  # addresses of a row's first element
+    "m", "k", "rest", "rest_low",  # maximum, its count, Σ exp(x − m) over the others in two parts
+    "log_sum",  # log(k + rest), NaN where there is no softmax
+    "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
+    "block_m", "base", "magic", "floor", "factor",
+    "scale", "p0", "p1", "p2",  # parameters of a map
+    "label_grad",  # the gradient at the label
+)  # fmt: skip
+SLOT = {name: 8 * MAX_ROWS * i for i, name in enumerate(_NAMES)}
+SIZE = 8 * MAX_ROWS * len(_NAMES)
+
+
+@traced
+def get_i64(address):
+    """The int64 at this address."""
+    return load_scalar(address, "i8")
+
+
+@traced
+def get_f64(address):
+    """The float64 at this address."""
+    return load_scalar(address, "f8")
+
+
+@traced
+def put_i64(address, value):
+    """Write an int64."""
+    store_scalar(address, value)
+
+
+@traced
+def put_f64(address, value):
+    """Write a float64."""
+    store_scalar(address, value)
+
+
+def get(state, name):
+    """Eight rows' values of a slot, inside a traced function."""
+    return load_vector(state + SLOT[name], "f8", LANES)
+
+
+def put(state, **values):
+    """Set slots of eight rows, inside a traced function."""
+    for name, value in values.items():
+        store_vector(state + SLOT[name], value)
+
+
+def each_eight(function):
+    """run(state, count): call a function of the state for every eight rows of the batch."""
+    step = traced(function)
+
+    @device
+    def run(state, count):
+        for i in range(0, 8 * count, 8 * LANES):
+            step(state + i)
+
+    return run
+
+
+def make_centre_on(reference, elem):
+    """Fill base, magic, floor and factor from the slot `reference` (see `vmath.centre`)."""
+
+    def centre_on(state):
+        base, magic, floor, factor = centre(get(state, reference), elem)
+        put(state, base=base, magic=magic, floor=floor, factor=factor)
+
+    return each_eight(centre_on)
+
+
+def _block(state):
+    """Maximum, count and rest (two parts) of the block whose sums were just taken."""
+    m, factor = get(state, "block_m"), get(state, "factor")
+    good = is_finite(m)
+    rest = where(good, get(state, "sum_a") * factor, 0.0)
+    low = where(good, get(state, "sum_a_low") * factor, 0.0)
+    return m, where(good, get(state, "sum_b"), 0.0), rest, low
+
+
+@each_eight
+def first_block(state):
+    """Take the first block's maximum and sums over."""
+    m, k, rest, low = _block(state)
+    put(state, m=m, k=k, rest=rest, rest_low=low)
+
+
+@each_eight
+def join_block(state):
+    """Join another block's maximum and sums to the rows': each part relative to the new maximum."""
+    block_m, block_k, block_rest, block_low = _block(state)
+    m, k, rest, low = (get(state, name) for name in ("m", "k", "rest", "rest_low"))
+    top = where((block_m > m) | (block_m != block_m), block_m, m)
+    below, block_below = m != top, block_m != top
+    factor = exp_nonpositive(where(below, m - top, 0.0))
+    block_factor = exp_nonpositive(where(block_below, block_m - top, 0.0))
+    rest = where(below, (rest + k) * factor, rest)
+    low = where(below, low * factor, low)
+    block_rest = where(block_below, (block_rest + block_k) * block_factor, block_rest)
+    block_low = where(block_below, block_low * block_factor, block_low)
+    rest, e = two_sum(rest, block_rest)
+    k = where(below, 0.0, k) + where(block_below, 0.0, block_k)
+    put(state, m=top, k=k, rest=rest, rest_low=low + (block_low + e))
+
+
+def make_finish(elem):
+    """Set rest and log_sum once all blocks are joined."""
+
+    def finish(state):
+        m, k = get(state, "m"), get(state, "k")
+        rest = get(state, "rest") + get(state, "rest_low")
+        good = is_finite(m)
+        value = log_sum(where(good, k, 1.0), where(good, rest, 0.0), elem)
+        put(state, rest=rest, log_sum=where(good, value, float("nan")))
+
+    return each_eight(finish)

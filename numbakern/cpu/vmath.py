@@ -1,0 +1,156 @@
+"""Elementary functions of `simd` values, vectors or scalars, from +, −, ·, / and fma alone.
+
+The same operations in the same order give the same bits on every CPU with FMA, in every lane and
+in scalar code. Polynomials are minimax (Remez exchange, 60 digits), coefficients lowest first.
+"""
+
+import numpy as np
+
+from numbakern.cpu.simd import add_exponent, convert, fma, polynomial, split_exponent, where
+
+LOG2_E = 1.4426950408889634
+LOG2_E_REST = 2.0355273740931033e-17  # log2(e) − LOG2_E
+LN_2_HIGH = 0.6931471804855391  # ln 2 with 20 trailing zero bits: n·LN_2_HIGH is exact
+LN_2_LOW = 7.440617110012397e-11
+
+# 2**f = 1 + f·q(f) on [−½, ½].
+_EXP2 = {
+    "f4": (  # relative error 2.0e-9
+        0.6931471824645996,
+        0.24022647738456726,
+        0.05550331249833107,
+        0.009618442505598068,
+        0.0013399390736594796,
+        0.00015352945774793625,
+    ),
+    "f8": (  # relative error 3.5e-18
+        0.6931471805599453,
+        0.24022650695910133,
+        0.05550410866482002,
+        0.009618129107593012,
+        0.0013333558146785864,
+        0.0001540353045864934,
+        1.5252733485571807e-05,
+        1.321543445667322e-06,
+        1.0178201410422862e-07,
+        7.073934030397885e-09,
+        4.4346830527120095e-10,
+    ),
+}
+
+# log((1 + s)/(1 − s)) = 2s + s³·L(s²) for arguments in [√½, √2].
+_LOG = {
+    "f4": (  # relative error 4.8e-12: a float64 sum that will be rounded to float32
+        0.6666666564129288,
+        0.4000033621929998,
+        0.28537238322175906,
+        0.23583568903435126,
+    ),
+    "f8": (  # relative error 1.2e-18
+        0.6666666666666735,
+        0.3999999999941109,
+        0.2857142874326326,
+        0.22222198475944277,
+        0.18183569741309427,
+        0.1531390322167224,
+        0.147975078519836,
+    ),
+}
+
+
+class ExpRange:
+    """How 2**n is formed for an element kind, and how far below a row's maximum it reaches.
+
+    Attributes
+    ----------
+    magic : float
+        1.5·2**(mantissa bits): adding it rounds to an integer, which stands in the lowest bits.
+    scale : float
+        Exponentials are computed times 2**scale, so that those far below the maximum, whose sum
+        is a confident row's loss, are normal numbers down to exp(floor).
+    floor : float
+        Exponents below it count as −inf in a sum.
+    flush : float
+        Exponentials below exp(flush) are less than half of the smallest subnormal number.
+    log2_e : tuple of float
+        log2(e) in two parts of the element kind.
+    """
+
+    def __init__(self, magic, scale, floor, flush, log2_e):
+        self.magic, self.scale, self.floor, self.flush = magic, scale, floor, flush
+        self.log2_e = log2_e
+
+
+_LOG2_E_F4 = float(np.float32(LOG2_E))
+EXP_RANGE = {
+    "f4": ExpRange(1.5 * 2.0**23, 64.0, -130.0, -104.0, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
+    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, -746.0, (LOG2_E, LOG2_E_REST)),
+}
+_F8_MAGIC = EXP_RANGE["f8"].magic
+
+
+def two_sum(a, b):
+    """(s, e) with s = fl(a + b) and s + e = a + b exactly (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def is_finite(m):
+    """Whether m is neither infinite nor NaN."""
+    return m - m == 0.0
+
+
+def exp_scaled(h, magic):
+    """exp(h)·2**j, the integer j standing in `magic` (see `centre`); at most 1 ulp off."""
+    high, low = EXP_RANGE[h.elem].log2_e
+    t = fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
+    f = fma(h, high, magic - t)  # rounded once: n cancels inside the fma
+    f = fma(h, low, f)
+    return add_exponent(fma(f, polynomial(_EXP2[h.elem], f), 1.0), t)
+
+
+def exp_nonpositive(d):
+    """exp(d) of float64 d ≤ 0; 0 where it would be subnormal, and for −inf."""
+    far = d <= -700.0
+    magic = d.like(d.constant(_F8_MAGIC))
+    return where(far, 0.0, exp_scaled(where(far, 0.0, d), magic))
+
+
+def centre(ref, elem):
+    """How exponentials of `elem` are taken relative to a float64 reference.
+
+    The reference is a row's maximum or its log-sum-exp. exp(x − ref) loses precision where x − ref
+    rounds. Here nothing is subtracted that rounds: with ref·log2(e) = n + f,
+    exp(x − ref) = 2**(x·log2(e) − n) · 2**(−f), the second a factor of the whole row. Only a large
+    reference (|ref| ≥ 512) is subtracted first, exactly for every x that matters (Sterbenz).
+
+    Returns
+    -------
+    base, magic, floor, factor : float64
+        exp(x − ref) = exp_scaled(h, magic)·factor with h = x − base, for h > floor.
+    """
+    span = EXP_RANGE[elem]
+    far = (ref >= 512.0) | (ref <= -512.0)
+    base = where(far, convert(convert(ref, elem), "f8"), 0.0)
+    rest = ref - base
+    n = (rest * LOG2_E + _F8_MAGIC) - _F8_MAGIC
+    f = fma(rest, LOG2_E_REST, fma(rest, LOG2_E, -n))
+    factor = fma(-f, polynomial(_EXP2[elem], -f), 1.0) * 2.0**-span.scale
+    return base, (span.magic + span.scale) - n, rest + span.floor, factor
+
+
+def log_sum(k, r, elem):
+    """log(k + r) for a count k ≥ 1 and the rest r ≥ 0 of a row's sum; float64.
+
+    The log1p form: log k + log1p(r / k) = log y + log1p(c / y) with y = fl(k + r) and c what y
+    rounds away, so that a row whose rest is far below 1 keeps every bit of it.
+    """
+    y, c = two_sum(k, r)
+    n, f = split_exponent(y)
+    g = f - 1.0
+    s = g / (g + 2.0)
+    w = s * s
+    half = 0.5 * g * g
+    tail = s * (half + w * polynomial(_LOG[elem], w)) + (n * LN_2_LOW + c / y)
+    return n * LN_2_HIGH + (g - (half - tail))
