@@ -13,25 +13,33 @@ from numba.extending import intrinsic
 
 from numbakern.cpu.simd import load_scalar, traced
 
-SLOTS = (
+SHAPE_SLOTS = (  # what follows from shapes and strides alone
     "classes",  # length of the class axis
-    "x", "x_class", "x_row",  # array; strides in bytes along classes, along the batch if it is 1-D
-    "y", "y_class", "y_row",  # second input: output of the forward, or class probabilities
-    "out", "out_class", "out_row",
-    "geometry",  # int64 array: see `arrays.batch_geometry`; 0 for a 1-D batch
+    "x_class", "y_class", "out_class",  # strides in bytes along the classes
+    "x_row", "y_row", "out_row",  # strides in bytes along the batch, if that is one axis
+    "geometry",  # int64 array for a batch of several axes (see `launch`), else 0
+    "inner",  # length of the batch axis that tiles run along
+    "columns",  # rows in a tile at most
+    "flags",  # bit 0: non-temporal stores
+)  # fmt: skip
+ARRAY_SLOTS = (  # NumPy arrays, 0 where there is none
+    "x",
+    "y",  # second input: output of the forward, or class probabilities
+    "out",
     "labels",  # int64, a row each
-    "weight",  # a class each, of the type computed in
+    "weight",  # of the type computed in, a class each
     "row_scale",  # float64, a row each: the upstream gradient under reduction "none"
     "row_lse",  # float64, a row each: log-sum-exp, in or out
     "row_loss",  # float64, a row each, out
-    "flags",  # bit 0: non-temporal stores
+)
+VALUE_SLOTS = (
     "ignore_index",
-    "columns",  # columns in a tile
     "scale",  # float: the gradient's common factor
     "keep",  # float: 1 − label smoothing
     "spread",  # float: label smoothing / classes
     "weight_sum",  # float: Σ of the class weights
-)  # fmt: skip
+)
+SLOTS = (*SHAPE_SLOTS, *ARRAY_SLOTS, *VALUE_SLOTS)
 INDEX = {name: i for i, name in enumerate(SLOTS)}
 FLOAT_SLOTS = ("scale", "keep", "spread", "weight_sum")
 HEADER = object.__basicsize__
@@ -49,6 +57,11 @@ def real(name):
     return traced(lambda frame: load_scalar(frame + 8 * INDEX[name], "f8"))
 
 
+def array_data(array):
+    """Address of the data of the NumPy array object at this address. Inside traced functions."""
+    return load_scalar(array + HEADER, "i8")
+
+
 def data(name):
     """A function (frame) -> address of the data of the array in this slot; 0 if there is none."""
 
@@ -57,7 +70,7 @@ def data(name):
         builder = array.builder
         result = cgutils.alloca_once_value(builder, array.value)
         with builder.if_then((array != 0).value):
-            builder.store(load_scalar(array + HEADER, "i8").value, result)
+            builder.store(array_data(array).value, result)
         return array.like(builder.load(result))
 
     return traced(read)

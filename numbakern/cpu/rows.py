@@ -19,6 +19,7 @@ from numbakern.cpu.simd import (
     Format,
     any_lane,
     convert,
+    first_lanes,
     lane_max,
     lane_sum,
     load_scalar,
@@ -26,6 +27,7 @@ from numbakern.cpu.simd import (
     splat,
     traced,
     unordered,
+    vector_lanes,
     where,
     zeros,
 )
@@ -111,10 +113,10 @@ class Operands:
         )
 
     def part(self, operands, j, n):
-        """Vectors from class j on; behind class n x is −inf, y and w are 0."""
+        """Vectors from class j on; what is behind class n is 0."""
         x, x_step, y, y_step, w = operands
         return (
-            self._x.part(x, j, x_step, n, -math.inf),
+            self._x.part(x, j, x_step, n, 0.0),
             self._y and self._y.part(y, j, y_step, n, 0.0),
             self._w and self._w.part(w, j, None, n, 0.0),
         )
@@ -126,7 +128,7 @@ def make_sums(terms, elem, x_access, y_access, w_access):
     Parameters
     ----------
     terms : function (x, y, w, params) -> (a, b)
-        Vectors to be added up; of padding (x −inf, y and w 0) they must be 0. Traced.
+        Vectors to be added up. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
 
@@ -151,8 +153,12 @@ def make_sums(terms, elem, x_access, y_access, w_access):
 
     @traced
     def part(group_a, group_b, operands, j, n, params):
-        at = (operands_at.part(operands, j + i * lanes, n) for i in range(4))
-        return add(group_a, group_b, [terms(*values, params) for values in at])
+        four = []
+        for i in range(4):
+            a, b = terms(*operands_at.part(operands, j + i * lanes, n), params)
+            inside = first_lanes(n - (j + i * lanes), lanes)
+            four.append((where(inside, a, -0.0), where(inside, b, -0.0)))
+        return add(group_a, group_b, four)
 
     @traced
     def fetch(operands, j, ahead):
@@ -293,12 +299,12 @@ class Rows:
 
     def __init__(self, x_format, y_format, out_format, weighted, strided):
         self.elem = x_format.elem
-        self.x_format = x_format
-        x = Access(x_format, strided)
-        y = Access(y_format, strided) if y_format else None
-        w = Access(Format(self.elem, self.elem), False) if weighted else None
-        self._accesses = (x, y, w)
-        self._out_access = Access(out_format, strided) if out_format else None
+        self.weighted = weighted
+        self.x_access = Access(x_format, strided)
+        self.y_access = Access(y_format, strided) if y_format else None
+        self.out_access = Access(out_format, strided) if out_format else None
+        w_access = Access(Format(self.elem, self.elem), False) if weighted else None
+        self._inputs = (self.x_access, self.y_access, w_access)
         self._make_walk()
 
     def _make_walk(self):
@@ -332,18 +338,19 @@ class Rows:
 
         self.advance, self.begin, self._operands = advance, begin, operands
 
-    def _params(self, names):
-        """params(state, i): a row's values of these slots, spread over vectors."""
+    def _params(self, names, elem=None):
+        """params(state, i): a row's values of these slots, spread over vectors of `elem`."""
+        elem, lanes = elem or self.elem, vector_lanes(self.elem)
 
         def params(state, i):
             at = (load_scalar(state + SLOT[name] + 8 * i, "f8") for name in names)
-            return tuple(splat(value, self.elem) for value in at)
+            return tuple(splat(value, elem, lanes) for value in at)
 
         return traced(params)
 
     def softmax(self, rest_and_count):
         """reduce(frame, state, count): m, k, rest and log_sum of every row."""
-        x_access = self._accesses[0]
+        x_access = self.x_access
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
         block_max = make_block_max(x_access, self.elem)
         sums = make_sums(rest_and_count, self.elem, x_access, None, None)
@@ -382,8 +389,8 @@ class Rows:
     def sums(self, terms, elem, names):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row, with
         the parameters in these slots, into sum_a, sum_a_low and sum_b."""
-        sums = make_sums(terms, elem, *self._accesses)
-        operands, params, classes = self._operands, self._params(names), integer("classes")
+        sums = make_sums(terms, elem, *self._inputs)
+        operands, params, classes = self._operands, self._params(names, elem), integer("classes")
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
 
         @device
@@ -396,10 +403,10 @@ class Rows:
 
         return add
 
-    def map(self, value, names):
+    def map(self, value, names, packed=True):
         """sweep(frame, state, count): out = value(x, y, w, params) with the parameters in these
-        slots."""
-        row = make_map(value, self._out_access, *self._accesses)
+        slots. `packed` matters to `tiles.Tiles` only: rows are read where they lie."""
+        row = make_map(value, self.out_access, *self._inputs)
         operands, params = self._operands, self._params(names)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
         s_out = SLOT["out"]

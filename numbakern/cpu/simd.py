@@ -266,9 +266,8 @@ def spread(scalar, like):
     return like.like(_splat(like.builder, scalar.value, like.lanes)) if like.lanes else scalar
 
 
-def splat(scalar, elem):
-    """A scalar in every lane of a full-width vector of `elem`."""
-    lanes = vector_lanes(elem)
+def splat(scalar, elem, lanes):
+    """A scalar in every lane of a vector of `elem`."""
     scalar = convert(scalar, elem)
     return scalar.like(_splat(scalar.builder, scalar.value, lanes), lanes=lanes)
 
@@ -293,6 +292,14 @@ def fma(a, b, c):
     """a·b + c, rounded once."""
     a, b, c = _together(a, b, c)
     return a.like(_call(a.builder, "fma", a.llvm(), [a.value, b.value, c.value]))
+
+
+def first_lanes(count, lanes):
+    """The mask of the first `count` lanes."""
+    b = count.builder
+    iota = ir.Constant(ir.VectorType(_i64, lanes), list(range(lanes)))
+    mask = b.icmp_signed("<", iota, _splat(b, count.value, lanes))
+    return Lanes(b, mask, "b1", lanes)
 
 
 def where(mask, a, b):
@@ -361,6 +368,11 @@ def lane_max(v):
     return _fold(v, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
 
+def first_lane(v):
+    """Lane 0."""
+    return v.like(v.builder.extract_element(v.value, _i32(0)), lanes=0)
+
+
 def any_lane(mask):
     """Whether the mask holds in some lane."""
     bits = mask.builder.bitcast(mask.value, ir.IntType(mask.lanes))
@@ -414,6 +426,15 @@ def load_vector(address, elem, lanes):
 def store_vector(address, v):
     """Write a vector of native elements, naturally aligned."""
     v.builder.store(v.value, _at(address, v.llvm())).align = _SIZE[v.elem]
+
+
+def clear(address, size, past_caches=False):
+    """Write `size` zero bytes at a multiple of `size`."""
+    llvm = ir.VectorType(_i8, size)
+    done = address.builder.store(ir.Constant(llvm, None), _at(address, llvm))
+    done.align = size
+    if past_caches:
+        done.set_metadata("nontemporal", address.builder.module.add_metadata([_i32(1)]))
 
 
 def prefetch(address):
@@ -553,9 +574,8 @@ class Format:
         return b.inttoptr(base.value, ir.VectorType(_byte_pointer, self.lanes))
 
     def _first(self, builder, count):
-        iota = ir.Constant(ir.VectorType(_i64, self.lanes), list(range(self.lanes)))
-        count = count.value if isinstance(count, Lanes) else _i64(count)
-        return builder.icmp_signed("<", iota, _splat(builder, count, self.lanes))
+        count = count if isinstance(count, Lanes) else Lanes(builder, _i64(count), "i8", 0)
+        return first_lanes(count, self.lanes).value
 
     def _masked_load(self, places, builder, count, fill, name):
         mask = self._first(builder, count)

@@ -20,11 +20,12 @@ _NAMES = (
     "log_sum",  # log(k + rest), NaN where there is no softmax
     "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
     "block_m", "base", "magic", "floor", "factor",
-    "scale", "p0", "p1", "p2",  # parameters of a map
-    "label_grad",  # the gradient at the label
+    "scale", "p0", "p1", "p2", "skip",  # parameters of a map
+    "label", "label_grad",  # class whose gradient is known better than the map knows it; −1: none
 )  # fmt: skip
-SLOT = {name: 8 * MAX_ROWS * i for i, name in enumerate(_NAMES)}
-SIZE = 8 * MAX_ROWS * len(_NAMES)
+_PITCH = 8 * MAX_ROWS + 64  # no power of two: slots of one row fall into different cache sets
+SLOT = {name: _PITCH * i for i, name in enumerate(_NAMES)}
+SIZE = _PITCH * len(_NAMES)
 
 
 @traced

@@ -15,7 +15,8 @@ from numba import prange, types
 from numba.np.ufunc import parallel as numba_threads
 
 from numbakern.cpu.compile import compile_function
-from numbakern.cpu.frame import FLOAT_SLOTS, SLOTS, call, pack, take
+from numbakern.cpu.frame import FLOAT_SLOTS, SLOTS, array_data, call, pack, take
+from numbakern.cpu.simd import BYTES, traced
 
 SERIAL_WORK = 40_000
 """Elements below which starting threads costs more than it saves."""
@@ -25,12 +26,21 @@ GRAIN = 65_536
 _SLOT_TYPES = types.Tuple([types.float64 if s in FLOAT_SLOTS else types.int64 for s in SLOTS])
 
 
-def _run_serial(kernel, first, last, scratch, slots):
-    call(kernel, pack(slots), first, last, scratch)
+@traced
+def _aligned(memory, offset):
+    """The first cache line inside this NumPy array, and `offset` bytes behind it."""
+    start = array_data(memory) + (BYTES - 1)
+    aligned = start.like(start.builder.and_(start.value, start.constant(-BYTES)))
+    return aligned + offset
 
 
-def _run_parallel(kernel, workers, rows, grain, scratch, scratch_size, slots):
+def _run_serial(kernel, first, last, memory, offset, slots):
+    call(kernel, pack(slots), first, last, _aligned(memory, offset))
+
+
+def _run_parallel(kernel, workers, rows, grain, memory, scratch_size, slots):
     frame = pack(slots)
+    scratch = _aligned(memory, 0)
     counter = pack((0,))
     for worker in prange(workers):
         # Rows are taken as workers become free: a neighbour on one core delays one chunk only.
@@ -42,7 +52,7 @@ def _run_parallel(kernel, workers, rows, grain, scratch, scratch_size, slots):
 
 @functools.cache
 def _serial():
-    return compile_function(_run_serial, "run_serial", (*[types.int64] * 4, _SLOT_TYPES))
+    return compile_function(_run_serial, "run_serial", (*[types.int64] * 5, _SLOT_TYPES))
 
 
 @functools.cache
@@ -72,7 +82,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_state.after_fork)
 
 
-def run(kernel, rows, work, slots, scratch_size=0):
+def run(kernel, rows, work, slots, scratch_size):
     """Run `kernel` over all rows; `work` counts elements, `scratch_size` is in bytes a thread."""
     if work < SERIAL_WORK or rows == 1:
         return _run_alone(kernel, rows, slots, scratch_size)
@@ -94,27 +104,19 @@ def run(kernel, rows, work, slots, scratch_size=0):
         _state.lock.release()
 
 
-def _scratch(size, workers):
-    """Memory for the workers and its first 64-byte aligned address."""
-    if not size:
-        return None, 0
-    memory = np.empty(size * workers + 64, np.uint8)
-    return memory, -(-memory.ctypes.data // 64) * 64
-
-
 def _run_alone(kernel, rows, slots, scratch_size):
-    memory, scratch = _scratch(scratch_size, 1)
-    _serial()(kernel, 0, rows, scratch, slots)
+    memory = np.empty(scratch_size + BYTES, np.uint8)
+    _serial()(kernel, 0, rows, id(memory), 0, slots)
 
 
 def _run_threads(kernel, rows, grain, workers, slots, scratch_size):
-    memory, scratch = _scratch(scratch_size, workers)
-    _parallel()(kernel, workers, rows, grain, scratch, scratch_size, slots)
+    memory = np.empty(scratch_size * workers + BYTES, np.uint8)
+    _parallel()(kernel, workers, rows, grain, id(memory), scratch_size, slots)
 
 
 def _run_pool(kernel, rows, grain, workers, slots, scratch_size):
     """The serial driver over a pool of Python threads; it releases the GIL."""
-    memory, scratch = _scratch(scratch_size, workers)
+    memory = np.empty(scratch_size * workers + BYTES, np.uint8)
     if _state.pool is None:
         _state.pool = ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS, "numbakern")
     starts = iter(range(0, rows, grain))  # next() on it is atomic
@@ -122,6 +124,6 @@ def _run_pool(kernel, rows, grain, workers, slots, scratch_size):
     def work(worker):
         for first in starts:
             last = min(first + grain, rows)
-            _serial()(kernel, first, last, scratch + worker * scratch_size, slots)
+            _serial()(kernel, first, last, id(memory), worker * scratch_size, slots)
 
     list(_state.pool.map(work, range(workers)))

@@ -4,12 +4,15 @@ The same operations in the same order give the same bits on every CPU with FMA, 
 in scalar code. Polynomials are minimax (Remez exchange, 60 digits), coefficients lowest first.
 """
 
+import math
+
 import numpy as np
 
 from numbakern.cpu.simd import add_exponent, convert, fma, polynomial, split_exponent, where
 
 LOG2_E = 1.4426950408889634
 LOG2_E_REST = 2.0355273740931033e-17  # log2(e) − LOG2_E
+LN_2 = 0.6931471805599453
 LN_2_HIGH = 0.6931471804855391  # ln 2 with 20 trailing zero bits: n·LN_2_HIGH is exact
 LN_2_LOW = 7.440617110012397e-11
 
@@ -58,6 +61,9 @@ _LOG = {
 }
 
 
+_EXPM1 = tuple(1.0 / math.factorial(i) for i in range(1, 10))
+
+
 class ExpRange:
     """How 2**n is formed for an element kind, and how far below a row's maximum it reaches.
 
@@ -72,19 +78,21 @@ class ExpRange:
         Exponents below it count as −inf in a sum.
     flush : float
         Exponentials below exp(flush) are less than half of the smallest subnormal number.
+    lowest, highest : float
+        Between them exp is a finite normal number.
     log2_e : tuple of float
         log2(e) in two parts of the element kind.
     """
 
-    def __init__(self, magic, scale, floor, flush, log2_e):
+    def __init__(self, magic, scale, floor, flush, lowest, highest, log2_e):
         self.magic, self.scale, self.floor, self.flush = magic, scale, floor, flush
-        self.log2_e = log2_e
+        self.lowest, self.highest, self.log2_e = lowest, highest, log2_e
 
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
-    "f4": ExpRange(1.5 * 2.0**23, 64.0, -130.0, -104.0, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
-    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, -746.0, (LOG2_E, LOG2_E_REST)),
+    "f4": ExpRange(1.5 * 2.0**23, 64.0, -130.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
+    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, -746.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic
 
@@ -108,6 +116,23 @@ def exp_scaled(h, magic):
     f = fma(h, high, magic - t)  # rounded once: n cancels inside the fma
     f = fma(h, low, f)
     return add_exponent(fma(f, polynomial(_EXP2[h.elem], f), 1.0), t)
+
+
+def exp(y):
+    """exp(y) of any y, subnormal results flushed to 0, at most 1 ulp off."""
+    span = EXP_RANGE[y.elem]
+    e = exp_scaled(y, y.like(y.constant(span.magic)))
+    e = where(y < span.lowest, 0.0, where(y > span.highest, math.inf, e))
+    return where(y == y, e, y)
+
+
+def expm1_nonpositive(d):
+    """exp(d) − 1 of a float64 d ≤ 0, to a few ulp: Kahan's quotient where exp(d) is near 1."""
+    u = exp_nonpositive(d)
+    near = d > -0.03125
+    # Σ d**i / i! to d**8: what is left out is below 2**-58 of d
+    series = polynomial(_EXPM1, where(near, d, 0.0)) * d
+    return where(near, series, u - 1.0)
 
 
 def exp_nonpositive(d):

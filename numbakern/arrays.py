@@ -1,0 +1,242 @@
+"""Checks and views that every target shares: dtypes, axes, labels, weights, outputs.
+
+A call is (batch, classes): one axis of the input is the class axis, the others are the batch.
+Everything here raises before anything is written, in one line that names the argument, what was
+expected and what came.
+"""
+
+import operator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.exceptions import AxisError
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Kind(NamedTuple):
+    """How elements of a dtype are computed with."""
+
+    kind: str  # kind and size as in NumPy's dtype.str without its byte order; bf for bfloat16
+    swapped: bool  # whether the byte order is not the machine's
+    compute: str  # f4 or f8: what is computed with
+    result: np.dtype  # of log_softmax, softmax and gradients
+    loss: np.dtype  # of logsumexp and losses
+
+
+@lru_cache(maxsize=256)
+def kind_of(dtype: np.dtype) -> Kind | None:
+    """The Kind of a dtype; None for one that is not supported."""
+    native = dtype.newbyteorder("=")
+    swapped = not dtype.isnative
+    if native.name == "bfloat16":
+        return Kind("bf", swapped, "f4", native, np.dtype(np.float32))
+    if native.kind == "f" and native.itemsize <= 8:
+        compute = "f8" if native.itemsize == 8 else "f4"
+        loss = np.dtype(np.float64 if native.itemsize == 8 else np.float32)
+        return Kind(f"f{native.itemsize}", swapped, compute, native, loss)
+    if native.kind in "iub":
+        double = np.dtype(np.float64)
+        return Kind(f"{native.kind}{native.itemsize}", swapped, "f8", double, double)
+    return None
+
+
+def supported(name: str, array: Any) -> Kind:
+    """The Kind of an array; TypeError if its dtype is not supported."""
+    kind = kind_of(array.dtype)
+    if kind is None:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32, float64, integers or bool, "
+            f"got dtype {array.dtype}"
+        )
+    return kind
+
+
+def result_kind(dtype: Any, default: Kind) -> Kind:
+    """The Kind that `dtype=` asks for; `default` if it is None."""
+    if dtype is None:
+        return default
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}") from None
+    kind = kind_of(wanted)
+    if kind is None or wanted.kind in "iub":
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {wanted}")
+    return kind
+
+
+def integer_axis(axis: Any, ndim: int) -> int:
+    """A class axis as an index from 0 on."""
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis: expected an integer, got {axis!r}") from None
+    if not -ndim <= axis < ndim:
+        raise AxisError(f"axis: expected -{ndim} to {ndim - 1} for {ndim} dimensions, got {axis}")
+    return axis % ndim
+
+
+def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes that an int, a tuple of ints or None (all) stands for."""
+    if axis is None:
+        return tuple(range(ndim))
+    if not isinstance(axis, (tuple, list)):
+        if ndim == 0 and operator.index(axis) in (0, -1):
+            return ()
+        return (integer_axis(axis, ndim),)
+    axes = tuple(integer_axis(a, ndim) for a in axis)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis: expected distinct axes, got {axis}")
+    return axes
+
+
+def same_shape(name: str, array: Any, shape: tuple[int, ...], of: str) -> None:
+    """ValueError unless the array has this shape, which is `of` something."""
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} as {of}, got {array.shape}")
+
+
+def output(target: Any, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """A new array for the result, or the caller's `out` once checked."""
+    if out is None:
+        return target.empty(shape, dtype)
+    if not isinstance(out, target.ARRAY_TYPES):
+        raise TypeError(f"out: expected an array, got {type(out).__name__}")
+    if out.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    return out
+
+
+def check_reduction(reduction: Any) -> None:
+    """ValueError unless it is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def check_smoothing(label_smoothing: Any) -> float:
+    """The label smoothing as a float in [0, 1]."""
+    try:
+        value = float(label_smoothing)
+    except (TypeError, ValueError):
+        raise TypeError(f"label_smoothing: expected a number, got {label_smoothing!r}") from None
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    return value
+
+
+def check_ignore_index(ignore_index: Any) -> int:
+    """The ignored label as an int."""
+    try:
+        return operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
+
+
+def check_weight(target: Any, weight: Any, classes: int) -> Any:
+    """The class weights as an array of real numbers, one a class; None stays None."""
+    if weight is None:
+        return None
+    weight = target.asarray("weight", weight)
+    supported("weight", weight)
+    if weight.shape != (classes,):
+        raise ValueError(f"weight: expected shape ({classes},), one a class, got {weight.shape}")
+    return weight
+
+
+def check_grad_output(
+    target: Any, grad_output: Any, reduction: str, batch: tuple[int, ...]
+) -> Any:
+    """The upstream gradient of a loss: a scalar, or under "none" an array of the labels' shape."""
+    grad_output = target.asarray("grad_output", grad_output)
+    supported("grad_output", grad_output)
+    shape = batch if reduction == "none" else ()
+    if grad_output.shape != shape:
+        wanted = f"shape {shape}" if shape else "a scalar"
+        raise ValueError(
+            f"grad_output: expected {wanted} for reduction {reduction!r}, "
+            f"got shape {grad_output.shape}"
+        )
+    return grad_output
+
+
+def check_lse(target: Any, lse: Any, batch: tuple[int, ...]) -> Any:
+    """The rows' log-sum-exp: a floating array of the batch's shape; None stays None."""
+    if lse is None:
+        return None
+    lse = target.asarray("lse", lse)
+    if supported("lse", lse).kind[0] not in "fb" or lse.dtype.kind == "b":
+        raise TypeError(f"lse: expected a floating array, got dtype {lse.dtype}")
+    same_shape("lse", lse, batch, "one value a row")
+    return lse
+
+
+def loss_axis(name: str, array: Any, axis: Any) -> int:
+    """The class axis of a loss's input: of a 1-D one, the unbatched case, its only one."""
+    if array.ndim == 0:
+        raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
+    return 0 if array.ndim == 1 else integer_axis(axis, array.ndim)
+
+
+def batch_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape without its class axis."""
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def are_probabilities(name: str, labels: Any, shape: tuple[int, ...], axis: int, soft: bool) -> bool:
+    """Whether labels are class probabilities (where `soft` allows them); checks kind and shape."""
+    kind = labels.dtype.kind
+    if kind in "iu":
+        same_shape(name, labels, batch_shape(shape, axis), "the input without its class axis")
+        return False
+    floating = kind_of(labels.dtype) is not None and kind != "b"
+    if soft and floating:
+        same_shape(name, labels, shape, "the input, for class probabilities")
+        return True
+    wanted = "integers, or floats for class probabilities" if soft else "integers"
+    raise TypeError(f"{name}: expected {wanted}, got dtype {labels.dtype}")
+
+
+def bad_label(position: tuple[int, ...], value: int, classes: int, ignore_index: int) -> IndexError:
+    """The error for a label that is neither a class nor ignored."""
+    where = ", ".join(map(str, position))
+    span = f"0 to {classes - 1}" if classes else "none, as there are no classes"
+    return IndexError(
+        f"labels[{where}]: expected a class ({span}) or ignore_index {ignore_index}, got {value}"
+    )
+
+
+def reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:
+    """The shape without these axes, or with length 1 for them."""
+    if keepdims:
+        return tuple(1 if d in axes else n for d, n in enumerate(shape))
+    return tuple(n for d, n in enumerate(shape) if d not in axes)
+
+
+def as_result(result: Any, out: Any) -> Any:
+    """What a function returns: a scalar instead of a 0-d array that the caller did not provide."""
+    return result[()] if out is None and result.ndim == 0 else result
+
+
+def run_backward(
+    target: Any, operation: str, grad_output: Any, output_: Any, axis: Any, out: Any
+) -> Any:
+    """The backward of log_softmax or softmax: checks and the call, which they share."""
+    grad_output = target.asarray("grad_output", grad_output)
+    output_ = target.asarray("output", output_)
+    supported("grad_output", grad_output)
+    kind = supported("output", output_)
+    same_shape("grad_output", grad_output, output_.shape, "output")
+    if grad_output.dtype.newbyteorder("=") != output_.dtype.newbyteorder("="):
+        raise TypeError(
+            f"grad_output: expected dtype {output_.dtype} as output, got {grad_output.dtype}"
+        )
+    axes = axes_of(axis, output_.ndim) if output_.ndim == 0 else (integer_axis(axis, output_.ndim),)
+    result = output(target, out, output_.shape, kind.result)
+    target.backward(operation, grad_output, output_, axes, kind.compute, result)
+    return as_result(result, out)

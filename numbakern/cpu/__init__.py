@@ -1,0 +1,411 @@
+"""The CPU target: NumPy arrays, Numba kernels, all cores.
+
+`functional` checks what does not depend on the target and calls the functions below. Numba is
+imported by the first call that computes something.
+"""
+
+import numpy as np
+
+from numbakern import arrays
+
+__all__ = [
+    "ARRAY_TYPES",
+    "asarray",
+    "backward",
+    "cache_folder",
+    "cross_entropy",
+    "empty",
+    "logsumexp",
+    "nll_loss",
+    "nll_loss_backward",
+    "softmax",
+]
+
+ARRAY_TYPES = np.ndarray
+"""What `out=` may be."""
+_INT64 = np.iinfo(np.int64)
+
+
+def cache_folder():
+    """Folder of the compiled kernels, or None where none can be written."""
+    from numbakern.cpu.compile import cache_folder as folder
+
+    return folder()
+
+
+def asarray(name, value):
+    """What NumPy makes of the argument; TypeError if that is no array of a supported dtype."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+
+
+def empty(shape, dtype):
+    """An array for results."""
+    return np.empty(shape, dtype)
+
+
+# ---------------------------------------------------------------- views
+
+
+def _joined(array, axes):
+    """A view with these axes joined as the last one; None if no view can be."""
+    batch = [d for d in range(array.ndim) if d not in axes]
+    size, stride = 1, array.itemsize
+    for d in reversed(axes):
+        if array.shape[d] == 1:
+            continue
+        if size != 1 and array.strides[d] != stride * size:
+            return None
+        if size == 1:
+            stride = array.strides[d]
+        size *= array.shape[d]
+    shape = (*(array.shape[d] for d in batch), size)
+    strides = (*(array.strides[d] for d in batch), stride)
+    return np.lib.stride_tricks.as_strided(array, shape, strides, writeable=array.flags.writeable)
+
+
+def _one_axis(array, axes):
+    """The array with one class axis, and which; a view, or a copy where no view can be."""
+    if len(axes) == 1:
+        return array, axes[0]
+    view = _joined(array, axes)
+    if view is None:
+        batch = [d for d in range(array.ndim) if d not in axes]
+        order = (*batch, *axes)
+        shape = (*(array.shape[d] for d in batch), -1)
+        view = np.ascontiguousarray(array.transpose(order)).reshape(shape)
+    return view, view.ndim - 1
+
+
+def _apart(array, out):
+    """The array, copied if it overlaps `out` without being the same elements in the same places."""
+    if array is None or array is out or not np.may_share_memory(array, out):
+        return array
+    same = (
+        array.ctypes.data == out.ctypes.data
+        and array.shape == out.shape
+        and array.strides == out.strides
+        and array.itemsize == out.itemsize
+    )
+    return array if same else array.copy()
+
+
+# ---------------------------------------------------------------- whole arrays
+
+
+def softmax(operation, x, axes, compute, out):
+    """log_softmax or softmax (`operation`) of x along these axes into `out`."""
+    if out.size == 0:
+        return
+    if out is not x:
+        x = _apart(x, out)
+    if len(axes) == 1:
+        _transform(operation, x, None, axes[0], compute, out)
+        return
+    x, axis = _one_axis(x, axes)
+    target = _joined(out, axes)
+    result = np.empty(x.shape, out.dtype) if target is None else target
+    _transform(operation, x, None, axis, compute, result)
+    if target is None:
+        order = (*(d for d in range(out.ndim) if d not in axes), *axes)
+        moved = out.transpose(order)
+        moved[...] = result.reshape(moved.shape)
+
+
+def backward(operation, grad_output, output, axes, compute, out):
+    """log_softmax_backward or softmax_backward (`operation`) into `out`; `axes` are one or none."""
+    if out.size:
+        grad_output, output = _apart(grad_output, out), _apart(output, out)
+        views = [_one_axis(a, axes)[0] for a in (grad_output, output)]
+        out, axis = (out, *axes) if axes else (_joined(out, axes), 0)
+        _transform(operation, *views, axis, compute, out)
+
+
+def _transform(operation, x, y, axis, compute, out):
+    from numbakern.cpu import launch
+
+    y_key = (None, None) if y is None else (y.dtype, y.strides)
+    plan = launch.plan(
+        operation, (), x.shape, axis, compute, x.dtype, x.strides, *y_key, out.dtype, out.strides
+    )
+    launch.call(plan, x, y, out)
+
+
+def logsumexp(x, axes, compute, dtype):
+    """log Σ exp(x) over these axes, without them."""
+    from numbakern.cpu import launch
+
+    batch = tuple(n for d, n in enumerate(x.shape) if d not in axes)
+    if x.size == 0:
+        return np.full(batch, -np.inf, dtype)
+    x, axis = _one_axis(x, axes)
+    plan = launch.plan("logsumexp", (), x.shape, axis, compute, x.dtype, x.strides)
+    lse = np.empty(_size(batch))
+    launch.call(plan, x, row_lse=lse)
+    return _by_batch(lse, batch, plan.order).astype(dtype, copy=False)
+
+
+# ---------------------------------------------------------------- one value a row
+
+
+def _size(shape):
+    return int(np.prod(shape, dtype=object))
+
+
+def _by_row(array, order, dtype):
+    """One value a row, contiguous, in the order in which a plan walks the rows."""
+    if order is not None:
+        array = array.transpose(order)
+    return np.ascontiguousarray(array, dtype).reshape(-1)
+
+
+def _by_batch(rows, batch, order):
+    """The inverse of `_by_row`: values a row as an array of the batch's shape."""
+    if order is None:
+        return rows.reshape(batch)
+    moved = rows.reshape([batch[d] for d in order])
+    return np.ascontiguousarray(moved.transpose(np.argsort(order)))
+
+
+class _Labels:
+    """Checked class labels in a plan's order, and how many are not ignored."""
+
+    def __init__(self, labels, order, classes, ignore_index):
+        from numbakern.cpu import rowwise
+
+        if labels.dtype.kind == "u" and labels.dtype.itemsize == 8:
+            clipped = np.minimum(labels, np.uint64(_INT64.max))  # stays out of range
+        else:
+            clipped = labels
+        self.values = _by_row(clipped, order, np.int64)
+        # What no int64 label can equal is replaced by what no sane one does.
+        inside = _INT64.min <= ignore_index <= _INT64.max
+        self.ignored = ignore_index if inside else _INT64.min
+        good, self.count = rowwise.scan()(
+            id(self.values), self.values.size, classes, int(self.ignored)
+        )
+        if not good:
+            bad = (clipped != ignore_index) & ((clipped < 0) | (clipped >= classes))
+            position = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise arrays.bad_label(position, int(labels[position]), classes, ignore_index)
+
+    def weight_of(self, weight):
+        """Σ of the weights of the labels that are not ignored."""
+        from numbakern.cpu import rowwise
+
+        if weight is None:
+            return float(self.count)
+        single = int(weight.dtype == np.float32)
+        return rowwise.weigh()(
+            id(self.values), self.values.size, int(self.ignored), id(weight), single
+        )
+
+
+def _divide(a, b):
+    """a / b as IEEE has it."""
+    with np.errstate(all="ignore"):
+        return float(np.float64(a) / np.float64(b))
+
+
+def _reduce(rows, batch, order, reduction, divisor, dtype):
+    """Losses a row (float64, in a plan's order) to the loss."""
+    from numbakern.cpu import rowwise
+
+    losses = _by_batch(rows, batch, order)
+    if reduction == "none":
+        with np.errstate(all="ignore"):
+            return losses.astype(dtype, copy=False) if batch else dtype.type(losses[()])
+    work = np.empty(32)
+    value = rowwise.total()(id(losses), losses.size, id(work)) if losses.size else 0.0
+    if reduction == "mean":
+        value = _divide(value, divisor)
+    with np.errstate(all="ignore"):
+        return dtype.type(value)
+
+
+def _upstream(grad_output, order, reduction):
+    """The upstream gradient as (common factor, values a row or None)."""
+    if reduction == "none" and grad_output.ndim:
+        return 1.0, _by_row(grad_output, order, np.float64)
+    return float(grad_output[()]), None
+
+
+_DTYPE = {"f4": np.dtype(np.float32), "f8": np.dtype(np.float64)}
+
+
+def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction):
+    """Negative log-likelihood of the labels."""
+    from numbakern.cpu import launch
+
+    batch, classes = arrays.batch_shape(log_probs.shape, axis), log_probs.shape[axis]
+    if weight is not None:
+        weight = np.ascontiguousarray(weight, _DTYPE[compute])
+    plan = launch.plan(
+        "nll",
+        (),
+        log_probs.shape,
+        axis,
+        compute,
+        log_probs.dtype,
+        log_probs.strides,
+        weighted=weight is not None,
+    )
+    checked = _Labels(labels, plan.order, classes, ignore_index)
+    losses = np.empty(_size(batch))
+    launch.call(
+        plan,
+        log_probs,
+        labels=checked.values,
+        weight=weight,
+        row_loss=losses,
+        ignore_index=int(checked.ignored),
+    )
+    divisor = checked.weight_of(weight) if reduction == "mean" else 1.0
+    return _reduce(losses, batch, plan.order, reduction, divisor, dtype)
+
+
+def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, reduction, out):
+    """Gradient of `nll_loss` into `out`: zero but at the labels."""
+    from numbakern.cpu import launch
+
+    if weight is not None:
+        weight = np.array(weight, _DTYPE[compute], ndmin=1)
+    plan = launch.plan(
+        "nll_backward",
+        (),
+        out.shape,
+        axis,
+        compute,
+        out.dtype,
+        out.strides,
+        None,
+        None,
+        out.dtype,
+        out.strides,
+        weight is not None,
+    )
+    grad_output, labels = _apart(grad_output, out), _apart(labels, out)
+    checked = _Labels(labels, plan.order, out.shape[axis], ignore_index)
+    scale, row_scale = _upstream(grad_output, plan.order, reduction)
+    if reduction == "mean":
+        scale = _divide(scale, checked.weight_of(weight))
+    if _is_dense(out):
+        launch.clear(out)
+    else:
+        out[...] = 0
+    launch.call(
+        plan,
+        out,
+        None,
+        out,
+        labels=checked.values,
+        weight=weight,
+        row_scale=row_scale,
+        ignore_index=int(checked.ignored),
+        scale=scale,
+    )
+
+
+def _is_dense(array):
+    """Whether the elements fill one stretch of memory that starts with the first."""
+    axes = sorted(range(array.ndim), key=lambda d: -array.strides[d])
+    return array.transpose(axes).flags.c_contiguous
+
+
+def cross_entropy(
+    logits,
+    labels,
+    soft,
+    axis,
+    compute,
+    dtype,
+    weight,
+    ignore_index,
+    reduction,
+    smoothing,
+    *,
+    with_loss,
+    with_lse=False,
+    grad_output=None,
+    lse=None,
+    out=None,
+):
+    """Cross-entropy: the loss, the rows' log-sum-exp, the gradient into `out`, as asked for.
+
+    Returns
+    -------
+    loss, lse
+        None for what was not asked for.
+    """
+    from numbakern.cpu import launch
+
+    x, batch, classes = logits, arrays.batch_shape(logits.shape, axis), logits.shape[axis]
+    if out is not None and out.size:
+        x, labels, lse = _apart(x, out), _apart(labels, out), _apart(lse, out)
+        grad_output = _apart(grad_output, out)
+    weight_sum = float(classes)
+    if weight is not None:
+        weight = np.array(weight, _DTYPE[compute], ndmin=1)
+        weight_sum = float(weight.sum(dtype=np.float64))
+    smooth = smoothing > 0.0 and not soft
+    options = (
+        ("soft", soft),
+        ("smooth", smooth),
+        ("loss", with_loss),
+        ("grad", out is not None),
+        ("given", lse is not None),
+    )
+    plan = launch.plan(
+        "cross_entropy",
+        options,
+        x.shape,
+        axis,
+        compute,
+        x.dtype,
+        x.strides,
+        labels.dtype if soft else None,
+        labels.strides if soft else None,
+        None if out is None else out.dtype,
+        None if out is None else out.strides,
+        weight is not None,
+    )
+    rows = _size(batch)
+    checked, divisor = None, float(rows)
+    if not soft:
+        checked = _Labels(labels, plan.order, classes, ignore_index)
+        if reduction == "mean":
+            divisor = checked.weight_of(weight)
+    scale, row_scale = 1.0, None
+    if grad_output is not None:
+        scale, row_scale = _upstream(grad_output, plan.order, reduction)
+    if reduction == "mean":
+        scale = _divide(scale, divisor)
+    losses = np.zeros(rows) if with_loss else None
+    row_lse = None
+    if lse is not None:
+        row_lse = _by_row(lse, plan.order, np.float64)
+    elif with_lse:
+        row_lse = np.full(rows, -np.inf)
+    if classes:
+        launch.call(
+            plan,
+            x,
+            labels if soft else None,
+            out,
+            labels=None if soft else checked.values,
+            weight=weight,
+            row_scale=row_scale,
+            row_lse=row_lse,
+            row_loss=losses,
+            ignore_index=0 if soft else int(checked.ignored),
+            scale=scale,
+            keep=1.0 - smoothing,
+            spread=_divide(smoothing, classes),
+            weight_sum=weight_sum,
+        )
+    loss = None
+    if with_loss:
+        loss = _reduce(losses, batch, plan.order, reduction, divisor, dtype)
+    return loss, _by_batch(row_lse, batch, plan.order) if with_lse else None

@@ -1,0 +1,209 @@
+"""From arrays to a kernel call: which kernel and walker, how the batch lies, what it is given.
+
+Everything that follows from dtypes, shapes and strides alone is worked out once and remembered
+(`plan`), so that a small call is a look-up.
+"""
+
+import functools
+import itertools
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from numbakern.arrays import kind_of
+from numbakern.cpu import kernels, rowwise, state, threads, tiles
+from numbakern.cpu.compile import compile_kernel
+from numbakern.cpu.rows import Rows
+from numbakern.cpu.simd import Format, vector_lanes
+
+FEW_CLASSES = 64
+"""Contiguous rows up to this length are taken a vector of rows at a time."""
+
+
+def _last_level_cache() -> int:
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 8 << 20)
+    except (AttributeError, ValueError, OSError):
+        return 32 << 20
+
+
+STREAM_BYTES = _last_level_cache()
+"""Outputs larger than this are written past the caches."""
+
+
+class Plan(NamedTuple):
+    """A kernel and everything about a call of it that does not depend on the data."""
+
+    kernel: int  # address
+    items: int
+    work: int  # elements
+    scratch: int  # bytes a thread
+    slots: tuple[int, ...]  # frame.SHAPE_SLOTS
+    order: tuple[int, ...] | None  # batch axes as the kernel walks them; None: as they are
+    keep: object  # what the addresses in the slots belong to
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    operation,
+    options,
+    shape,
+    axis,
+    elem,
+    x_dtype,
+    x_strides,
+    y_dtype=None,
+    y_strides=None,
+    out_dtype=None,
+    out_strides=None,
+    weighted=False,
+):
+    """The Plan of an operation, computed in `elem`, over arrays of one shape.
+
+    Parameters
+    ----------
+    operation : str
+        A function of `kernels`.
+    options : tuple of (str, bool)
+        Its options.
+    axis : int
+        The class axis.
+    """
+    dtypes = (x_dtype, y_dtype, out_dtype)
+    kinds = [dtype and kind_of(dtype)._replace(compute=elem) for dtype in dtypes]
+    strides = [x_strides, y_strides, out_strides]
+    given = [i for i in range(3) if strides[i] is not None]
+    classes = shape[axis]
+    sizes, steps, order = _batch(shape, axis, [strides[i] for i in given])
+    class_steps = [strides[i][axis] for i in given]
+    itemsizes = [dtypes[i].itemsize for i in given]
+    if operation in _PER_ROW:
+        layout = "strided"
+    else:
+        layout = _layout(classes, class_steps, sizes, steps, itemsizes, elem)
+    names = tuple(kind and (kind.kind, kind.compute, kind.swapped) for kind in kinds)
+    kernel = _kernel(operation, options, *names, weighted, layout)
+
+    rows = math.prod(sizes)
+    inner = columns = items = rows
+    scratch, work = state.SIZE, rows * (_PER_ROW.get(operation) or classes)
+    if layout not in _ROW_LAYOUTS:
+        inputs, columns = 1 + (y_dtype is not None), vector_lanes(elem)
+        if layout == tiles.COLUMNS:
+            inner = sizes[-1]
+            width = tiles.columns_for(elem, classes, inputs)
+            columns = min(width, -(-inner // columns) * columns)
+        items = (rows // inner) * -(-inner // columns) if rows else 0
+        scratch = tiles.scratch_size(elem, classes, columns, inputs)
+
+    def spread(values, absent):
+        values = iter(values)
+        return [next(values) if i in given else absent for i in range(3)]
+
+    table = spread(steps, [0] * len(sizes))
+    geometry = None
+    if len(sizes) > 1:
+        rows_of = zip(sizes, *table, strict=True)
+        geometry = np.array([len(sizes), *itertools.chain(*rows_of)], np.int64)
+    along = [s[0] if s else 0 for s in table]
+    flags = int(out_dtype is not None and out_dtype.itemsize * rows * classes > STREAM_BYTES)
+    address = 0 if geometry is None else id(geometry)
+    slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, flags)
+    return Plan(kernel, items, work, scratch, slots, order, geometry)
+
+
+_PER_ROW = {"nll": 32, "nll_backward": 32}
+"""Operations that touch one element a row, and the work that this is, in elements streamed."""
+_ROW_LAYOUTS = ("contiguous", "strided")
+
+
+def _layout(classes, class_steps, sizes, steps, itemsizes, elem):
+    """How the walker has to move: see `tiles` and `rows`."""
+    if classes <= 1 or class_steps == itemsizes:
+        return tiles.ROWS if 0 < classes <= FEW_CLASSES else "contiguous"
+    adjacent = sizes and [s[-1] for s in steps] == itemsizes
+    if adjacent and sizes[-1] >= vector_lanes(elem) // 2:
+        return tiles.COLUMNS
+    return tiles.SCATTERED if classes <= FEW_CLASSES else "strided"
+
+
+def _batch(shape, axis, strides):
+    """The batch axes in the order of the strides, those that walk on from each other joined.
+
+    Returns their sizes, the steps of each array along them, and their order (of the batch axes)
+    if that is not the array's own.
+    """
+    axes = [d for d in range(len(shape)) if d != axis]
+    natural = [d for d in axes if shape[d] != 1]
+    ordered = sorted(natural, key=lambda d: [-abs(s[d]) for s in strides])
+    order = None
+    if ordered != natural:
+        ones = [d for d in axes if shape[d] == 1]
+        order = tuple(axes.index(d) for d in (*ones, *ordered))
+    sizes, steps = [], [[] for _ in strides]
+    for d in ordered:
+        here = [s[d] for s in strides]
+        if sizes and all(s[-1] == h * shape[d] for s, h in zip(steps, here, strict=True)):
+            sizes[-1] *= shape[d]
+            for s, h in zip(steps, here, strict=True):
+                s[-1] = h
+        else:
+            sizes.append(shape[d])
+            for s, h in zip(steps, here, strict=True):
+                s.append(h)
+    return sizes, steps, order
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(operation, options, x, y, out, weighted, layout):
+    """Address of the kernel, compiled or from the disk."""
+    formats = [name and Format(*name) for name in (x, y, out)]
+    if layout in _ROW_LAYOUTS:
+        walker = Rows(*formats, weighted, layout == "strided")
+    else:
+        walker = tiles.Tiles(*formats, weighted, layout)
+    function = getattr(kernels, operation)(walker, **dict(options))
+    parts = [operation, *(f"{k}{int(v)}" for k, v in options)]
+    parts += [f.name if f else "none" for f in formats] + [f"w{int(weighted)}", layout]
+    return compile_kernel(function, "-".join(parts))
+
+
+def call(
+    plan,
+    x,
+    y=None,
+    out=None,
+    *,
+    labels=None,
+    weight=None,
+    row_scale=None,
+    row_lse=None,
+    row_loss=None,
+    ignore_index=0,
+    scale=0.0,
+    keep=1.0,
+    spread=0.0,
+    weight_sum=0.0,
+):
+    """Run a plan's kernel on arrays; the arguments are those of `frame`."""
+    arrays = (x, y, out, labels, weight, row_scale, row_lse, row_loss)
+    slots = (
+        *plan.slots,
+        *[0 if a is None else id(a) for a in arrays],
+        ignore_index,
+        scale,
+        keep,
+        spread,
+        weight_sum,
+    )
+    threads.run(plan.kernel, plan.items, plan.work, slots, plan.scratch)
+
+
+def clear(out):
+    """Set an array whose elements fill one stretch of memory to zero, in parallel."""
+    kernel, size = rowwise.fill(), out.nbytes
+    shape = (size, *[0] * 9, int(size > STREAM_BYTES))
+    slots = (*shape, 0, 0, id(out), 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+    threads.run(kernel, -(-size // rowwise.PAGE), size // 4, slots, 0)

@@ -1,0 +1,120 @@
+"""Log-softmax and its gradient."""
+
+from numbakern import arrays, dispatch
+
+
+def log_softmax(x, axis=-1, *, dtype=None, out=None):
+    r"""Logarithm of the softmax along an axis.
+
+    .. math:: y_i = (x_i - m) - \log \sum_j e^{x_j - m}, \qquad m = \max_j x_j
+
+    The sum is taken as :math:`\log k + \mathrm{log1p}(R / k)`, where k elements equal m and R is
+    the sum over the others, so that the value of a confident row (near 0) is right to a few ulp.
+
+    Parameters
+    ----------
+    x : array_like
+        Logits, of any shape. float16 and bfloat16 are computed in float32; integers and bool in
+        float64.
+    axis : int, tuple of int or None, default: -1
+        The class axis or axes; None stands for all.
+    dtype : dtype, optional
+        Floating type to compute for: x is converted as it is read, without a copy.
+    out : array, optional
+        Where to put the result: of x's shape and the result's dtype. It may be x itself.
+
+    Returns
+    -------
+    array
+        Of x's shape; x's dtype, or float64 for integers and bool. A row with NaN or +inf, or of
+        −inf alone, is NaN.
+
+    Raises
+    ------
+    TypeError
+        If x is no array of a supported dtype, `dtype` not a floating one, or `out` of another
+        dtype.
+    ValueError
+        If `out` has another shape or is read-only, or an axis is named twice.
+    numpy.exceptions.AxisError
+        If an axis is out of range.
+
+    See Also
+    --------
+    log_softmax_backward, softmax, logsumexp
+
+    References
+    ----------
+    .. [1] P. Blanchard, D. J. Higham, N. J. Higham, "Accurately computing the log-sum-exp and
+       softmax functions", IMA J. Numer. Anal. 41 (2021), doi:10.1093/imanum/draa038.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbakern
+    >>> numbakern.log_softmax(np.array([[0.0, -30.0]]))
+    array([[-9.35762297e-14, -3.00000000e+01]])
+    """
+    target = dispatch.target_of(x=x, out=out)
+    x = target.asarray("x", x)
+    kind = arrays.result_kind(dtype, arrays.supported("x", x))
+    axes = arrays.axes_of(axis, x.ndim)
+    result = arrays.output(target, out, x.shape, kind.result)
+    target.softmax("log_softmax", x, axes, kind.compute, result)
+    return arrays.as_result(result, out)
+
+
+def log_softmax_backward(grad_output, output, axis=-1, *, out=None):
+    r"""Gradient of log_softmax with respect to its input.
+
+    .. math:: \frac{\partial L}{\partial x_i} = g_i - e^{y_i} \sum_j g_j
+
+    Parameters
+    ----------
+    grad_output : array_like
+        Gradient g of the loss with respect to the output.
+    output : array_like
+        The output y of `log_softmax`, of the same shape and dtype.
+    axis : int, default: -1
+        The class axis.
+    out : array, optional
+        Where to put the result; it may be either input itself.
+
+    Returns
+    -------
+    array
+        Of the inputs' shape and dtype (float64 for integers and bool).
+
+    Raises
+    ------
+    TypeError
+        If an input is no array of a supported dtype, the dtypes differ, or `out` has another one.
+    ValueError
+        If the shapes differ, or `out` is read-only.
+    numpy.exceptions.AxisError
+        If the axis is out of range.
+
+    See Also
+    --------
+    log_softmax
+
+    References
+    ----------
+    .. [1] I. Goodfellow, Y. Bengio, A. Courville, "Deep Learning", MIT Press (2016), section 6.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbakern
+    >>> y = numbakern.log_softmax(np.array([0.0, np.log(3.0)]))
+    >>> numbakern.log_softmax_backward(np.array([0.0, 1.0]), y)
+    array([-0.25,  0.25])
+    """
+    return arrays.run_backward(
+        dispatch.target_of(grad_output=grad_output, output=output, out=out),
+        "log_softmax_backward",
+        grad_output,
+        output,
+        axis,
+        out,
+    )
