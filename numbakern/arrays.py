@@ -205,9 +205,9 @@ def are_probabilities(name: str, labels: Any, shape: tuple[int, ...], axis: int,
 def bad_label(position: tuple[int, ...], value: int, classes: int, ignore_index: int) -> IndexError:
     """The error for a label that is neither a class nor ignored."""
     where = ", ".join(map(str, position))
-    span = f"0 to {classes - 1}" if classes else "none, as there are no classes"
     return IndexError(
-        f"labels[{where}]: expected a class ({span}) or ignore_index {ignore_index}, got {value}"
+        f"labels[{where}]: expected a class in [0, {classes}) or ignore_index {ignore_index}, "
+        f"got {value}"
     )
 
 

@@ -4,6 +4,9 @@
 imported by the first call that computes something.
 """
 
+import functools
+import math
+
 import numpy as np
 
 from numbakern import arrays
@@ -24,6 +27,14 @@ __all__ = [
 ARRAY_TYPES = np.ndarray
 """What `out=` may be."""
 _INT64 = np.iinfo(np.int64)
+
+
+@functools.cache
+def _launch():
+    """The module that needs Numba, imported at the first call."""
+    from numbakern.cpu import launch
+
+    return launch
 
 
 def cache_folder():
@@ -124,27 +135,23 @@ def backward(operation, grad_output, output, axes, compute, out):
 
 
 def _transform(operation, x, y, axis, compute, out):
-    from numbakern.cpu import launch
-
     y_key = (None, None) if y is None else (y.dtype, y.strides)
-    plan = launch.plan(
+    plan = _launch().plan(
         operation, (), x.shape, axis, compute, x.dtype, x.strides, *y_key, out.dtype, out.strides
     )
-    launch.call(plan, x, y, out)
+    _launch().call(plan, x, y, out)
 
 
 def logsumexp(x, axes, compute, dtype):
     """log Σ exp(x) over these axes, without them."""
-    from numbakern.cpu import launch
-
     batch = tuple(n for d, n in enumerate(x.shape) if d not in axes)
     if x.size == 0:
         return np.full(batch, -np.inf, dtype)
     x, axis = _one_axis(x, axes)
-    plan = launch.plan("logsumexp", (), x.shape, axis, compute, x.dtype, x.strides)
+    plan = _launch().plan("logsumexp", (), x.shape, axis, compute, x.dtype, x.strides)
     lse = np.empty(_size(batch))
-    launch.call(plan, x, row_lse=lse)
-    return _by_batch(lse, batch, plan.order).astype(dtype, copy=False)
+    _launch().call(plan, x, row_lse=lse)
+    return _rounded(_by_batch(lse, batch, plan.order), dtype)
 
 
 # ---------------------------------------------------------------- one value a row
@@ -173,8 +180,6 @@ class _Labels:
     """Checked class labels in a plan's order, and how many are not ignored."""
 
     def __init__(self, labels, order, classes, ignore_index):
-        from numbakern.cpu import rowwise
-
         if labels.dtype.kind == "u" and labels.dtype.itemsize == 8:
             clipped = np.minimum(labels, np.uint64(_INT64.max))  # stays out of range
         else:
@@ -183,7 +188,7 @@ class _Labels:
         # What no int64 label can equal is replaced by what no sane one does.
         inside = _INT64.min <= ignore_index <= _INT64.max
         self.ignored = ignore_index if inside else _INT64.min
-        good, self.count = rowwise.scan()(
+        good, self.count = _launch().rowwise.scan()(
             id(self.values), self.values.size, classes, int(self.ignored)
         )
         if not good:
@@ -193,36 +198,41 @@ class _Labels:
 
     def weight_of(self, weight):
         """Σ of the weights of the labels that are not ignored."""
-        from numbakern.cpu import rowwise
-
         if weight is None:
             return float(self.count)
         single = int(weight.dtype == np.float32)
-        return rowwise.weigh()(
+        return _launch().rowwise.weigh()(
             id(self.values), self.values.size, int(self.ignored), id(weight), single
         )
 
 
 def _divide(a, b):
     """a / b as IEEE has it."""
-    with np.errstate(all="ignore"):
-        return float(np.float64(a) / np.float64(b))
+    if b != 0.0:
+        return a / b
+    return math.nan if a == 0.0 or a != a else math.copysign(math.inf, a) * math.copysign(1.0, b)
 
 
 def _reduce(rows, batch, order, reduction, divisor, dtype):
     """Losses a row (float64, in a plan's order) to the loss."""
-    from numbakern.cpu import rowwise
-
     losses = _by_batch(rows, batch, order)
     if reduction == "none":
-        with np.errstate(all="ignore"):
-            return losses.astype(dtype, copy=False) if batch else dtype.type(losses[()])
+        losses = _rounded(losses, dtype)
+        return losses if batch else losses[()]
     work = np.empty(32)
-    value = rowwise.total()(id(losses), losses.size, id(work)) if losses.size else 0.0
+    total = _launch().rowwise.total()
+    value = total(id(losses), losses.size, id(work)) if losses.size else 0.0
     if reduction == "mean":
         value = _divide(value, divisor)
-    with np.errstate(all="ignore"):
-        return dtype.type(value)
+    return _rounded(np.float64(value), dtype)
+
+
+def _rounded(values, dtype):
+    """float64 as the result's type, silently where that overflows."""
+    if dtype == np.float64:
+        return values
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
 
 
 def _upstream(grad_output, order, reduction):
@@ -237,12 +247,10 @@ _DTYPE = {"f4": np.dtype(np.float32), "f8": np.dtype(np.float64)}
 
 def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction):
     """Negative log-likelihood of the labels."""
-    from numbakern.cpu import launch
-
     batch, classes = arrays.batch_shape(log_probs.shape, axis), log_probs.shape[axis]
     if weight is not None:
         weight = np.ascontiguousarray(weight, _DTYPE[compute])
-    plan = launch.plan(
+    plan = _launch().plan(
         "nll",
         (),
         log_probs.shape,
@@ -254,7 +262,7 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
     )
     checked = _Labels(labels, plan.order, classes, ignore_index)
     losses = np.empty(_size(batch))
-    launch.call(
+    _launch().call(
         plan,
         log_probs,
         labels=checked.values,
@@ -268,11 +276,9 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
 
 def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, reduction, out):
     """Gradient of `nll_loss` into `out`: zero but at the labels."""
-    from numbakern.cpu import launch
-
     if weight is not None:
         weight = np.array(weight, _DTYPE[compute], ndmin=1)
-    plan = launch.plan(
+    plan = _launch().plan(
         "nll_backward",
         (),
         out.shape,
@@ -292,10 +298,10 @@ def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, 
     if reduction == "mean":
         scale = _divide(scale, checked.weight_of(weight))
     if _is_dense(out):
-        launch.clear(out)
+        _launch().clear(out)
     else:
         out[...] = 0
-    launch.call(
+    _launch().call(
         plan,
         out,
         None,
@@ -339,8 +345,6 @@ def cross_entropy(
     loss, lse
         None for what was not asked for.
     """
-    from numbakern.cpu import launch
-
     x, batch, classes = logits, arrays.batch_shape(logits.shape, axis), logits.shape[axis]
     if out is not None and out.size:
         x, labels, lse = _apart(x, out), _apart(labels, out), _apart(lse, out)
@@ -357,7 +361,7 @@ def cross_entropy(
         ("grad", out is not None),
         ("given", lse is not None),
     )
-    plan = launch.plan(
+    plan = _launch().plan(
         "cross_entropy",
         options,
         x.shape,
@@ -389,7 +393,7 @@ def cross_entropy(
     elif with_lse:
         row_lse = np.full(rows, -np.inf)
     if classes:
-        launch.call(
+        _launch().call(
             plan,
             x,
             labels if soft else None,

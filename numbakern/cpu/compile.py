@@ -37,7 +37,7 @@ def fingerprint():
     features = cpu.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, sys.version, platform.machine())
     settings = sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_CPU"))
-    for part in (*versions, cpu.get_host_cpu_name(), features, settings, "NUMBA_OPT", numba.config.OPT):
+    for part in (*versions, cpu.get_host_cpu_name(), features, settings, numba.config.OPT):
         digest.update(repr(part).encode() + b"\0")
     return digest.hexdigest()[:24]
 
@@ -45,23 +45,31 @@ def fingerprint():
 @cache
 def cache_folder():
     """Folder of this fingerprint's cache entries, or None where none can be written."""
-    home = os.environ.get("NUMBA_CACHE_DIR")
-    if home:
-        candidates = [Path(home)]
-    elif sys.platform == "win32":
-        candidates = [Path(os.environ.get("LOCALAPPDATA", tempfile.gettempdir())) / "numbakern"]
-    else:
-        user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        candidates = [Path(user) / "numbakern"]
-    for candidate in candidates:
-        folder = candidate / f"numbakern-{fingerprint()}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                return str(folder)
-        except OSError:
-            continue
-    return None
+    base = _cache_base()
+    if base is None:
+        return None
+    folder = base / f"numbakern-{fingerprint()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+    except OSError:
+        return None
+    return str(folder) if usable else None
+
+
+def _cache_base():
+    """NUMBA_CACHE_DIR, else the user's cache folder; None for a user without a home."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local) / "numbakern" if local else None
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen) / "numbakern"
+    home = os.environ.get("HOME", os.path.expanduser("~"))
+    return Path(home) / ".cache" / "numbakern" if home else None
 
 
 class _DiskCache:
@@ -80,7 +88,11 @@ class _DiskCache:
         if folder is None:
             return None
         try:
-            payload = pickle.loads((Path(folder) / self._name).read_bytes())
+            entry = (Path(folder) / self._name).read_bytes()
+            digest, content = entry[:32], entry[32:]
+            if hashlib.sha256(content).digest() != digest:
+                return None
+            payload = pickle.loads(content)
             return numba.core.compiler.CompileResult._rebuild(target_context, *payload)
         except Exception:  # absent, truncated or garbled: compile instead
             return None
@@ -93,7 +105,8 @@ class _DiskCache:
         try:
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 temporary = file.name
-                file.write(dumps(result._reduce()))
+                content = dumps(result._reduce())
+                file.write(hashlib.sha256(content).digest() + content)
             os.replace(temporary, Path(folder) / self._name)
         except OSError:  # disk full, read-only, removed meanwhile
             if temporary is not None:

@@ -13,13 +13,12 @@ from numbakern.cpu.frame import data, integer, real
 from numbakern.cpu.simd import (
     any_lane,
     convert,
-    first_lane,
     load_scalar,
-    splat,
     traced,
     where,
 )
 from numbakern.cpu.state import (
+    LANES,
     SLOT,
     each_eight,
     get,
@@ -29,6 +28,7 @@ from numbakern.cpu.state import (
     put,
     put_f64,
     put_i64,
+    put_rows,
 )
 from numbakern.cpu.vmath import (
     EXP_RANGE,
@@ -37,14 +37,15 @@ from numbakern.cpu.vmath import (
     exp_nonpositive,
     exp_scaled,
     expm1_nonpositive,
+    is_finite,
 )
 
 S_X, S_Y, S_OUT, S_M, S_K, S_REST, S_LOG_SUM = (
     SLOT[name] for name in ("x", "y", "out", "m", "k", "rest", "log_sum")
 )
-S_A, S_A_LOW, S_B, S_P0, S_P1, S_P2, S_SKIP, S_LABEL, S_LABEL_GRAD = (
-    SLOT[name]
-    for name in ("sum_a", "sum_a_low", "sum_b", "p0", "p1", "p2", "skip", "label", "label_grad")
+S_P1, S_P2, S_SKIP, S_ROW_SCALE = (SLOT[name] for name in ("p1", "p2", "skip", "row_scale"))
+S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL, S_LABEL_GRAD = (
+    SLOT[name] for name in ("label", "x_label", "w_label", "q_label", "label_grad")
 )
 
 
@@ -214,18 +215,12 @@ def _backward(walker, terms, total, value, names):
 
 def make_element(access):
     """element(address): one element as float64."""
-    form = access.format
-    return traced(lambda address: convert(first_lane(form.load_first(address, 1, 0.0)), "f8"))
+    return traced(lambda address: convert(access.format.get(address), "f8"))
 
 
 def make_put_element(walker):
     """put_element(address, value): write one element of the output, rounded once."""
-    form, elem = walker.out_access.format, walker.elem
-
-    def put_element(address, value):
-        form.store_first(address, 1, splat(value, elem, form.lanes))
-
-    return traced(put_element)
+    return traced(lambda address, value: walker.out_access.format.put(address, value))
 
 
 def make_class_weight(elem):
@@ -293,107 +288,122 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
         return where(skip != 0.0, 0.0, g)
 
-    x_element = make_element(walker.x_access)
+    advance, begin = walker.advance, walker.begin
+    classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
+    out_step, ignored = integer("out_class"), integer("ignore_index")
+    labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
+    row_lse, row_loss = data("row_lse"), data("row_loss")
+    scale_of, keep_of, spread_of = real("scale"), real("keep"), real("spread")
+    weight_sum = real("weight_sum")
+    x_element, class_weight = make_element(walker.x_access), make_class_weight(elem)
     y_element = make_element(walker.y_access) if soft else None
     put_element = make_put_element(walker) if grad else None
-    class_weight = make_class_weight(elem)
-    exp_of, expm1_of = traced(exp_nonpositive), traced(expm1_nonpositive)
-
-    advance, begin = walker.advance, walker.begin
-    classes, x_step, out_step = integer("classes"), integer("x_class"), integer("out_class")
-    y_step = integer("y_class")
-    labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
-    row_scale, row_lse, row_loss = data("row_scale"), data("row_lse"), data("row_loss")
-    common_scale, keep_of, spread_of = real("scale"), real("keep"), real("spread")
-    weight_sum = real("weight_sum")
     find = make_find(walker.x_access)
 
     @device
     def prepare(frame, state, p, count):
-        """Labels and the parameters of the sums; rows to skip."""
+        """Each row's label, what is there, and whether to skip the row; its log-sum-exp if given."""
+        step, ignore, targets = x_step(frame), ignored(frame), labels(frame)
+        keep, spread, lse, scales = keep_of(frame), spread_of(frame), row_lse(frame), row_scale(frame)
         for i in range(count):
-            t = -1 if soft else get_i64(labels(frame) + 8 * (p + i))
-            skip = not soft and t == ignored(frame)
-            put_i64(state + S_LABEL + 8 * i, -1 if skip else t)
-            put_f64(state + S_SKIP + 8 * i, 1.0 if skip else 0.0)
-            put_f64(state + S_P1 + 8 * i, keep_of(frame))
-            put_f64(state + S_P2 + 8 * i, spread_of(frame))
+            at, t = state + 8 * i, -1
+            skip = x = 0.0
+            w = 1.0
+            if not soft:
+                t = get_i64(targets + 8 * (p + i))
+                if t == ignore:
+                    t = -1
+                    skip = 1.0
+                else:
+                    x = x_element(get_i64(at + S_X) + t * step)
+                    if weighted:
+                        w = class_weight(weights(frame), t)
+            put_i64(at + S_LABEL, t)
+            put_f64(at + S_SKIP, skip)
+            put_f64(at + S_X_LABEL, x)
+            put_f64(at + S_W_LABEL, w)
+            if summed:
+                put_f64(at + S_P1, keep)
+                put_f64(at + S_P2, spread)
             if given:
-                put_f64(state + S_M + 8 * i, get_f64(row_lse(frame) + 8 * (p + i)))
+                put_f64(at + S_M, get_f64(lse + 8 * (p + i)))
+            if grad:
+                put_f64(at + S_ROW_SCALE, 1.0 if scales == 0 else get_f64(scales + 8 * (p + i)))
 
     @device
-    def margin(state, i, x):
-        """x − lse of an element, and the share of all other elements, 1 − exp(x − lse)."""
-        m = get_f64(state + S_M + 8 * i)
-        if given:
-            d = math.nan if math.isinf(m) else x - m
-            return d, -expm1_of(0.0 if d > 0.0 else d)
-        k, rest = get_f64(state + S_K + 8 * i), get_f64(state + S_REST + 8 * i)
-        others = k - 1.0 + rest if x == m else k + rest - exp_of(x - m)
-        return (x - m) - get_f64(state + S_LOG_SUM + 8 * i), others / (k + rest)
+    def find_peaks(frame, state, count):
+        """Of probabilities, the class with more than half of the mass takes the label's part."""
+        n, step = classes(frame), x_step(frame)
+        for i in range(count):
+            at = state + 8 * i
+            m, x0, t = get_f64(at + S_M), get_i64(at + S_X), -1
+            if given:
+                t = find(x0, step, n, m - LN_2)
+            elif get_f64(at + S_K) == 1.0 and get_f64(at + S_REST) < 1.0:
+                t = find(x0, step, n, m)
+            put_i64(at + S_LABEL, t)
+            if t >= 0:
+                q = y_element(get_i64(at + S_Y) + t * y_step(frame)) * keep_of(frame)
+                q += spread_of(frame)
+                if weighted:
+                    q *= class_weight(weights(frame), t)
+                put_f64(at + S_Q_LABEL, q)
+                put_f64(at + S_X_LABEL, x_element(x0 + t * step))
 
-    @device
-    def peak(state, i, x0, step, n):
-        """The class with more than half of the probability; −1 if there is none."""
-        m = get_f64(state + S_M + 8 * i)
+    def margin(state):
+        """log p at the label, and 1 − p there as the share of all other classes."""
+        m, x = get(state, "m"), get(state, "x_label")
         if given:
-            return find(x0, step, n, m - LN_2)
-        if get_f64(state + S_K + 8 * i) == 1.0 and get_f64(state + S_REST + 8 * i) < 1.0:
-            return find(x0, step, n, m)
-        return -1
+            d = where(is_finite(m) | (m != m), x - m, math.nan)
+            return d, -expm1_nonpositive(where(d > 0.0, 0.0, d))
+        k, rest, log_sum = (get(state, name) for name in ("k", "rest", "log_sum"))
+        others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - m))
+        return (x - m) - log_sum, where(log_sum == log_sum, others / (k + rest), math.nan)
+
+
+    @traced
+    def settle_eight(state, i, count, losses, scale, keep, spread, weight_sum):
+        """Losses and the parameters of the gradient of eight rows."""
+        log_p, others = margin(state)
+        value = 0.0  # Σ of the targets times −log p
+        if summed:
+            value = get(state, "sum_a") + get(state, "sum_a_low")
+        if soft:
+            total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
+        else:
+            w = get(state, "w_label")
+            total, q = w * keep + spread * weight_sum, w * (keep + spread)
+            value = value - w * keep * log_p
+        if loss:
+            put_rows(losses, i, count, where(get(state, "skip") != 0.0, 0.0, value))
+        if grad:
+            scale = get(state, "row_scale") * scale
+            # p − q cancels at a confident label; 1 − p is known as the share of the others
+            label_grad = scale * ((total - q) - total * others)
+            put(state, p0=scale * total, p1=scale * keep, p2=scale * spread, label_grad=label_grad)
+
+    @traced
+    def put_lse(state, i, count, values):
+        m, log_sum = get(state, "m"), get(state, "log_sum")
+        put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
 
     @device
     def settle(frame, state, p, count):
-        """Losses, and the parameters of the gradient."""
-        n, step = classes(frame), x_step(frame)
-        keep, spread = keep_of(frame), spread_of(frame)
-        for i in range(count):
-            if not given and row_lse(frame) != 0:
-                m, log_sum = get_f64(state + S_M + 8 * i), get_f64(state + S_LOG_SUM + 8 * i)
-                put_f64(row_lse(frame) + 8 * (p + i), log_sum_exp(m, log_sum))
-            if get_f64(state + S_SKIP + 8 * i) != 0.0:
-                if loss:
-                    put_f64(row_loss(frame) + 8 * (p + i), 0.0)
-                continue
-            x0, t = get_i64(state + S_X + 8 * i), get_i64(state + S_LABEL + 8 * i)
-            value = total = others = q = 0.0  # of −log p: Σ of its targets, the label's target
-            if summed:
-                value = get_f64(state + S_A + 8 * i) + get_f64(state + S_A_LOW + 8 * i)
-                total = get_f64(state + S_B + 8 * i)
-            if soft and grad:
-                t = peak(state, i, x0, step, n)
-                put_i64(state + S_LABEL + 8 * i, t)
-            if t >= 0:
-                w = 1.0
-                if weighted:
-                    w = class_weight(weights(frame), t)
-                log_p, others = margin(state, i, x_element(x0 + t * step))
-                if soft:
-                    y = y_element(get_i64(state + S_Y + 8 * i) + t * y_step(frame))
-                    q = (y * keep + spread) * w
-                else:
-                    q = (keep + spread) * w
-                    total = keep * w + spread * weight_sum(frame)
-                    value -= keep * w * log_p
-            if loss:
-                put_f64(row_loss(frame) + 8 * (p + i), value)
-            if grad:
-                scale = common_scale(frame)
-                if row_scale(frame) != 0:
-                    scale *= get_f64(row_scale(frame) + 8 * (p + i))
-                put_f64(state + S_P0 + 8 * i, scale * total)
-                put_f64(state + S_P1 + 8 * i, scale * keep)
-                put_f64(state + S_P2 + 8 * i, scale * spread)
-                # p − q cancels at a confident label; 1 − p is known as the share of the others
-                put_f64(state + S_LABEL_GRAD + 8 * i, scale * ((total - q) - total * others))
+        scale, keep, spread = scale_of(frame), keep_of(frame), spread_of(frame)
+        total, losses, lse = weight_sum(frame), row_loss(frame) + 8 * p, row_lse(frame)
+        for i in range(0, count, LANES):
+            if not given and lse != 0:
+                put_lse(state + 8 * i, i, count, lse + 8 * p)
+            settle_eight(state + 8 * i, i, count, losses, scale, keep, spread, total)
 
     @device
     def fix_labels(frame, state, count):
         """Overwrite the gradient where it is known better than the map knows it."""
+        step = out_step(frame)
         for i in range(count):
             t = get_i64(state + S_LABEL + 8 * i)
             if t >= 0:
-                out = get_i64(state + S_OUT + 8 * i) + t * out_step(frame)
+                out = get_i64(state + S_OUT + 8 * i) + t * step
                 put_element(out, get_f64(state + S_LABEL_GRAD + 8 * i))
 
     reduce = add = sweep = normalise = None
@@ -416,6 +426,8 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 reduce(frame, state, count)
             if summed:
                 add(frame, state, count)
+            if soft and grad:
+                find_peaks(frame, state, count)
             settle(frame, state, p, count)
             if grad:
                 normalise(state, count)

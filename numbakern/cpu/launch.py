@@ -18,7 +18,7 @@ from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows
 from numbakern.cpu.simd import Format, vector_lanes
 
-FEW_CLASSES = 64
+FEW_CLASSES = 240
 """Contiguous rows up to this length are taken a vector of rows at a time."""
 
 
@@ -90,11 +90,9 @@ def plan(
     inner = columns = items = rows
     scratch, work = state.SIZE, rows * (_PER_ROW.get(operation) or classes)
     if layout not in _ROW_LAYOUTS:
-        inputs, columns = 1 + (y_dtype is not None), vector_lanes(elem)
-        if layout == tiles.COLUMNS:
-            inner = sizes[-1]
-            width = tiles.columns_for(elem, classes, inputs)
-            columns = min(width, -(-inner // columns) * columns)
+        inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)
+        inner = sizes[-1] if layout == tiles.COLUMNS else rows
+        columns = min(tiles.columns_for(elem, classes, inputs), -(-inner // lanes) * lanes)
         items = (rows // inner) * -(-inner // columns) if rows else 0
         scratch = tiles.scratch_size(elem, classes, columns, inputs)
 
@@ -188,10 +186,16 @@ def call(
     weight_sum=0.0,
 ):
     """Run a plan's kernel on arrays; the arguments are those of `frame`."""
-    arrays = (x, y, out, labels, weight, row_scale, row_lse, row_loss)
     slots = (
         *plan.slots,
-        *[0 if a is None else id(a) for a in arrays],
+        id(x),
+        0 if y is None else id(y),
+        0 if out is None else id(out),
+        0 if labels is None else id(labels),
+        0 if weight is None else id(weight),
+        0 if row_scale is None else id(row_scale),
+        0 if row_lse is None else id(row_lse),
+        0 if row_loss is None else id(row_loss),
         ignore_index,
         scale,
         keep,

@@ -332,14 +332,17 @@ def add_exponent(p, t):
 
 
 def split_exponent(y):
-    """(n, f) with y = 2**n · f and f in [√½, √2), for positive normal float64."""
+    """(n, 2**−n, f) with y = 2**n · f and f in [√½, √2), for positive normal float64."""
     b, one, low = y.builder, 0x3FF0000000000000, 0x3FE6A09E667F3BCD  # the bits of 1 and of √½
     bits = b.bitcast(y.value, y.llvm("i8"))
     shifted = b.add(bits, y.constant(one - low, "i8"))
-    n = b.sub(b.lshr(shifted, y.constant(52, "i8")), y.constant(1023, "i8"))
+    biased = b.lshr(shifted, y.constant(52, "i8"))
+    n = b.sub(biased, y.constant(1023, "i8"))
+    inverse = b.shl(b.sub(y.constant(2046, "i8"), biased), y.constant(52, "i8"))
     mantissa = b.and_(shifted, y.constant((1 << 52) - 1, "i8"))
     f = b.bitcast(b.add(mantissa, y.constant(low, "i8")), y.llvm())
-    return y.like(b.sitofp(b.trunc(n, y.llvm("i4")), y.llvm())), y.like(f)
+    n = b.sitofp(b.trunc(n, y.llvm("i4")), y.llvm())
+    return y.like(n), y.like(b.bitcast(inverse, y.llvm())), y.like(f)
 
 
 # ---------------------------------------------------------------- across lanes
@@ -540,6 +543,21 @@ class Format:
     def store_first(self, address, count, v):
         """Write the first `count` lanes only."""
         self._masked_store(_at(address, _i8), count, v, "masked.store")
+
+    def get(self, address):
+        """One element, as a scalar of `elem`."""
+        b = address.builder
+        value = b.load(_at(address, self._memory.element), typ=self._memory.element)
+        value.align = 1
+        some = b.insert_element(ir.Constant(self._memory, ir.Undefined), value, _i32(0))
+        return first_lane(self._decode(b, some))
+
+    def put(self, address, scalar):
+        """Write one element."""
+        b = address.builder
+        value = self._encode(splat(scalar, self.elem, self.lanes))
+        value = b.extract_element(value, _i32(0))
+        b.store(value, _at(address, self._memory.element)).align = 1
 
     # -- elements apart from each other
 

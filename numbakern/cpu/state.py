@@ -7,10 +7,18 @@ runs on vectors of rows: its latency is paid once a batch.
 
 
 from numbakern.cpu.compile import device
-from numbakern.cpu.simd import load_scalar, load_vector, store_scalar, store_vector, traced, where
+from numbakern.cpu.simd import (
+    Format,
+    load_scalar,
+    load_vector,
+    store_scalar,
+    store_vector,
+    traced,
+    where,
+)
 from numbakern.cpu.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
 
-MAX_ROWS = 256
+MAX_ROWS = 128
 """Rows of the largest batch."""
 LANES = 8
 """Rows that are finished at once."""
@@ -20,8 +28,10 @@ _NAMES = (
     "log_sum",  # log(k + rest), NaN where there is no softmax
     "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
     "block_m", "base", "magic", "floor", "factor",
-    "scale", "p0", "p1", "p2", "skip",  # parameters of a map
-    "label", "label_grad",  # class whose gradient is known better than the map knows it; −1: none
+    "scale", "p0", "p1", "p2", "skip", "row_scale",  # parameters of a map
+    "label",  # class whose gradient is known better than the map knows it; −1: none
+    "x_label", "w_label", "q_label",  # there: logit, class weight, target
+    "label_grad",  # and what the gradient is
 )  # fmt: skip
 _PITCH = 8 * MAX_ROWS + 64  # no power of two: slots of one row fall into different cache sets
 SLOT = {name: _PITCH * i for i, name in enumerate(_NAMES)}
@@ -61,6 +71,14 @@ def put(state, **values):
     """Set slots of eight rows, inside a traced function."""
     for name, value in values.items():
         store_vector(state + SLOT[name], value)
+
+
+_f8 = Format("f8", "f8")
+
+
+def put_rows(address, i, count, value):
+    """Write eight rows' values to a float64 array with a value a row. Traced."""
+    _f8.store_first(address + 8 * i, count - i, value)
 
 
 def each_eight(function):

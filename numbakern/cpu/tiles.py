@@ -16,6 +16,7 @@ from numbakern.cpu.simd import (
     convert,
     load_scalar,
     load_vector,
+    prefetch,
     splat,
     store_vector,
     traced,
@@ -39,7 +40,8 @@ from numbakern.cpu.state import (
 from numbakern.cpu.vmath import two_sum
 
 _WORK = SIZE  # lane sums of a column: two terms, 16 lanes, 16 float64 at most
-_TILE = _WORK + 2 * 16 * 128
+_PARAMS = _WORK + 2 * 16 * 128  # parameters of a map, in the type computed in
+_TILE = _PARAMS + 8 * 8 * MAX_ROWS
 _SIZES = {"f4": 4, "f8": 8}
 
 COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
@@ -114,25 +116,25 @@ class Tiles:
         def begin(frame, state, p, count):
             """Set the addresses of rows p … p + count − 1; behind them, of row p again."""
             shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
-            x, y, out = row_offsets(shape, p, x_row(frame), y_row(frame), out_row(frame))
-            x, y, out = x + x0, y + y0, out + out0
-            if adjacent:
+            dx, dy, dout = x_row(frame), y_row(frame), out_row(frame)
+            if adjacent or shape == 0:
+                x, y, out = row_offsets(shape, p, dx, dy, dout)
+                if adjacent:
+                    dx, dy, dout = x_size, y_size, out_size
                 for i in range(count):
-                    put_i64(state + s_x + 8 * i, x + i * x_size)
-                    put_i64(state + s_y + 8 * i, y + i * y_size)
-                    put_i64(state + s_out + 8 * i, out + i * out_size)
+                    put_i64(state + s_x + 8 * i, x0 + x + i * dx)
+                    put_i64(state + s_y + 8 * i, y0 + y + i * dy)
+                    put_i64(state + s_out + 8 * i, out0 + out + i * dout)
             else:
-                for i in range(lanes):
-                    put_i64(state + s_x + 8 * i, x)
-                    put_i64(state + s_y + 8 * i, y)
-                    put_i64(state + s_out + 8 * i, out)
-                for i in range(1, count):
-                    x, y, out = row_offsets(
-                        shape, p + i, x_row(frame), y_row(frame), out_row(frame)
-                    )
+                for i in range(count):
+                    x, y, out = row_offsets(shape, p + i, dx, dy, dout)
                     put_i64(state + s_x + 8 * i, x0 + x)
                     put_i64(state + s_y + 8 * i, y0 + y)
                     put_i64(state + s_out + 8 * i, out0 + out)
+            for i in range(count, (count + lanes - 1) // lanes * lanes):
+                put_i64(state + s_x + 8 * i, get_i64(state + s_x))
+                put_i64(state + s_y + 8 * i, get_i64(state + s_y))
+                put_i64(state + s_out + 8 * i, get_i64(state + s_out))
 
         self.advance, self.begin = advance, begin
 
@@ -165,14 +167,15 @@ class Tiles:
     def _packer(self, access, name):
         """pack(state, tile, pitch, count, j0, n, step) for one input."""
         form, lanes, slot = access.format, self._lanes, SLOT[name]
-        width = lanes * self._size
+        size, width = self._size, lanes * self._size
 
         if self.layout == COLUMNS:
-            form_bytes = form.size * lanes
+            form_size, form_bytes = form.size, form.size * lanes
 
             @traced
-            def whole(tile, address):
+            def whole(tile, address, ahead):
                 store_vector(tile, form.load(address))
+                prefetch(address + ahead)
 
             @traced
             def part(tile, address, count):
@@ -180,12 +183,12 @@ class Tiles:
 
             @device
             def pack(state, tile, pitch, count, j0, n, step):
-                first = get_i64(state + slot)
+                first, ahead = get_i64(state + slot), count * form_size
                 for j in range(n):
                     address, target = first + (j0 + j) * step, tile + j * pitch
                     c = 0
                     while c + lanes <= count:
-                        whole(target, address)
+                        whole(target, address, ahead)  # the next tile's line
                         address += form_bytes
                         target += width
                         c += lanes
@@ -194,25 +197,31 @@ class Tiles:
 
         elif self.layout == ROWS:
 
-            def block(state, tile, j0, j, n, whole):
+            def block(state, tile, pitch, j0, j, n, whole):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
                     rows.append(form.load(address) if whole else form.load_first(address, n - j, 0.0))
                 for r, column in enumerate(transpose(rows)):
-                    store_vector(tile + j * width + r * width, column)
+                    store_vector(tile + (j + r) * pitch, column)
 
-            whole = traced(lambda state, tile, j0, j, n: block(state, tile, j0, j, n, True))
-            part = traced(lambda state, tile, j0, j, n: block(state, tile, j0, j, n, False))
+            @traced
+            def whole(state, tile, pitch, j0, j, n):
+                block(state, tile, pitch, j0, j, n, True)
+
+            @traced
+            def part(state, tile, pitch, j0, j, n):
+                block(state, tile, pitch, j0, j, n, False)
 
             @device
             def pack(state, tile, pitch, count, j0, n, step):
-                j = 0
-                while j + lanes <= n:
-                    whole(state, tile, j0, j, n)
-                    j += lanes
-                if j < n:
-                    part(state, tile, j0, j, n)
+                for c in range(0, count, lanes):
+                    j = 0
+                    while j + lanes <= n:
+                        whole(state + 8 * c, tile + c * size, pitch, j0, j, n)
+                        j += lanes
+                    if j < n:
+                        part(state + 8 * c, tile + c * size, pitch, j0, j, n)
 
         else:
 
@@ -223,7 +232,9 @@ class Tiles:
             @device
             def pack(state, tile, pitch, count, j0, n, step):
                 for j in range(n):
-                    single(state, tile + j * pitch, (j0 + j) * step, count)
+                    for c in range(0, count, lanes):
+                        target = tile + j * pitch + c * size
+                        single(state + 8 * c, target, (j0 + j) * step, count - c)
 
         return pack
 
@@ -254,8 +265,11 @@ class Tiles:
 
         return inputs
 
-    def _make_column_sums(self, terms, elem):
-        """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64."""
+    def _make_column_sums(self, terms, elem, counts):
+        """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64.
+
+        `counts` tells that the second term is a count, exact in any order.
+        """
         inputs, lanes = self._inputs_at(), self._lanes
         group = 4 * lanes * STEPS
         line = lanes * _SIZES[elem]
@@ -287,17 +301,20 @@ class Tiles:
         @traced
         def put(work, a, b):
             store_vector(work, a)
-            store_vector(work + other, b)
+            if not counts:
+                store_vector(work + other, b)
 
         @traced
         def fold(work, far):
-            for at in (work, work + other):
+            for at in (work,) if counts else (work, work + other):
                 store_vector(at, load_vector(at, elem, lanes) + load_vector(at + far, elem, lanes))
 
         @traced
-        def close(a, a_low, b, work):
+        def close(a, a_low, b, work, group_b):
             a, e = two_sum(a, convert(load_vector(work, elem, lanes), "f8"))
-            return a, a_low + e, b + convert(load_vector(work + other, elem, lanes), "f8")
+            if not counts:
+                group_b = load_vector(work + other, elem, lanes)
+            return a, a_low + e, b + convert(group_b, "f8")
 
         @device
         def sums(operands, n, params, work):
@@ -306,8 +323,11 @@ class Tiles:
             while g < n:
                 end = min(g + group, n)
                 live = min(lanes, end - g)
+                group_b = zero(n)
                 for lane in range(live):
-                    group_a = group_b = zero(n)
+                    group_a = zero(n)
+                    if not counts:
+                        group_b = zero(n)
                     j = g + lane
                     while j + 3 * lanes < end:
                         group_a, group_b = four(group_a, group_b, operands, j, params)
@@ -327,7 +347,7 @@ class Tiles:
                     for lane in range(min(half, live - half)):
                         fold(work + lane * line, half * line)
                     half //= 2
-                a, a_low, b = close(a, a_low, b, work)
+                a, a_low, b = close(a, a_low, b, work, group_b)
                 g += group
             return a, a_low, b
 
@@ -373,7 +393,7 @@ class Tiles:
     def softmax(self, rest_and_count):
         """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile."""
         column_max, put_sums = self._make_column_max(), self._make_put_sums()
-        sums = self._make_column_sums(rest_and_count, self.elem)
+        sums = self._make_column_sums(rest_and_count, self.elem, counts=True)
         params = self._params(("block_m", "base", "magic", "floor"), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
         tiles, pack, classes = self._tiles, self._pack, integer("classes")
@@ -406,7 +426,8 @@ class Tiles:
     def sums(self, terms, elem, names):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row, with
         the parameters in these slots, into sum_a, sum_a_low and sum_b; packs the tile."""
-        sums, put_sums = self._make_column_sums(terms, elem), self._make_put_sums()
+        put_sums = self._make_put_sums()
+        sums = self._make_column_sums(terms, elem, counts=False)
         params, tiles, pack = self._params(names, elem), self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
@@ -441,103 +462,138 @@ class Tiles:
     def map(self, value, names, packed=True):
         """sweep(frame, state, count): out = value(x, y, w, params) with the parameters in these
         slots. `packed` tells that a reduction has left a tile of a single block in scratch."""
-        params, tiles, pack = self._params(names, self.elem), self._tiles, self._pack
+        tiles, pack = self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         out_step, flags = integer("out_class"), integer("flags")
-        block, lanes, size = BLOCK[self.elem], self._lanes, self._size
-        unpack = self._unpacker(value)
+        block, size = BLOCK[self.elem], self._size
+        narrow, unpack = self._narrower(names), self._unpacker(value, len(names))
 
         @device
         def sweep(frame, state, count):
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             x, y, pitch = tiles(frame, state)
+            narrow(state, count)
             j = 0
             while j < n:
                 length = min(n - j, block)
                 if not packed or n > block:
                     pack(frame, state, count, j, length)
-                for c in range(0, count, lanes):
-                    operands = (x + c * size, y + c * size, weight(frame) + j * size, pitch)
-                    unpack(state, operands, c, count - c, j, length, step, stream, params(state, c))
+                operands = (x, y, weight(frame) + j * size, pitch)
+                unpack(state, operands, count, j, length, step, stream)
                 j += block
 
         return sweep
 
-    def _unpacker(self, value):
-        """unpack(state, operands, c, count, j0, n, step, stream, params) of a vector of columns."""
-        inputs, lanes, form, slot = self._inputs_at(), self._lanes, self.out_access.format, SLOT["out"]
+    def _narrower(self, names):
+        """narrow(state, count): the slots' values in the type computed in, for `_map_params`."""
+        lanes, elem, pitch = self._lanes, self.elem, MAX_ROWS * self._size
 
-        def at(operands, j, params):
-            return value(*inputs(operands, j), params)
+        @traced
+        def eight(state, at):
+            for i, name in enumerate(names):
+                v = convert(load_vector(state + SLOT[name], "f8", lanes), elem)
+                store_vector(at + i * pitch, v)
+
+        size = self._size
+
+        @device
+        def narrow(state, count):
+            for c in range(0, count, lanes):
+                eight(state + 8 * c, state + _PARAMS + c * size)
+
+        return narrow
+
+    def _map_params(self, state, c, count):
+        """What `_narrower` left for the columns from c on. Inside traced functions."""
+        pitch, at = MAX_ROWS * self._size, state + _PARAMS + c * self._size
+        return tuple(load_vector(at + i * pitch, self.elem, self._lanes) for i in range(count))
+
+    def _unpacker(self, value, count_of_params):
+        """unpack(state, operands, count, j0, n, step, stream)."""
+        inputs, lanes, form, slot = self._inputs_at(), self._lanes, self.out_access.format, SLOT["out"]
+        size = self._size
+
+        def at(state, operands, c, j):
+            """The result for class j and the columns from c on."""
+            x, y, w, pitch = operands
+            here = (x + c * size, y + c * size, w, pitch)
+            return value(*inputs(here, j), self._map_params(state, c, count_of_params))
 
         if self.layout == COLUMNS:
             line = form.size * lanes
 
             @traced
-            def whole(operands, j, params, out):
-                form.store(out, at(operands, j, params))
+            def whole(state, operands, c, j, out):
+                form.store(out, at(state, operands, c, j))
 
             @traced
-            def streaming(operands, j, params, out):
-                form.stream(out, at(operands, j, params))
+            def streaming(state, operands, c, j, out):
+                form.stream(out, at(state, operands, c, j))
 
             @traced
-            def part(operands, j, params, out, count):
-                form.store_first(out, count, at(operands, j, params))
+            def part(state, operands, c, j, out, count):
+                form.store_first(out, count, at(state, operands, c, j))
 
             @device
-            def unpack(state, operands, c, count, j0, n, step, stream, params):
-                out = get_i64(state + slot + 8 * c) + j0 * step
-                if count < lanes:
-                    for j in range(n):
-                        part(operands, j, params, out + j * step, count)
-                elif stream and out % line == 0 and step % line == 0:
-                    for j in range(n):
-                        streaming(operands, j, params, out + j * step)
-                else:
-                    for j in range(n):
-                        whole(operands, j, params, out + j * step)
+            def unpack(state, operands, count, j0, n, step, stream):
+                first = get_i64(state + slot) + j0 * step
+                stream = stream and first % line == 0 and step % line == 0
+                for j in range(n):
+                    out, c = first + j * step, 0
+                    if stream:
+                        while c + lanes <= count:
+                            streaming(state, operands, c, j, out)
+                            out += line
+                            c += lanes
+                    while c + lanes <= count:
+                        whole(state, operands, c, j, out)
+                        out += line
+                        c += lanes
+                    if c < count:
+                        part(state, operands, c, j, out, count - c)
 
         elif self.layout == ROWS:
 
-            def block(state, operands, j0, j, n, count, params, whole):
-                columns = [at(operands, j + i, params) for i in range(lanes)]
+            def block(state, operands, c, j0, j, n, count, whole):
+                columns = [at(state, operands, c, j + i) for i in range(lanes)]
                 for r, row in enumerate(transpose(columns)):
-                    out = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
+                    out = load_scalar(state + (slot + 8 * r) + c * 8, "i8") + (j0 + j) * form.size
                     if whole:
                         form.store(out, row)
                     else:
-                        inside = (count - r) > 0
-                        form.store_first(out, where(inside, n - j, 0), row)
+                        form.store_first(out, where((count - r) > 0, n - j, 0), row)
 
             @traced
-            def whole(state, operands, j0, j, n, count, params):
-                block(state, operands, j0, j, n, count, params, True)
+            def whole(state, operands, c, j0, j, n, count):
+                block(state, operands, c, j0, j, n, count, True)
 
             @traced
-            def part(state, operands, j0, j, n, count, params):
-                block(state, operands, j0, j, n, count, params, False)
+            def part(state, operands, c, j0, j, n, count):
+                block(state, operands, c, j0, j, n, count, False)
 
             @device
-            def unpack(state, operands, c, count, j0, n, step, stream, params):
-                j = 0
-                if count >= lanes:
-                    while j + lanes <= n:
-                        whole(state, operands, j0, j, n, count, params)
+            def unpack(state, operands, count, j0, n, step, stream):
+                for c in range(0, count, lanes):
+                    j = 0
+                    if count - c >= lanes:
+                        while j + lanes <= n:
+                            whole(state, operands, c, j0, j, n, count - c)
+                            j += lanes
+                    while j < n:
+                        part(state, operands, c, j0, j, n, count - c)
                         j += lanes
-                while j < n:
-                    part(state, operands, j0, j, n, count, params)
-                    j += lanes
 
         else:
 
             @traced
-            def single(state, operands, j, params, offset, count):
-                form.scatter_at(state + slot, offset, count, at(operands, j, params))
+            def single(state, operands, c, j, offset, count):
+                v = at(state, operands, c, j)
+                form.scatter_at(state + slot + c * 8, offset, count, v)
 
             @device
-            def unpack(state, operands, c, count, j0, n, step, stream, params):
+            def unpack(state, operands, count, j0, n, step, stream):
                 for j in range(n):
-                    single(state, operands, j, params, (j0 + j) * step, count)
+                    for c in range(0, count, lanes):
+                        single(state, operands, c, j, (j0 + j) * step, count - c)
 
         return unpack

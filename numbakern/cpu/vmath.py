@@ -168,14 +168,15 @@ def centre(ref, elem):
 def log_sum(k, r, elem):
     """log(k + r) for a count k ≥ 1 and the rest r ≥ 0 of a row's sum; float64.
 
-    The log1p form: log k + log1p(r / k) = log y + log1p(c / y) with y = fl(k + r) and c what y
-    rounds away, so that a row whose rest is far below 1 keeps every bit of it.
+    The log1p form: log k + log1p(r / k) = log(y + c) with y = fl(k + r) = 2**n·f and c what y
+    rounds away, taken as n·log 2 + log1p((f − 1) + c / 2**n): a row whose rest is far below 1
+    keeps every bit of it.
     """
     y, c = two_sum(k, r)
-    n, f = split_exponent(y)
-    g = f - 1.0
+    n, inverse, f = split_exponent(y)
+    g = (f - 1.0) + c * inverse
     s = g / (g + 2.0)
     w = s * s
     half = 0.5 * g * g
-    tail = s * (half + w * polynomial(_LOG[elem], w)) + (n * LN_2_LOW + c / y)
+    tail = s * (half + w * polynomial(_LOG[elem], w)) + n * LN_2_LOW
     return n * LN_2_HIGH + (g - (half - tail))
