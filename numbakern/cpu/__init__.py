@@ -149,16 +149,12 @@ def logsumexp(x, axes, compute, dtype):
         return np.full(batch, -np.inf, dtype)
     x, axis = _one_axis(x, axes)
     plan = _launch().plan("logsumexp", (), x.shape, axis, compute, x.dtype, x.strides)
-    lse = np.empty(_size(batch))
+    lse = np.empty(math.prod(batch))
     _launch().call(plan, x, row_lse=lse)
     return _rounded(_by_batch(lse, batch, plan.order), dtype)
 
 
 # ---------------------------------------------------------------- one value a row
-
-
-def _size(shape):
-    return int(np.prod(shape, dtype=object))
 
 
 def _by_row(array, order, dtype):
@@ -215,15 +211,16 @@ def _divide(a, b):
 
 def _reduce(rows, batch, order, reduction, divisor, dtype):
     """Losses a row (float64, in a plan's order) to the loss."""
-    losses = _by_batch(rows, batch, order)
     if reduction == "none":
-        losses = _rounded(losses, dtype)
+        losses = _rounded(_by_batch(rows, batch, order), dtype)
         return losses if batch else losses[()]
+    losses = rows if order is None else _by_batch(rows, batch, order)
     work = np.empty(32)
-    total = _launch().rowwise.total()
-    value = total(id(losses), losses.size, id(work)) if losses.size else 0.0
+    value = _launch().rowwise.total()(id(losses), losses.size, id(work)) if losses.size else 0.0
     if reduction == "mean":
         value = _divide(value, divisor)
+    if abs(value) < _SAFE:  # the common case, without an error state
+        return dtype.type(value)
     return _rounded(np.float64(value), dtype)
 
 
@@ -233,6 +230,9 @@ def _rounded(values, dtype):
         return values
     with np.errstate(over="ignore"):
         return values.astype(dtype)
+
+
+_SAFE = float(np.finfo(np.float32).max) / 2
 
 
 def _upstream(grad_output, order, reduction):
@@ -261,7 +261,7 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
         weighted=weight is not None,
     )
     checked = _Labels(labels, plan.order, classes, ignore_index)
-    losses = np.empty(_size(batch))
+    losses = np.empty(math.prod(batch))
     _launch().call(
         plan,
         log_probs,
@@ -375,7 +375,7 @@ def cross_entropy(
         None if out is None else out.strides,
         weight is not None,
     )
-    rows = _size(batch)
+    rows = math.prod(batch)
     checked, divisor = None, float(rows)
     if not soft:
         checked = _Labels(labels, plan.order, classes, ignore_index)

@@ -20,6 +20,7 @@ SHAPE_SLOTS = (  # what follows from shapes and strides alone
     "geometry",  # int64 array for a batch of several axes (see `launch`), else 0
     "inner",  # length of the batch axis that tiles run along
     "columns",  # rows in a tile at most
+    "panel",  # rows that are packed at once, for several tiles
     "flags",  # bit 0: non-temporal stores
 )  # fmt: skip
 ARRAY_SLOTS = (  # NumPy arrays, 0 where there is none

@@ -104,10 +104,11 @@ def log_softmax(walker):
 
     reduce = walker.softmax(rest_and_count)
     sweep = walker.map(value, ("m", "log_sum"))
-    advance, begin = walker.advance, walker.begin
+    start, advance, begin = walker.start, walker.advance, walker.begin
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -127,10 +128,11 @@ def softmax(walker):
     reduce = walker.softmax(rest_and_count)
     normalise = make_normalise(walker.elem)
     sweep = walker.map(value, PROBABILITY)
-    advance, begin = walker.advance, walker.begin
+    start, advance, begin = walker.start, walker.advance, walker.begin
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -144,10 +146,12 @@ def softmax(walker):
 def logsumexp(walker):
     """row_lse = log Σ exp(x)."""
     reduce = walker.softmax(rest_and_count)
-    advance, begin, row_lse = walker.advance, walker.begin, data("row_lse")
+    start, advance, begin = walker.start, walker.advance, walker.begin
+    row_lse = data("row_lse")
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -199,10 +203,11 @@ def softmax_backward(walker):
 
 def _backward(walker, terms, total, value, names):
     reduce, sweep = walker.sums(terms, "f8", ()), walker.map(value, names)
-    advance, begin = walker.advance, walker.begin
+    start, advance, begin = walker.start, walker.advance, walker.begin
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -288,7 +293,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
         return where(skip != 0.0, 0.0, g)
 
-    advance, begin = walker.advance, walker.begin
+    start, advance, begin = walker.start, walker.advance, walker.begin
     classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
     out_step, ignored = integer("out_class"), integer("ignore_index")
     labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
@@ -418,6 +423,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -441,12 +447,14 @@ def nll(walker):
     """row_loss = −weight[t]·x[t], 0 for an ignored label t."""
     access, weighted, elem = walker.x_access, walker.weighted, walker.elem
     x_element, class_weight = make_element(access), make_class_weight(elem)
-    advance, begin, x_step = walker.advance, walker.begin, integer("x_class")
+    start, advance, begin = walker.start, walker.advance, walker.begin
+    x_step = integer("x_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
     row_loss = data("row_loss")
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)
@@ -466,12 +474,14 @@ def nll_backward(walker):
     """out[t] = −weight[t]·scale for a label t that is not ignored; the rest is not touched."""
     weighted, elem = walker.weighted, walker.elem
     put_element, class_weight = make_put_element(walker), make_class_weight(elem)
-    advance, begin, out_step = walker.advance, walker.begin, integer("out_class")
+    start, advance, begin = walker.start, walker.advance, walker.begin
+    out_step = integer("out_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
     row_scale, common_scale = data("row_scale"), real("scale")
 
     def kernel(frame, first, last, state):
         item = first
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             begin(frame, state, p, count)

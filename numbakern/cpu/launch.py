@@ -7,7 +7,6 @@ Everything that follows from dtypes, shapes and strides alone is worked out once
 import functools
 import itertools
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -22,15 +21,8 @@ FEW_CLASSES = 240
 """Contiguous rows up to this length are taken a vector of rows at a time."""
 
 
-def _last_level_cache() -> int:
-    try:
-        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 8 << 20)
-    except (AttributeError, ValueError, OSError):
-        return 32 << 20
-
-
-STREAM_BYTES = _last_level_cache()
-"""Outputs larger than this are written past the caches."""
+STREAM_BYTES = 4 << 20
+"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
 
 
 class Plan(NamedTuple):
@@ -41,6 +33,7 @@ class Plan(NamedTuple):
     work: int  # elements
     scratch: int  # bytes a thread
     slots: tuple[int, ...]  # frame.SHAPE_SLOTS
+    unit: int  # items that are best done by one thread
     order: tuple[int, ...] | None  # batch axes as the kernel walks them; None: as they are
     keep: object  # what the addresses in the slots belong to
 
@@ -87,14 +80,17 @@ def plan(
     kernel = _kernel(operation, options, *names, weighted, layout)
 
     rows = math.prod(sizes)
-    inner = columns = items = rows
-    scratch, work = state.SIZE, rows * (_PER_ROW.get(operation) or classes)
+    inner = columns = panel = items = rows
+    scratch, work, unit = state.SIZE, rows * (_PER_ROW.get(operation) or classes), 1
     if layout not in _ROW_LAYOUTS:
         inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)
         inner = sizes[-1] if layout == tiles.COLUMNS else rows
-        columns = min(tiles.columns_for(elem, classes, inputs), -(-inner // lanes) * lanes)
+        columns = tiles.columns_for(elem, classes, inputs)
+        panel = tiles.panel_for(elem, classes, inputs) if layout == tiles.COLUMNS else columns
+        columns, panel = (min(n, -(-inner // lanes) * lanes) for n in (columns, panel))
+        unit = max(1, panel // columns) if columns else 1
         items = (rows // inner) * -(-inner // columns) if rows else 0
-        scratch = tiles.scratch_size(elem, classes, columns, inputs)
+        scratch = tiles.scratch_size(elem, classes, panel, inputs)
 
     def spread(values, absent):
         values = iter(values)
@@ -108,8 +104,8 @@ def plan(
     along = [s[0] if s else 0 for s in table]
     flags = int(out_dtype is not None and out_dtype.itemsize * rows * classes > STREAM_BYTES)
     address = 0 if geometry is None else id(geometry)
-    slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, flags)
-    return Plan(kernel, items, work, scratch, slots, order, geometry)
+    slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, flags)
+    return Plan(kernel, items, work, scratch, slots, unit, order, geometry)
 
 
 _PER_ROW = {"nll": 32, "nll_backward": 32}
@@ -202,12 +198,12 @@ def call(
         spread,
         weight_sum,
     )
-    threads.run(plan.kernel, plan.items, plan.work, slots, plan.scratch)
+    threads.run(plan.kernel, plan.items, plan.work, slots, plan.scratch, plan.unit)
 
 
 def clear(out):
     """Set an array whose elements fill one stretch of memory to zero, in parallel."""
     kernel, size = rowwise.fill(), out.nbytes
-    shape = (size, *[0] * 9, int(size > STREAM_BYTES))
+    shape = (size, *[0] * 10, int(size > STREAM_BYTES))
     slots = (*shape, 0, 0, id(out), 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
     threads.run(kernel, -(-size // rowwise.PAGE), size // 4, slots, 0)

@@ -336,7 +336,12 @@ class Rows:
             x, y = get_i64(state + s_x + 8 * i), get_i64(state + s_y + 8 * i)
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
-        self.advance, self.begin, self._operands = advance, begin, operands
+        @device
+        def start(state):
+            """To be called before the first batch."""
+
+        self.start, self.advance, self.begin = start, advance, begin
+        self._operands = operands
 
     def _params(self, names, elem=None):
         """params(state, i): a row's values of these slots, spread over vectors of `elem`."""

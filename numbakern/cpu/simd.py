@@ -440,11 +440,10 @@ def clear(address, size, past_caches=False):
         done.set_metadata("nontemporal", address.builder.module.add_metadata([_i32(1)]))
 
 
-def prefetch(address):
+def prefetch(address, to_write=False):
     """Ask for the cache line at this address; harmless where nothing is mapped."""
-    b = address.builder
-    args = [_at(address, _i8), _i32(0), _i32(3), _i32(1)]
-    _call(b, "prefetch", ir.VoidType(), args, "p0")
+    args = [_at(address, _i8), _i32(int(to_write)), _i32(3), _i32(1)]
+    _call(address.builder, "prefetch", ir.VoidType(), args, "p0")
 
 
 class Format:

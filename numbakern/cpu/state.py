@@ -29,6 +29,7 @@ _NAMES = (
     "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
     "block_m", "base", "magic", "floor", "factor",
     "scale", "p0", "p1", "p2", "skip", "row_scale",  # parameters of a map
+    "panel",  # of the batch alone: the first row of the packed panel; the tile's place in it
     "label",  # class whose gradient is known better than the map knows it; −1: none
     "x_label", "w_label", "q_label",  # there: logit, class weight, target
     "label_grad",  # and what the gradient is

@@ -82,14 +82,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_state.after_fork)
 
 
-def run(kernel, rows, work, slots, scratch_size):
-    """Run `kernel` over all rows; `work` counts elements, `scratch_size` is in bytes a thread."""
+def run(kernel, rows, work, slots, scratch_size, unit=1):
+    """Run `kernel` over all its rows (or tiles).
+
+    Parameters
+    ----------
+    kernel : int
+        Its address.
+    rows : int
+        How many there are.
+    work : int
+        Elements in all of them.
+    slots : tuple
+        The frame.
+    scratch_size : int
+        Bytes of scratch memory a thread.
+    unit : int
+        Threads take multiples of this many rows.
+    """
     if work < SERIAL_WORK or rows == 1:
         return _run_alone(kernel, rows, slots, scratch_size)
     workers = min(numba.get_num_threads(), rows)
     if workers == 1:
         return _run_alone(kernel, rows, slots, scratch_size)
     grain = max(1, min(rows // (4 * workers), rows * GRAIN // work))
+    grain = -(-grain // unit) * unit
     if _state.forked:
         return _run_pool(kernel, rows, grain, workers, slots, scratch_size)
     if _state.concurrent:

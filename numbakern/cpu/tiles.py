@@ -39,8 +39,8 @@ from numbakern.cpu.state import (
 )
 from numbakern.cpu.vmath import two_sum
 
-_WORK = SIZE  # lane sums of a column: two terms, 16 lanes, 16 float64 at most
-_PARAMS = _WORK + 2 * 16 * 128  # parameters of a map, in the type computed in
+_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
+_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
 _TILE = _PARAMS + 8 * 8 * MAX_ROWS
 _SIZES = {"f4": 4, "f8": 8}
 
@@ -49,7 +49,9 @@ COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 
 
 TILE_BYTES = 32 * 1024
-"""Size of a tile that is aimed at where rows are adjacent in memory."""
+"""Size of a tile that is aimed at: it stays in the first-level cache."""
+PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
+"""Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
 
 
 def columns_for(elem, classes, inputs):
@@ -59,9 +61,18 @@ def columns_for(elem, classes, inputs):
     return max(lanes, fit // lanes * lanes)
 
 
-def scratch_size(elem, classes, columns, inputs):
-    """Bytes of scratch memory a worker needs for tiles of this many columns."""
-    return _TILE + inputs * _tile_size(elem, min(classes, BLOCK[elem]), columns)
+def panel_for(elem, classes, inputs):
+    """Rows that are packed at once where rows are adjacent: long runs suit the memory."""
+    columns = columns_for(elem, classes, inputs)
+    if classes > BLOCK[elem]:
+        return columns
+    fit = min(PANEL_BYTES // (max(1, classes) * _SIZES[elem] * inputs), PANEL_ROWS)
+    return max(columns, fit // columns * columns)
+
+
+def scratch_size(elem, classes, panel, inputs):
+    """Bytes of scratch memory a worker needs for panels of this many rows."""
+    return _TILE + inputs * _tile_size(elem, min(classes, BLOCK[elem]), panel)
 
 
 def _tile_size(elem, classes, columns):
@@ -94,7 +105,8 @@ class Tiles:
     # -- where the tile's rows are
 
     def _make_walk(self):
-        inner, columns = integer("inner"), integer("columns")
+        inner, columns, panel = integer("inner"), integer("columns"), integer("panel")
+        s_panel = SLOT["panel"]
         x_row, y_row, out_row = integer("x_row"), integer("y_row"), integer("out_row")
         x_data, y_data, out_data = data("x"), data("y"), data("out")
         geometry = data("geometry")
@@ -115,6 +127,11 @@ class Tiles:
         @device
         def begin(frame, state, p, count):
             """Set the addresses of rows p … p + count − 1; behind them, of row p again."""
+            offset = (p % inner(frame)) % panel(frame)
+            if get_i64(state + s_panel) != p - offset:
+                put_i64(state + s_panel, p - offset)
+                put_i64(state + s_panel + 8, -1)  # to be packed
+            put_i64(state + s_panel + 16, offset)
             shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
             dx, dy, dout = x_row(frame), y_row(frame), out_row(frame)
             if adjacent or shape == 0:
@@ -136,36 +153,49 @@ class Tiles:
                 put_i64(state + s_y + 8 * i, get_i64(state + s_y))
                 put_i64(state + s_out + 8 * i, get_i64(state + s_out))
 
-        self.advance, self.begin = advance, begin
+        @device
+        def start(state):
+            """To be called before the first tile: no panel is packed."""
+            put_i64(state + s_panel, -1)
+
+        self.start, self.advance, self.begin = start, advance, begin
 
     # -- into the tile
 
     def _make_pack(self):
-        classes, columns = integer("classes"), integer("columns")
+        classes, panel, inner = integer("classes"), integer("panel"), integer("inner")
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_x = self._packer(self.x_access, "x")
         pack_y = self._packer(self.y_access, "y") if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
+        s_panel = SLOT["panel"]
 
         @device
         def tiles(frame, state):
             """Addresses of the packed x and y, and the bytes from class to class."""
-            pitch = columns(frame) * size
+            pitch = panel(frame) * size
             length = (min(classes(frame), block) + lanes - 1) // lanes * lanes
-            return state + _TILE, state + _TILE + length * pitch, pitch
+            x = state + _TILE + get_i64(state + s_panel + 16) * size
+            return x, x + length * pitch, pitch
 
         @device
         def pack(frame, state, count, j, n):
-            """Pack classes j … j + n − 1."""
+            """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
+            if get_i64(state + s_panel + 8) == j and n == classes(frame):
+                return
+            put_i64(state + s_panel + 8, j)
             x, y, pitch = tiles(frame, state)
-            pack_x(state, x, pitch, count, j, n, x_step(frame))
+            p, offset = get_i64(state + s_panel), get_i64(state + s_panel + 16)
+            width = min(panel(frame), inner(frame) - p % inner(frame))
+            pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
             if has_y:
-                pack_y(state, y, pitch, count, j, n, y_step(frame))
+                pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
 
         self._tiles, self._pack = tiles, pack
 
     def _packer(self, access, name):
-        """pack(state, tile, pitch, count, j0, n, step) for one input."""
+        """pack(state, tile, pitch, width, offset, j0, n, step) for one input: its panel of `width`
+        rows, of which the tile begins with row `offset`."""
         form, lanes, slot = access.format, self._lanes, SLOT[name]
         size, width = self._size, lanes * self._size
 
@@ -173,22 +203,22 @@ class Tiles:
             form_size, form_bytes = form.size, form.size * lanes
 
             @traced
-            def whole(tile, address, ahead):
+            def whole(tile, address):
                 store_vector(tile, form.load(address))
-                prefetch(address + ahead)
 
             @traced
             def part(tile, address, count):
                 store_vector(tile, form.load_first(address, count, 0.0))
 
             @device
-            def pack(state, tile, pitch, count, j0, n, step):
-                first, ahead = get_i64(state + slot), count * form_size
+            def pack(state, tile, pitch, count, offset, j0, n, step):
+                first = get_i64(state + slot) - offset * form_size
+                tile -= offset * size
                 for j in range(n):
                     address, target = first + (j0 + j) * step, tile + j * pitch
                     c = 0
                     while c + lanes <= count:
-                        whole(target, address, ahead)  # the next tile's line
+                        whole(target, address)
                         address += form_bytes
                         target += width
                         c += lanes
@@ -197,31 +227,39 @@ class Tiles:
 
         elif self.layout == ROWS:
 
-            def block(state, tile, pitch, j0, j, n, whole):
+            out_size = self.out_access.size if self.out_access else 0
+
+            def block(state, tile, pitch, j0, j, n, ahead, whole):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
                     rows.append(form.load(address) if whole else form.load_first(address, n - j, 0.0))
+                    prefetch(address + ahead)  # the next tile's row
+                    if name == "x" and out_size:
+                        out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
+                        prefetch(out + (j0 + j) * out_size, to_write=True)
                 for r, column in enumerate(transpose(rows)):
                     store_vector(tile + (j + r) * pitch, column)
 
             @traced
-            def whole(state, tile, pitch, j0, j, n):
-                block(state, tile, pitch, j0, j, n, True)
+            def whole(state, tile, pitch, j0, j, n, ahead):
+                block(state, tile, pitch, j0, j, n, ahead, True)
 
             @traced
-            def part(state, tile, pitch, j0, j, n):
-                block(state, tile, pitch, j0, j, n, False)
+            def part(state, tile, pitch, j0, j, n, ahead):
+                block(state, tile, pitch, j0, j, n, ahead, False)
 
             @device
-            def pack(state, tile, pitch, count, j0, n, step):
+            def pack(state, tile, pitch, count, offset, j0, n, step):
+                last = state + slot + 8 * (count - 1)
+                ahead = get_i64(last) - get_i64(state + slot)
                 for c in range(0, count, lanes):
                     j = 0
                     while j + lanes <= n:
-                        whole(state + 8 * c, tile + c * size, pitch, j0, j, n)
+                        whole(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
                         j += lanes
                     if j < n:
-                        part(state + 8 * c, tile + c * size, pitch, j0, j, n)
+                        part(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
 
         else:
 
@@ -230,7 +268,7 @@ class Tiles:
                 store_vector(tile, form.gather_at(state + slot, offset, count, 0.0))
 
             @device
-            def pack(state, tile, pitch, count, j0, n, step):
+            def pack(state, tile, pitch, count, offset, j0, n, step):
                 for j in range(n):
                     for c in range(0, count, lanes):
                         target = tile + j * pitch + c * size
@@ -271,13 +309,20 @@ class Tiles:
         `counts` tells that the second term is a count, exact in any order.
         """
         inputs, lanes = self._inputs_at(), self._lanes
-        group = 4 * lanes * STEPS
-        line = lanes * _SIZES[elem]
-        other = 16 * 128  # from the first term's lane sums to the second's
+        step, group = 4 * lanes, 4 * lanes * STEPS
+        line = lanes * _SIZES[elem]  # work: a line a lane, for each term and then the pairs
+        area = lanes * line
 
-        @traced
-        def one(operands, j, params):
-            return terms(*inputs(operands, j), params)
+        def put(at, lane, a, b):
+            """A lane's sums. A count is not kept by lanes."""
+            store_vector(at + lane * line, a)
+            if not counts:
+                store_vector(at + (lane * line + 2 * area), b)
+
+        def load(at, lane):
+            a = load_vector(at + lane * line, elem, lanes)
+            b = None if counts else load_vector(at + (lane * line + 2 * area), elem, lanes)
+            return a, b
 
         @traced
         def four(group_a, group_b, operands, j, params):
@@ -287,8 +332,27 @@ class Tiles:
             return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
 
         @traced
-        def plus(a, b):
-            return a + b
+        def keep(at, lane, a, b):
+            put(at, lane, a, b)
+
+        @traced
+        def set_one(at, lane, operands, j, params, count):
+            a, b = terms(*inputs(operands, j), params)
+            put(at, lane, a, b)
+            return count + b
+
+        @traced
+        def add_one(at, lane, operands, j, params, count):
+            a, b = terms(*inputs(operands, j), params)
+            old_a, old_b = load(at, lane)
+            put(at, lane, old_a + a, None if counts else old_b + b)
+            return count + b
+
+        @traced
+        def add_area(at, other):
+            for lane in range(lanes):
+                (a0, b0), (a1, b1) = load(at, lane), load(other, lane)
+                put(at, lane, a0 + a1, None if counts else b0 + b1)
 
         @traced
         def zero(j):
@@ -299,22 +363,32 @@ class Tiles:
             return zeros(j, "f8", lanes)
 
         @traced
-        def put(work, a, b):
-            store_vector(work, a)
-            if not counts:
-                store_vector(work + other, b)
+        def plus(a, b):
+            return a + b
 
         @traced
-        def fold(work, far):
-            for at in (work,) if counts else (work, work + other):
-                store_vector(at, load_vector(at, elem, lanes) + load_vector(at + far, elem, lanes))
+        def close(a, a_low, b, work, count):
+            """Add the lanes in a tree, and the group to the sums."""
+            sums = [load(work, lane) for lane in range(lanes)]
+            while len(sums) > 1:
+                half = len(sums) // 2
+                pairs = zip(sums[:half], sums[half:], strict=True)
+                sums = [(a0 + a1, None if counts else b0 + b1) for (a0, b0), (a1, b1) in pairs]
+            group_a, group_b = sums[0]
+            a, e = two_sum(a, convert(group_a, "f8"))
+            return a, a_low + e, b + convert(count if counts else group_b, "f8")
 
-        @traced
-        def close(a, a_low, b, work, group_b):
-            a, e = two_sum(a, convert(load_vector(work, elem, lanes), "f8"))
-            if not counts:
-                group_b = load_vector(work + other, elem, lanes)
-            return a, a_low + e, b + convert(group_b, "f8")
+        @device
+        def pair(at, operands, j, n, params, count):
+            """v + w of a step that is not full, v from class j on, w the next vector; n classes."""
+            nothing = zero(n)
+            for lane in range(min(n, lanes)):
+                count = set_one(at, lane, operands, j + lane, params, count)
+            for lane in range(n, lanes):
+                keep(at, lane, nothing, nothing)
+            for lane in range(min(n - lanes, lanes)):
+                count = add_one(at, lane, operands, j + lanes + lane, params, count)
+            return count
 
         @device
         def sums(operands, n, params, work):
@@ -322,32 +396,26 @@ class Tiles:
             g = 0
             while g < n:
                 end = min(g + group, n)
-                live = min(lanes, end - g)
-                group_b = zero(n)
-                for lane in range(live):
-                    group_a = zero(n)
-                    if not counts:
-                        group_b = zero(n)
-                    j = g + lane
-                    while j + 3 * lanes < end:
-                        group_a, group_b = four(group_a, group_b, operands, j, params)
-                        j += 4 * lanes
-                    if j < end:
-                        a0, b0 = one(operands, j, params)
-                        if j + lanes < end:
-                            a1, b1 = one(operands, j + lanes, params)
-                            a0, b0 = plus(a0, a1), plus(b0, b1)
-                            if j + 2 * lanes < end:
-                                a1, b1 = one(operands, j + 2 * lanes, params)
-                                a0, b0 = plus(a0, a1), plus(b0, b1)
-                        group_a, group_b = plus(group_a, a0), plus(group_b, b0)
-                    put(work + lane * line, group_a, group_b)
-                half = lanes // 2
-                while half > 0:
-                    for lane in range(min(half, live - half)):
-                        fold(work + lane * line, half * line)
-                    half //= 2
-                a, a_low, b = close(a, a_low, b, work, group_b)
+                rest = end - (end - g) % step  # where the last step begins, if it is not full
+                count = zero(n)
+                if rest > g:
+                    for lane in range(lanes):
+                        lane_a = lane_b = zero(n)
+                        for j in range(g, rest, step):
+                            lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
+                        keep(work, lane, lane_a, lane_b)
+                        count = plus(count, lane_b)
+                if rest < end:
+                    at = work if rest == g else work + area
+                    count = pair(at, operands, rest, end - rest, params, count)
+                    if rest + 2 * lanes < end:
+                        half = rest + 2 * lanes
+                        other = work + 4 * area
+                        count = pair(other, operands, half, end - half, params, count)
+                        add_area(at, other)
+                    if rest > g:
+                        add_area(work, at)
+                a, a_low, b = close(a, a_low, b, work, count)
                 g += group
             return a, a_low, b
 
