@@ -149,9 +149,7 @@ def check_weight(target: Any, weight: Any, classes: int) -> Any:
     return weight
 
 
-def check_grad_output(
-    target: Any, grad_output: Any, reduction: str, batch: tuple[int, ...]
-) -> Any:
+def check_grad_output(target: Any, grad_output: Any, reduction: str, batch: tuple[int, ...]) -> Any:
     """The upstream gradient of a loss: a scalar, or under "none" an array of the labels' shape."""
     grad_output = target.asarray("grad_output", grad_output)
     supported("grad_output", grad_output)
@@ -188,7 +186,9 @@ def batch_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
 
 
-def are_probabilities(name: str, labels: Any, shape: tuple[int, ...], axis: int, soft: bool) -> bool:
+def are_probabilities(
+    name: str, labels: Any, shape: tuple[int, ...], axis: int, soft: bool
+) -> bool:
     """Whether labels are class probabilities (where `soft` allows them); checks kind and shape."""
     kind = labels.dtype.kind
     if kind in "iu":
@@ -221,22 +221,3 @@ def reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool)
 def as_result(result: Any, out: Any) -> Any:
     """What a function returns: a scalar instead of a 0-d array that the caller did not provide."""
     return result[()] if out is None and result.ndim == 0 else result
-
-
-def run_backward(
-    target: Any, operation: str, grad_output: Any, output_: Any, axis: Any, out: Any
-) -> Any:
-    """The backward of log_softmax or softmax: checks and the call, which they share."""
-    grad_output = target.asarray("grad_output", grad_output)
-    output_ = target.asarray("output", output_)
-    supported("grad_output", grad_output)
-    kind = supported("output", output_)
-    same_shape("grad_output", grad_output, output_.shape, "output")
-    if grad_output.dtype.newbyteorder("=") != output_.dtype.newbyteorder("="):
-        raise TypeError(
-            f"grad_output: expected dtype {output_.dtype} as output, got {grad_output.dtype}"
-        )
-    axes = axes_of(axis, output_.ndim) if output_.ndim == 0 else (integer_axis(axis, output_.ndim),)
-    result = output(target, out, output_.shape, kind.result)
-    target.backward(operation, grad_output, output_, axes, kind.compute, result)
-    return as_result(result, out)

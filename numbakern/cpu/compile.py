@@ -19,7 +19,7 @@ import llvmlite.binding
 import numba
 from numba import njit, types
 from numba.core.ccallback import CFunc
-from numba.core.dispatcher import _FunctionCompiler
+from numba.core.dispatcher import _FunctionCompiler  # type: ignore[attr-defined]
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
@@ -157,7 +157,7 @@ def compile_kernel(function, name):
     return compiled.address
 
 
-_keep = []
+_keep: list[object] = []
 
 
 def compile_function(function, name, signature, **options):

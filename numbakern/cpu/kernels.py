@@ -76,8 +76,10 @@ PROBABILITY = ("base", "magic", "floor", "scale")
 
 
 def make_normalise(elem, given=False):
-    """Fill the slots of `probability`, from each row's maximum, count and rest; where `given`,
-    from its log-sum-exp in slot m alone."""
+    """Fill the slots of `probability`, from each row's maximum, count and rest.
+
+    Where `given`, slot m holds its log-sum-exp, and that is all there is.
+    """
     span = EXP_RANGE[elem]
     centre_on = make_centre_on("m", elem)
 
@@ -307,9 +309,14 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
 
     @device
     def prepare(frame, state, p, count):
-        """Each row's label, what is there, and whether to skip the row; its log-sum-exp if given."""
+        """Each row's label, what is there, whether to skip the row, its log-sum-exp if given."""
         step, ignore, targets = x_step(frame), ignored(frame), labels(frame)
-        keep, spread, lse, scales = keep_of(frame), spread_of(frame), row_lse(frame), row_scale(frame)
+        keep, spread, lse, scales = (
+            keep_of(frame),
+            spread_of(frame),
+            row_lse(frame),
+            row_scale(frame),
+        )
         for i in range(count):
             at, t = state + 8 * i, -1
             skip = x = 0.0
@@ -364,7 +371,6 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         k, rest, log_sum = (get(state, name) for name in ("k", "rest", "log_sum"))
         others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - m))
         return (x - m) - log_sum, where(log_sum == log_sum, others / (k + rest), math.nan)
-
 
     @traced
     def settle_eight(state, i, count, losses, scale, keep, spread, weight_sum):

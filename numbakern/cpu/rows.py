@@ -12,9 +12,8 @@ with the rounding errors kept; blocks are joined by `state.merge`.
 
 import math
 
-
-from numbakern.cpu.frame import data, integer
 from numbakern.cpu.compile import device
+from numbakern.cpu.frame import data, integer
 from numbakern.cpu.simd import (
     Format,
     any_lane,
@@ -34,7 +33,6 @@ from numbakern.cpu.simd import (
 from numbakern.cpu.state import (
     SLOT,
     first_block,
-    get_f64,
     get_i64,
     join_block,
     make_centre_on,
@@ -196,8 +194,10 @@ def make_sums(terms, elem, x_access, y_access, w_access):
 
 
 def make_map(value, out_access, x_access, y_access, w_access):
-    """sweep(operands, out, out_step, n, stream, params): out = value(x, y, w, params) along a
-    row; past the caches where `stream` is set and rows are contiguous."""
+    """sweep(operands, out, out_step, n, stream, params): out = value(x, y, w, params).
+
+    Along a row; past the caches where `stream` is set and rows are contiguous.
+    """
     operands_at = Operands(x_access, y_access, w_access)
     size, lanes, strided = out_access.size, out_access.lanes, out_access.strided
     line = size * lanes
@@ -392,8 +392,10 @@ class Rows:
         return reduce
 
     def sums(self, terms, elem, names):
-        """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row, with
-        the parameters in these slots, into sum_a, sum_a_low and sum_b."""
+        """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
+
+        With the parameters in these slots, into sum_a, sum_a_low and sum_b.
+        """
         sums = make_sums(terms, elem, *self._inputs)
         operands, params, classes = self._operands, self._params(names, elem), integer("classes")
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
@@ -409,8 +411,10 @@ class Rows:
         return add
 
     def map(self, value, names, packed=True):
-        """sweep(frame, state, count): out = value(x, y, w, params) with the parameters in these
-        slots. `packed` matters to `tiles.Tiles` only: rows are read where they lie."""
+        """sweep(frame, state, count): out = value(x, y, w, params), parameters in these slots.
+
+        `packed` matters to `tiles.Tiles` only: rows are read where they lie.
+        """
         row = make_map(value, self.out_access, *self._inputs)
         operands, params = self._operands, self._params(names)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")

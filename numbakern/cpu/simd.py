@@ -135,9 +135,7 @@ class Lanes:
 
     def like(self, value, elem=None, lanes=None):
         """Another value of this shape."""
-        return Lanes(
-            self.builder, value, elem or self.elem, self.lanes if lanes is None else lanes
-        )
+        return Lanes(self.builder, value, elem or self.elem, self.lanes if lanes is None else lanes)
 
     def llvm(self, elem=None):
         """LLVM's type of this shape, with other elements if named."""
@@ -200,7 +198,7 @@ class Lanes:
     def __ne__(self, other):
         return _compare("!=", self, other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _constant_like(shape, number):
@@ -383,8 +381,10 @@ def any_lane(mask):
 
 
 def transpose(rows):
-    """The columns of a square block, given its rows: log2(lanes) rounds of two-vector shuffles,
-    each swapping off-diagonal quarters of half the size."""
+    """The columns of a square block, given its rows.
+
+    log2(lanes) rounds of two-vector shuffles, each swapping off-diagonal quarters of half the size.
+    """
     lanes, b = rows[0].lanes, rows[0].builder
     values, index = [r.value for r in rows], ir.VectorType(_i32, lanes)
     half = lanes // 2

@@ -5,7 +5,6 @@ scratch memory as slots of float64 or addresses, a value a row, so that what hap
 runs on vectors of rows: its latency is paid once a batch.
 """
 
-
 from numbakern.cpu.compile import device
 from numbakern.cpu.simd import (
     Format,

@@ -194,8 +194,10 @@ class Tiles:
         self._tiles, self._pack = tiles, pack
 
     def _packer(self, access, name):
-        """pack(state, tile, pitch, width, offset, j0, n, step) for one input: its panel of `width`
-        rows, of which the tile begins with row `offset`."""
+        """pack(state, tile, pitch, width, offset, j0, n, step) for one input.
+
+        It packs a panel of `width` rows, of which the tile begins with row `offset`.
+        """
         form, lanes, slot = access.format, self._lanes, SLOT[name]
         size, width = self._size, lanes * self._size
 
@@ -226,14 +228,15 @@ class Tiles:
                         part(target, address, count - c)
 
         elif self.layout == ROWS:
-
             out_size = self.out_access.size if self.out_access else 0
 
             def block(state, tile, pitch, j0, j, n, ahead, whole):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
-                    rows.append(form.load(address) if whole else form.load_first(address, n - j, 0.0))
+                    rows.append(
+                        form.load(address) if whole else form.load_first(address, n - j, 0.0)
+                    )
                     prefetch(address + ahead)  # the next tile's row
                     if name == "x" and out_size:
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
@@ -492,8 +495,10 @@ class Tiles:
         return reduce
 
     def sums(self, terms, elem, names):
-        """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row, with
-        the parameters in these slots, into sum_a, sum_a_low and sum_b; packs the tile."""
+        """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
+
+        With the parameters in these slots, into sum_a, sum_a_low and sum_b; packs the tile.
+        """
         put_sums = self._make_put_sums()
         sums = self._make_column_sums(terms, elem, counts=False)
         params, tiles, pack = self._params(names, elem), self._tiles, self._pack
@@ -528,8 +533,10 @@ class Tiles:
     # -- out of the tile
 
     def map(self, value, names, packed=True):
-        """sweep(frame, state, count): out = value(x, y, w, params) with the parameters in these
-        slots. `packed` tells that a reduction has left a tile of a single block in scratch."""
+        """sweep(frame, state, count): out = value(x, y, w, params), parameters in these slots.
+
+        `packed` tells that a reduction has left a tile of a single block in scratch.
+        """
         tiles, pack = self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         out_step, flags = integer("out_class"), integer("flags")
@@ -578,7 +585,12 @@ class Tiles:
 
     def _unpacker(self, value, count_of_params):
         """unpack(state, operands, count, j0, n, step, stream)."""
-        inputs, lanes, form, slot = self._inputs_at(), self._lanes, self.out_access.format, SLOT["out"]
+        inputs, lanes, form, slot = (
+            self._inputs_at(),
+            self._lanes,
+            self.out_access.format,
+            SLOT["out"],
+        )
         size = self._size
 
         def at(state, operands, c, j):

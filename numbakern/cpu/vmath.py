@@ -91,7 +91,9 @@ class ExpRange:
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
-    "f4": ExpRange(1.5 * 2.0**23, 64.0, -130.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
+    "f4": ExpRange(
+        1.5 * 2.0**23, 64.0, -130.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
+    ),
     "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, -746.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic

@@ -20,7 +20,16 @@ class _Checked(NamedTuple):
     smoothing: float
 
 
-def _check(target, logits, labels, weight, ignore_index, reduction, label_smoothing, axis):
+def _check(
+    target: Any,
+    logits: Any,
+    labels: Any,
+    weight: Any,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    axis: int,
+) -> tuple[_Checked, Any]:
     logits = target.asarray("logits", logits)
     kind = arrays.supported("logits", logits)
     axis = arrays.loss_axis("logits", logits, axis)
@@ -46,16 +55,16 @@ def _check(target, logits, labels, weight, ignore_index, reduction, label_smooth
 
 
 def cross_entropy(
-    logits,
-    labels,
+    logits: Any,
+    labels: Any,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    axis=1,
-    return_lse=False,
-):
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    axis: int = 1,
+    return_lse: bool = False,
+) -> Any:
     r"""Cross-entropy between logits and class labels or class probabilities.
 
     For labels t, with weights w, smoothing ε and :math:`\log p = \mathrm{log\_softmax}(x)`,
@@ -136,18 +145,18 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    grad_output,
-    logits,
-    labels,
+    grad_output: Any,
+    logits: Any,
+    labels: Any,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    axis=1,
-    lse=None,
-    out=None,
-):
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    axis: int = 1,
+    lse: Any = None,
+    out: Any = None,
+) -> Any:
     r"""Gradient of cross_entropy with respect to the logits.
 
     .. math:: \frac{\partial L}{\partial x_{n, c}} = \frac{g}{W} (Q_n\, p_{n, c} - q_{n, c})
@@ -228,16 +237,16 @@ def cross_entropy_backward(
 
 
 def cross_entropy_value_and_grad(
-    logits,
-    labels,
+    logits: Any,
+    labels: Any,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    axis=1,
-    out=None,
-):
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    axis: int = 1,
+    out: Any = None,
+) -> tuple[Any, Any]:
     r"""Cross-entropy and its gradient with respect to the logits, in one pass: the training step.
 
     Each row of the logits is read once from memory and its gradient written once. The loss is that

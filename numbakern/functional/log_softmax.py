@@ -1,9 +1,14 @@
 """Log-softmax and its gradient."""
 
+from typing import Any
+
 from numbakern import arrays, dispatch
+from numbakern.functional.backward import backward
 
 
-def log_softmax(x, axis=-1, *, dtype=None, out=None):
+def log_softmax(
+    x: Any, axis: int | tuple[int, ...] | None = -1, *, dtype: Any = None, out: Any = None
+) -> Any:
     r"""Logarithm of the softmax along an axis.
 
     .. math:: y_i = (x_i - m) - \log \sum_j e^{x_j - m}, \qquad m = \max_j x_j
@@ -64,7 +69,7 @@ def log_softmax(x, axis=-1, *, dtype=None, out=None):
     return arrays.as_result(result, out)
 
 
-def log_softmax_backward(grad_output, output, axis=-1, *, out=None):
+def log_softmax_backward(grad_output: Any, output: Any, axis: int = -1, *, out: Any = None) -> Any:
     r"""Gradient of log_softmax with respect to its input.
 
     .. math:: \frac{\partial L}{\partial x_i} = g_i - e^{y_i} \sum_j g_j
@@ -110,11 +115,4 @@ def log_softmax_backward(grad_output, output, axis=-1, *, out=None):
     >>> numbakern.log_softmax_backward(np.array([0.0, 1.0]), y)
     array([-0.25,  0.25])
     """
-    return arrays.run_backward(
-        dispatch.target_of(grad_output=grad_output, output=output, out=out),
-        "log_softmax_backward",
-        grad_output,
-        output,
-        axis,
-        out,
-    )
+    return backward("log_softmax_backward", grad_output, output, axis, out)

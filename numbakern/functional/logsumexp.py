@@ -1,9 +1,18 @@
 """Logarithm of a sum of exponentials."""
 
+from typing import Any
+
 from numbakern import arrays, dispatch
 
 
-def logsumexp(x, axis=-1, *, keepdims=False, dtype=None, out=None):
+def logsumexp(
+    x: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    keepdims: bool = False,
+    dtype: Any = None,
+    out: Any = None,
+) -> Any:
     r"""Logarithm of the sum of exponentials along an axis.
 
     .. math:: \log \sum_j e^{x_j} = m + \log \sum_j e^{x_j - m}, \qquad m = \max_j x_j

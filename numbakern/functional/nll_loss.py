@@ -1,9 +1,19 @@
 """Negative log-likelihood and its gradient."""
 
+from typing import Any
+
 from numbakern import arrays, dispatch
 
 
-def nll_loss(log_probs, labels, *, weight=None, ignore_index=-100, reduction="mean", axis=1):
+def nll_loss(
+    log_probs: Any,
+    labels: Any,
+    *,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    axis: int = 1,
+) -> Any:
     r"""Negative log-likelihood of class labels, given log-probabilities.
 
     .. math:: \ell_n = -w_{t_n} \log p_{n, t_n}
@@ -70,16 +80,16 @@ def nll_loss(log_probs, labels, *, weight=None, ignore_index=-100, reduction="me
 
 
 def nll_loss_backward(
-    grad_output,
-    log_probs,
-    labels,
+    grad_output: Any,
+    log_probs: Any,
+    labels: Any,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    axis=1,
-    out=None,
-):
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    axis: int = 1,
+    out: Any = None,
+) -> Any:
     r"""Gradient of nll_loss with respect to the log-probabilities.
 
     .. math:: \frac{\partial L}{\partial \log p_{n, c}} = -g\, w_{t_n} [c = t_n] / W

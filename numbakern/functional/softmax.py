@@ -1,9 +1,14 @@
 """Softmax and its gradient."""
 
+from typing import Any
+
 from numbakern import arrays, dispatch
+from numbakern.functional.backward import backward
 
 
-def softmax(x, axis=-1, *, dtype=None, out=None):
+def softmax(
+    x: Any, axis: int | tuple[int, ...] | None = -1, *, dtype: Any = None, out: Any = None
+) -> Any:
     r"""Softmax along an axis.
 
     .. math:: p_i = \frac{e^{x_i - m}}{\sum_j e^{x_j - m}}, \qquad m = \max_j x_j
@@ -61,7 +66,7 @@ def softmax(x, axis=-1, *, dtype=None, out=None):
     return arrays.as_result(result, out)
 
 
-def softmax_backward(grad_output, output, axis=-1, *, out=None):
+def softmax_backward(grad_output: Any, output: Any, axis: int = -1, *, out: Any = None) -> Any:
     r"""Gradient of softmax with respect to its input.
 
     .. math:: \frac{\partial L}{\partial x_i} = y_i \Big(g_i - \sum_j g_j y_j\Big)
@@ -107,11 +112,4 @@ def softmax_backward(grad_output, output, axis=-1, *, out=None):
     >>> numbakern.softmax_backward(np.array([0.0, 1.0]), y)
     array([-0.1875,  0.1875])
     """
-    return arrays.run_backward(
-        dispatch.target_of(grad_output=grad_output, output=output, out=out),
-        "softmax_backward",
-        grad_output,
-        output,
-        axis,
-        out,
-    )
+    return backward("softmax_backward", grad_output, output, axis, out)
