@@ -121,8 +121,12 @@ class _DeviceCompiler(_FunctionCompiler):
     def compile(self, args, return_type):
         # Numba knows a compiled function by its entry point: this one needs an identity only.
         result = super().compile(args, return_type)._replace(entry_point=object())
+        library = result.library
+        # It is optimised and turned into machine code once, as part of the kernel it ends in.
+        library._optimize_final_module = lambda: None
+        library._finalize_final_module = lambda: setattr(library, "_finalized", True)
         context = self.targetdescr.target_context
-        context.insert_user_function(result.entry_point, result.fndesc, [result.library])
+        context.insert_user_function(result.entry_point, result.fndesc, [library])
         return result
 
 

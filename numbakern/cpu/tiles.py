@@ -77,7 +77,10 @@ def scratch_size(elem, classes, panel, inputs):
 
 def _tile_size(elem, classes, columns):
     lanes = vector_lanes(elem)
-    return -(-classes // lanes) * lanes * columns * _SIZES[elem]
+    return -(-classes // lanes) * lanes * (columns * _SIZES[elem] + _PAD)
+
+
+_PAD = 64  # between the classes of a tile: no power of two, which would fall into one cache set
 
 
 class Tiles:
@@ -126,7 +129,10 @@ class Tiles:
 
         @device
         def begin(frame, state, p, count):
-            """Set the addresses of rows p … p + count − 1; behind them, of row p again."""
+            """Set the addresses of rows p … p + count − 1.
+
+            The last vector of rows is filled up with the address of its first one.
+            """
             offset = (p % inner(frame)) % panel(frame)
             if get_i64(state + s_panel) != p - offset:
                 put_i64(state + s_panel, p - offset)
@@ -148,10 +154,11 @@ class Tiles:
                     put_i64(state + s_x + 8 * i, x0 + x)
                     put_i64(state + s_y + 8 * i, y0 + y)
                     put_i64(state + s_out + 8 * i, out0 + out)
+            last = state + (count - 1) // lanes * lanes * 8
             for i in range(count, (count + lanes - 1) // lanes * lanes):
-                put_i64(state + s_x + 8 * i, get_i64(state + s_x))
-                put_i64(state + s_y + 8 * i, get_i64(state + s_y))
-                put_i64(state + s_out + 8 * i, get_i64(state + s_out))
+                put_i64(state + s_x + 8 * i, get_i64(last + s_x))
+                put_i64(state + s_y + 8 * i, get_i64(last + s_y))
+                put_i64(state + s_out + 8 * i, get_i64(last + s_out))
 
         @device
         def start(state):
@@ -173,7 +180,7 @@ class Tiles:
         @device
         def tiles(frame, state):
             """Addresses of the packed x and y, and the bytes from class to class."""
-            pitch = panel(frame) * size
+            pitch = panel(frame) * size + _PAD
             length = (min(classes(frame), block) + lanes - 1) // lanes * lanes
             x = state + _TILE + get_i64(state + s_panel + 16) * size
             return x, x + length * pitch, pitch
@@ -230,13 +237,12 @@ class Tiles:
         elif self.layout == ROWS:
             out_size = self.out_access.size if self.out_access else 0
 
-            def block(state, tile, pitch, j0, j, n, ahead, whole):
+            @traced
+            def block(state, tile, pitch, j0, j, n, ahead):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
-                    rows.append(
-                        form.load(address) if whole else form.load_first(address, n - j, 0.0)
-                    )
+                    rows.append(form.load_first(address, n - j, 0.0))
                     prefetch(address + ahead)  # the next tile's row
                     if name == "x" and out_size:
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
@@ -244,25 +250,13 @@ class Tiles:
                 for r, column in enumerate(transpose(rows)):
                     store_vector(tile + (j + r) * pitch, column)
 
-            @traced
-            def whole(state, tile, pitch, j0, j, n, ahead):
-                block(state, tile, pitch, j0, j, n, ahead, True)
-
-            @traced
-            def part(state, tile, pitch, j0, j, n, ahead):
-                block(state, tile, pitch, j0, j, n, ahead, False)
-
             @device
             def pack(state, tile, pitch, count, offset, j0, n, step):
                 last = state + slot + 8 * (count - 1)
                 ahead = get_i64(last) - get_i64(state + slot)
                 for c in range(0, count, lanes):
-                    j = 0
-                    while j + lanes <= n:
-                        whole(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
-                        j += lanes
-                    if j < n:
-                        part(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
+                    for j in range(0, n, lanes):
+                        block(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
 
         else:
 
@@ -634,34 +628,19 @@ class Tiles:
 
         elif self.layout == ROWS:
 
-            def block(state, operands, c, j0, j, n, count, whole):
-                columns = [at(state, operands, c, j + i) for i in range(lanes)]
-                for r, row in enumerate(transpose(columns)):
+            @traced
+            def block(state, operands, c, j0, j, n):
+                rows = transpose([at(state, operands, c, j + i) for i in range(lanes)])
+                # Backwards: places behind the last row stand for the first one, written at last.
+                for r in reversed(range(lanes)):
                     out = load_scalar(state + (slot + 8 * r) + c * 8, "i8") + (j0 + j) * form.size
-                    if whole:
-                        form.store(out, row)
-                    else:
-                        form.store_first(out, where((count - r) > 0, n - j, 0), row)
-
-            @traced
-            def whole(state, operands, c, j0, j, n, count):
-                block(state, operands, c, j0, j, n, count, True)
-
-            @traced
-            def part(state, operands, c, j0, j, n, count):
-                block(state, operands, c, j0, j, n, count, False)
+                    form.store_first(out, n - j, rows[r])
 
             @device
             def unpack(state, operands, count, j0, n, step, stream):
                 for c in range(0, count, lanes):
-                    j = 0
-                    if count - c >= lanes:
-                        while j + lanes <= n:
-                            whole(state, operands, c, j0, j, n, count - c)
-                            j += lanes
-                    while j < n:
-                        part(state, operands, c, j0, j, n, count - c)
-                        j += lanes
+                    for j in range(0, n, lanes):
+                        block(state, operands, c, j0, j, n)
 
         else:
 
