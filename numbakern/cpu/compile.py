@@ -151,10 +151,32 @@ def device(function):
     return _DeviceDispatcher(function)
 
 
+class _Kernel(CFunc):
+    """A C callback whose only visible symbol is its entry.
+
+    Numba numbers functions by process. Two kernels cached by two processes may hold helpers of one
+    name, and the linker would take either for both: so helpers are made internal.
+    """
+
+    def _compile_uncached(self):
+        result = super()._compile_uncached()
+        library, entry = result.library, result.fndesc.llvm_cfunc_wrapper_name
+        optimize = library._optimize_final_module
+
+        def internalize_and_optimize():
+            for function in library._final_module.functions:
+                if not function.is_declaration and function.name != entry:
+                    function.linkage = "internal"
+            optimize()
+
+        library._optimize_final_module = internalize_and_optimize
+        return result
+
+
 def compile_kernel(function, name):
-    """Address of `function(frame, first, last, scratch)` as machine code."""
-    options = {"nopython": True, "error_model": "numpy"}
-    compiled = CFunc(function, (_KERNEL, types.void), {}, options)
+    """Address of `function(frame, first, last, scratch)` as machine code; names are unique."""
+    function.__qualname__ = "kernel_" + name.replace("-", "_")
+    compiled = _Kernel(function, (_KERNEL, types.void), {}, {"error_model": "numpy"})
     compiled._cache = _DiskCache(name)
     compiled.compile()
     _keep.append(compiled)  # its code lives as long as it does
