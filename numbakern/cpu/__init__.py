@@ -354,13 +354,7 @@ def cross_entropy(
         weight = np.array(weight, _DTYPE[compute], ndmin=1)
         weight_sum = float(weight.sum(dtype=np.float64))
     smooth = smoothing > 0.0 and not soft
-    options = (
-        ("soft", soft),
-        ("smooth", smooth),
-        ("loss", with_loss),
-        ("grad", out is not None),
-        ("given", lse is not None),
-    )
+    options = (soft, smooth, with_loss, out is not None, lse is not None)
     plan = _launch().plan(
         "cross_entropy",
         options,
@@ -386,7 +380,9 @@ def cross_entropy(
         scale, row_scale = _upstream(grad_output, plan.order, reduction)
     if reduction == "mean":
         scale = _divide(scale, divisor)
-    losses = np.zeros(rows) if with_loss else None
+    losses = None
+    if with_loss:
+        losses = np.empty(rows) if classes else np.zeros(rows)
     row_lse = None
     if lse is not None:
         row_lse = _by_row(lse, plan.order, np.float64)

@@ -258,6 +258,10 @@ def make_find(access):
     return find
 
 
+OPTIONS = {"cross_entropy": ("soft", "smooth", "loss", "grad", "given")}
+"""Names of the options that an operation has."""
+
+
 def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     """Loss and gradient of cross-entropy, in any combination.
 

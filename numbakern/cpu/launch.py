@@ -59,8 +59,8 @@ def plan(
     ----------
     operation : str
         A function of `kernels`.
-    options : tuple of (str, bool)
-        Its options.
+    options : tuple of bool
+        Its options, in the order of `kernels.OPTIONS`.
     axis : int
         The class axis.
     """
@@ -158,8 +158,9 @@ def _kernel(operation, options, x, y, out, weighted, layout):
         walker = Rows(*formats, weighted, layout == "strided")
     else:
         walker = tiles.Tiles(*formats, weighted, layout)
-    function = getattr(kernels, operation)(walker, **dict(options))
-    parts = [operation, *(f"{k}{int(v)}" for k, v in options)]
+    options = dict(zip(kernels.OPTIONS.get(operation, ()), options, strict=True))
+    function = getattr(kernels, operation)(walker, **options)
+    parts = [operation, *(f"{name}{int(on)}" for name, on in options.items())]
     parts += [f.name if f else "none" for f in formats] + [f"w{int(weighted)}", layout]
     return compile_kernel(function, "-".join(parts))
 
