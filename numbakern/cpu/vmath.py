@@ -76,6 +76,8 @@ class ExpRange:
         is a confident row's loss, are normal numbers down to exp(floor).
     floor : float
         Exponents below it count as −inf in a sum.
+    near : float
+        References below it, at least 2·|floor|, need not be subtracted.
     flush : float
         Exponentials below exp(flush) are less than half of the smallest subnormal number.
     lowest, highest : float
@@ -84,17 +86,19 @@ class ExpRange:
         log2(e) in two parts of the element kind.
     """
 
-    def __init__(self, magic, scale, floor, flush, lowest, highest, log2_e):
-        self.magic, self.scale, self.floor, self.flush = magic, scale, floor, flush
+    def __init__(self, magic, scale, floor, near, flush, lowest, highest, log2_e):
+        self.magic, self.scale, self.floor, self.near, self.flush = magic, scale, floor, near, flush
         self.lowest, self.highest, self.log2_e = lowest, highest, log2_e
 
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
     "f4": ExpRange(
-        1.5 * 2.0**23, 64.0, -130.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
+        1.5 * 2.0**23, 64.0, -130.0, 512.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
     ),
-    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, -746.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)),
+    "f8": ExpRange(
+        1.5 * 2.0**52, 512.0, -800.0, 2048.0, -746.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)
+    ),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic
 
@@ -150,7 +154,8 @@ def centre(ref, elem):
     The reference is a row's maximum or its log-sum-exp. exp(x − ref) loses precision where x − ref
     rounds. Here nothing is subtracted that rounds: with ref·log2(e) = n + f,
     exp(x − ref) = 2**(x·log2(e) − n) · 2**(−f), the second a factor of the whole row. Only a large
-    reference (|ref| ≥ 512) is subtracted first, exactly for every x that matters (Sterbenz).
+    reference (|ref| ≥ near) is subtracted first, exactly for every x that matters (Sterbenz: ref/2
+    is farther away than `floor`).
 
     Returns
     -------
@@ -158,7 +163,7 @@ def centre(ref, elem):
         exp(x − ref) = exp_scaled(h, magic)·factor with h = x − base, for h > floor.
     """
     span = EXP_RANGE[elem]
-    far = (ref >= 512.0) | (ref <= -512.0)
+    far = (ref >= span.near) | (ref <= -span.near)
     base = where(far, convert(convert(ref, elem), "f8"), 0.0)
     rest = ref - base
     n = (rest * LOG2_E + _F8_MAGIC) - _F8_MAGIC
