@@ -21,12 +21,13 @@ LAYERS = {
     "cpu": 1,
     "cuda": 1,
     "arrays": 0,
+    "disk_cache": 0,
     "formulas": 0,
 }
 
 # At the top of these modules nothing but the standard library, NumPy and ml_dtypes: importing the
 # package is to cost next to nothing.
-LIGHT = {"__init__", "functional", "dispatch", "arrays", "formulas"}
+LIGHT = {"__init__", "functional", "dispatch", "arrays", "disk_cache", "formulas"}
 HEAVY = {"numba", "llvmlite", "scipy", "torch", "jax", "cupy", "numba_cuda", "matplotlib", "tqdm"}
 
 FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}

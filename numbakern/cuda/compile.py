@@ -1,0 +1,209 @@
+"""The one place where kernels are compiled: Python function → cubin, over numba-cuda, cached.
+
+Nothing else imports numba-cuda, which is in maintenance mode and has a successor. No driver and no
+GPU is needed. A cubin that is on disk already is read without importing Numba at all.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from functools import cache, lru_cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from numbakern import disk_cache
+
+INSTALL = "pip install 'numbakern[cuda]'"
+_DISTRIBUTIONS = ("numba-cuda", "numba", "llvmlite", "numpy", "nvidia-nvvm", "nvidia-nvjitlink")
+_lock = threading.RLock()
+
+
+class Cubin(NamedTuple):
+    """Machine code of one kernel."""
+
+    entry: str  # name of the kernel in the code
+    code: bytes
+
+
+class Resources(NamedTuple):
+    """What a kernel takes, by cuobjdump."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    shared: int  # bytes a block, static
+    local: int  # bytes a thread
+
+
+def arch_of(major, minor):
+    """The architecture compiled for on a device of this compute capability, as ``"sm_90a"``.
+
+    From 9.0 on with the features of that very architecture, as `@cuda.jit` does it.
+    """
+    return f"sm_{major}{minor}{'a' if (major, minor) >= (9, 0) else ''}"
+
+
+# ---------------------------------------------------------------- compiling
+
+
+@cache
+def numba_cuda():
+    """The module `numba.cuda` of numba-cuda, imported at the first kernel that is not cached."""
+    with contextlib.suppress(ImportError):
+        # What the .pth file of numba-cuda does; it is not read where the package came by
+        # PYTHONPATH, and Numba's own, deprecated target would be imported instead.
+        importlib.import_module("_numba_cuda_redirector")
+    try:
+        cuda = importlib.import_module("numba.cuda")
+    except ImportError as error:
+        raise RuntimeError(f"numba-cuda cannot be imported ({error}): {INSTALL}") from error
+    if getattr(cuda, "implementation", None) != "NVIDIA":
+        raise RuntimeError(f"numba.cuda is not the one of numba-cuda: {INSTALL}")
+    return cuda
+
+
+@contextlib.contextmanager
+def _compiler(capability):
+    """What numba-cuda needs around a compilation; numpy and numba-cuda are left as they were."""
+    import numpy as np
+
+    cuda = numba_cuda()
+    dispatcher = importlib.import_module("numba.cuda.dispatcher")
+    with _lock:
+        # numba-cuda 0.30 asks NumPy for row_stack, which NumPy 2.5 has no longer.
+        missing = "row_stack" not in vars(np)
+        if missing:
+            np.row_stack = np.vstack
+        # Device functions ask the driver which device they are compiled for.
+        current_device = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield cuda
+        finally:
+            dispatcher.get_current_device = current_device
+            if missing:
+                del np.row_stack
+
+
+def compile_kernel(function, arg_types, arch, bounds=None):
+    """`function` as machine code for one architecture; nothing is read from or put on disk.
+
+    Parameters
+    ----------
+    function : function
+        The kernel in Python, of scalars only.
+    arg_types : sequence of {"i8", "f8"}
+        int64 or float64 for each argument.
+    arch : str
+        As "sm_80" or "sm_90a".
+    bounds : int or tuple of int, optional
+        Launch bounds: threads a block, then blocks a multiprocessor, then blocks a cluster.
+
+    Returns
+    -------
+    Cubin
+    """
+    number, suffix = re.fullmatch(r"sm_(\d+)([a-z]?)", arch).groups()
+    capability = int(number[:-1]), int(number[-1])
+    with _compiler(capability):
+        from numba import types
+        from numba.cuda.compiler import _compile_pyfunc_with_fixup
+
+        scalars = {"i8": types.int64, "f8": types.float64}
+        library, _ = _compile_pyfunc_with_fixup(
+            function,
+            types.void(*(scalars[kind] for kind in arg_types)),
+            device=False,
+            abi="numba",
+            cc=capability,
+            launch_bounds=bounds,
+            lto=True,
+        )
+        # As in the library of a `@cuda.jit` kernel: LTO-IR through nvJitLink, not PTX.
+        library._nvvm_options.pop("gen-lto", None)
+        library._lto = True
+        linked = library.get_cubin(cc=(*capability, suffix))
+        return Cubin(library._entry_name, bytes(linked.code))
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def _version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def versions():
+    """Versions of what compiles a kernel; None for what is not installed as a package."""
+    return {name: _version(name) for name in _DISTRIBUTIONS}
+
+
+@cache
+def cache_folder():
+    """Folder of the cubins, or None where none can be written."""
+    # Without the wheels, NVVM and nvJitLink are those of a toolkit.
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    settings = sorted((k, v) for k, v in os.environ.items() if k in _SETTINGS)
+    parts = (*versions().items(), os.path.realpath(toolkit), settings)
+    return disk_cache.folder(f"numbakern-cuda-{disk_cache.fingerprint(parts)}")
+
+
+_SETTINGS = ("NUMBA_OPT", "NUMBA_FORCE_CUDA_CC", "NUMBA_CUDA_DEBUGINFO")
+
+
+@lru_cache(maxsize=4096)
+def cubin(spec, arch, bounds=None):
+    """The kernel that `plan.build` makes of a spec, from the disk or compiled and put there."""
+    folder = cache_folder()
+    key = repr((spec, arch, bounds))
+    name = f"{spec.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    if folder is not None:
+        content = disk_cache.read(folder, name)
+        if content is not None:
+            entry, _, code = content.partition(b"\0")
+            return Cubin(entry.decode(), code)
+    from numbakern.cuda.plan import build
+
+    function, arg_types = build(spec)
+    compiled = compile_kernel(function, arg_types, arch, bounds)
+    if folder is not None:
+        disk_cache.write(folder, name, compiled.entry.encode() + b"\0" + compiled.code)
+    return compiled
+
+
+# ---------------------------------------------------------------- looking at machine code
+
+
+def _tool(name, *options, code):
+    from cuda import pathfinder
+
+    path = pathfinder.find_nvidia_binary_utility(name)
+    if path is None:
+        raise RuntimeError(f"{name} is not installed: pip install nvidia-cuda-{name}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "kernel.cubin")
+        with open(file, "wb") as out:
+            out.write(code)
+        done = subprocess.run([path, *options, file], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def sass(cubin):
+    """The instructions of a Cubin as nvdisasm prints them."""
+    return _tool("nvdisasm", "-c", code=cubin.code)
+
+
+def resources(cubin):
+    """The Resources of a Cubin."""
+    usage = _tool("cuobjdump", "-res-usage", code=cubin.code)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    return Resources(*map(int, found.groups()))
