@@ -104,6 +104,8 @@ def output(target: Any, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> An
         return target.empty(shape, dtype)
     if not isinstance(out, target.ARRAY_TYPES):
         raise TypeError(f"out: expected an array, got {type(out).__name__}")
+    if not isinstance(out, np.ndarray):
+        out = target.asarray("out", out)
     if out.dtype.newbyteorder("=") != dtype:
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
@@ -219,5 +221,12 @@ def reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool)
 
 
 def as_result(result: Any, out: Any) -> Any:
-    """What a function returns: a scalar instead of a 0-d array that the caller did not provide."""
-    return result[()] if out is None and result.ndim == 0 else result
+    """What a function returns: the caller's own `out`, else the array as its library has it.
+
+    Of NumPy's, a scalar instead of a 0-d array.
+    """
+    if out is not None:
+        return out
+    if not isinstance(result, np.ndarray):
+        return result.unwrap()
+    return result[()] if result.ndim == 0 else result

@@ -1,7 +1,8 @@
 """Which target serves a call: decided here, from the arrays, and nowhere else.
 
-A target is a module with the functions that `functional` calls. It is imported at its first use,
-so importing numbakern costs nothing but NumPy.
+A target has the functions that `functional` calls. Its module is imported at its first use, so
+importing numbakern costs nothing but NumPy. That of the CPU is a target itself; that of CUDA gives
+one for the library and the device of the arrays.
 """
 
 import importlib
@@ -10,53 +11,53 @@ from typing import Any
 
 import numpy as np
 
-_MODULES = {"cpu": "numbakern.cpu"}
-_CUDA_DEVICES = (2, 3, 13)  # DLPack: CUDA, pinned and managed memory
+_CUDA_DEVICES = (2, 13)  # DLPack: CUDA's device and managed memory
+_NUMBERS = (int, float, np.number, np.bool_)  # as grad_output they go with arrays of any target
 _loaded: dict[str, ModuleType] = {}
 
 
-def target_of(**arrays: Any) -> ModuleType:
+def target_of(**arrays: Any) -> Any:
     """The target on which all these arguments live (None is left out); TypeError if they differ."""
     owner = name_of_owner = None
     for name, array in arrays.items():
         if array is None:
             continue
         # NumPy arrays first: nothing but a type comparison on the path of a small call.
-        target = "cpu" if type(array) is np.ndarray else _target(array)
+        target = "cpu" if type(array) is np.ndarray else _target(name, array)
         if owner is None:
             owner, name_of_owner = target, name
-        elif target != owner:
+        elif target != owner and target is not None:
             raise TypeError(
                 f"{name}: expected an array on the same device as {name_of_owner} ({owner}), "
                 f"got one on {target}"
             )
-    return _loaded.get(owner or "cpu") or _load(owner or "cpu", name_of_owner)
+    if owner == "cuda":
+        return (_loaded.get("cuda") or _load("cuda")).target_of(name_of_owner, arrays)
+    return _loaded.get("cpu") or _load("cpu")
 
 
-def _target(array: Any) -> str:
+def _target(name: str, array: Any) -> str | None:
+    """The target of an array, "cpu" for what NumPy can make one of; None for a number."""
+    if isinstance(array, _NUMBERS):
+        return None
+    if isinstance(array, (np.ndarray, list, tuple)):
+        return "cpu"
+    on_cuda = getattr(array, "is_cuda", None)  # PyTorch's tensors: ten times faster than DLPack
+    if isinstance(on_cuda, bool):
+        return "cuda" if on_cuda else "cpu"
     kind = type(array)
-    if hasattr(kind, "__cuda_array_interface__") and not _on_cpu(array):
-        return "cuda"
     device = getattr(kind, "__dlpack_device__", None)
-    if device is not None and not isinstance(array, np.ndarray):
+    if device is not None:
         try:
             return "cuda" if device(array)[0] in _CUDA_DEVICES else "cpu"
-        except (TypeError, ValueError, RuntimeError, BufferError):
-            return "cpu"  # what NumPy makes of it decides
-    return "cpu"
+        except (TypeError, ValueError, RuntimeError, BufferError) as error:
+            # Asked of the type: of an array, this may raise and would take its time.
+            if not hasattr(kind, "__cuda_array_interface__"):
+                return "cpu"  # what NumPy makes of it decides
+            raise TypeError(f"{name}: expected an array on one device: {error}") from None
+    return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
 
 
-def _on_cpu(array: Any) -> bool:
-    """PyTorch's tensors have a CUDA array interface in their type wherever they live."""
-    return not hasattr(array, "__cuda_array_interface__")
-
-
-def _load(target: str, name: str | None) -> ModuleType:
-    module = _MODULES.get(target)
-    if module is None:
-        raise RuntimeError(
-            f"{name}: expected an array in host memory, got one on {target}: this version of "
-            f"numbakern has no {target} target; copy the array to the host first"
-        )
-    _loaded[target] = importlib.import_module(module)
+def _load(target: str) -> ModuleType:
+    _loaded[target] = importlib.import_module(f"numbakern.{target}")
     return _loaded[target]

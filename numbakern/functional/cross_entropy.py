@@ -233,7 +233,7 @@ def cross_entropy_backward(
     lse = arrays.check_lse(target, lse, batch)
     result = arrays.output(target, out, shape, dtype)
     target.cross_entropy(*checked, with_loss=False, grad_output=grad_output, lse=lse, out=result)
-    return result
+    return arrays.as_result(result, out)
 
 
 def cross_entropy_value_and_grad(
@@ -313,4 +313,4 @@ def cross_entropy_value_and_grad(
     )
     grad = arrays.output(target, out, checked.logits.shape, dtype)
     loss, _ = target.cross_entropy(*checked, with_loss=True, out=grad)
-    return loss, grad
+    return loss, arrays.as_result(grad, out)

@@ -67,10 +67,9 @@ def logsumexp(
     kind = arrays.result_kind(dtype, arrays.supported("x", x))
     axes = arrays.axes_of(axis, x.ndim)
     shape = arrays.reduced_shape(x.shape, axes, keepdims)
-    if out is not None:
-        arrays.output(target, out, shape, kind.loss)
+    checked: Any = None if out is None else arrays.output(target, out, shape, kind.loss)
     result = target.logsumexp(x, axes, kind.compute, kind.loss).reshape(shape)
     if out is None:
         return arrays.as_result(result, out)
-    out[...] = result
+    checked[...] = result
     return out

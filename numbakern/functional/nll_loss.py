@@ -165,4 +165,4 @@ def nll_loss_backward(
     target.nll_loss_backward(
         grad_output, labels, axis, kind.compute, weight, ignore_index, reduction, result
     )
-    return result
+    return arrays.as_result(result, out)

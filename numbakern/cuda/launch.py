@@ -1,0 +1,190 @@
+"""Devices, streams and the start of a kernel, over cuda.core. Nothing here waits for the GPU."""
+
+import functools
+import importlib
+import threading
+from collections import deque
+
+from numbakern.cuda import compile as compiler
+
+_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory a block
+_PORTABLE_CLUSTER = 8  # blocks
+_DEFAULT_STREAMS = (0, 1, 2)  # the null stream, legacy and per-thread default
+_KEPT = 4096  # entries of a cache before it is emptied
+
+
+@functools.cache
+def core():
+    """The module cuda.core with a working driver; RuntimeError saying what is missing."""
+    try:
+        module = importlib.import_module("cuda.core")
+        driver()
+    except ImportError as error:
+        raise RuntimeError(f"cuda-core cannot be imported ({error}): {compiler.INSTALL}") from error
+    try:
+        count = len(module.Device.get_all_devices())
+    except Exception as error:  # cuda.core has its own, and RuntimeError where no libcuda is
+        raise RuntimeError(f"no NVIDIA driver: {error}") from error
+    if not count:
+        raise RuntimeError("no NVIDIA GPU that CUDA can see")
+    return module
+
+
+@functools.cache
+def driver():
+    """The driver's own functions."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _checked(result):
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"CUDA driver: {error.name}")
+    return values[0] if values else None
+
+
+class Device:
+    """A GPU: what plans need to know of it, its kernels and its streams."""
+
+    def __init__(self, ordinal):
+        self.ordinal = ordinal
+        self.core = core().Device(ordinal)
+        capability = self.core.compute_capability
+        self.arch = compiler.arch_of(capability.major, capability.minor)
+        self.capability = capability.major, capability.minor
+        properties = self.core.properties
+        self.shared = properties.max_shared_memory_per_block_optin
+        self.multiprocessors = properties.multiprocessor_count
+        self._steps = {}
+        self._streams = {}
+        self._lock = threading.Lock()
+
+    def make_current(self):
+        """Make this device the calling thread's; what `restore` needs, None for nothing."""
+        error, current = driver().cuCtxGetDevice()
+        if error == 0 and int(current) == self.ordinal:
+            return None
+        before = driver().cuCtxGetCurrent()[1] if error == 0 else None
+        self.core.set_current()
+        return before
+
+    def stream(self, handle):
+        """The Stream of this handle, an address; 0 for the default stream."""
+        stream = self._streams.get(handle)
+        if stream is None:
+            if len(self._streams) >= _KEPT:
+                self._streams.clear()
+            stream = self._streams[handle] = Stream(self, handle, core().Stream.from_handle(handle))
+        return stream
+
+    @functools.cached_property
+    def own_stream(self):
+        """A stream of our own, for arrays that come with none."""
+        before = self.make_current()
+        try:
+            stream = self.core.create_stream()
+        finally:
+            restore(before)
+        return Stream(self, int(stream.handle), stream)
+
+    def prepared(self, step):
+        """What `start` needs for a step: its launch configuration and its kernel, loaded."""
+        entry = self._steps.get(id(step))
+        if entry is not None and entry[0] is step:  # an id may have been another object's
+            return entry
+        with self._lock:
+            if len(self._steps) >= _KEPT:
+                self._steps.clear()
+            entry = self._steps[id(step)] = (step, self._configuration(step), self._kernel(step))
+        return entry
+
+    def _configuration(self, step):
+        config = core().LaunchConfig
+        if step.cluster > 1:
+            clusters = step.grid // step.cluster
+            return config(
+                grid=clusters, cluster=step.cluster, block=step.block, shmem_size=step.shared
+            )
+        return config(grid=step.grid, block=step.block, shmem_size=step.shared)
+
+    def _kernel(self, step):
+        cubin = compiler.cubin(step.spec, self.arch, step.block)
+        module = _loaded(self.ordinal, cubin)
+        kernel = module.get_kernel(cubin.entry)
+        attributes = driver().CUfunction_attribute
+        wanted = []
+        if step.shared > _SHARED_WITHOUT_ASKING:
+            wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared))
+        if step.cluster > _PORTABLE_CLUSTER:
+            wanted.append((attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+        for attribute, value in wanted:
+            device = _checked(driver().cuDeviceGet(self.ordinal))
+            _checked(driver().cuKernelSetAttribute(attribute, value, kernel.handle, device))
+        return kernel
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _loaded(ordinal, cubin):
+    return core().ObjectCode.from_cubin(cubin.code)
+
+
+class Stream:
+    """A stream of a device."""
+
+    __slots__ = ("core", "device", "handle", "_held")
+
+    def __init__(self, device, handle, stream):
+        self.device, self.handle, self.core = device, handle, stream
+        self._held = deque()
+
+    def hold(self, objects):
+        """Keep these alive until what has been started on this stream so far is done."""
+        held = self._held
+        while held and held[0][0].is_done:
+            held.popleft()
+        held.append((self.core.record(), objects))
+
+    def allocate(self, size):
+        """Bytes of device memory from the driver's pool, in the order of this stream."""
+        before = self.device.make_current()
+        try:
+            return self.device.core.memory_resource.allocate(size, stream=self.core)
+        finally:
+            restore(before)
+
+    def release_to(self, handle):
+        """Let the stream of this handle wait for what has been started on this one so far."""
+        if handle == self.handle or {handle, self.handle} <= set(_DEFAULT_STREAMS[:2]):
+            return
+        before = self.device.make_current()
+        try:
+            core().Stream.from_handle(handle).wait(self.core)
+        finally:
+            restore(before)
+
+
+@functools.cache
+def device(ordinal):
+    """The Device of this number."""
+    return Device(ordinal)
+
+
+def restore(before):
+    """Undo `Device.make_current`."""
+    if before is not None:
+        _checked(driver().cuCtxSetCurrent(before))
+
+
+def start(step, values, stream):
+    """Start one step of a plan on a stream, whose device is current, and return at once.
+
+    Parameters
+    ----------
+    step : Step
+        Of `plan`.
+    values : sequence of int and float
+        What the kernel is given: an 8-byte number for each of ``step.args``.
+    stream : Stream
+    """
+    _, config, kernel = stream.device.prepared(step)
+    core().launch(stream.core, config, kernel, *values)
