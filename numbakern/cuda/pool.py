@@ -48,7 +48,7 @@ _is_valid.restype, _is_valid.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c
 _pointer = _api.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
 _NAME = b"dltensor"
-_exported = {}  # address of a managed tensor → what it keeps alive
+_exported: dict[int, tuple] = {}  # address of a managed tensor → what it keeps alive
 
 
 @_Deleter

@@ -1,0 +1,290 @@
+"""The public functions on GPU arrays, for tests that speak NumPy.
+
+`Functions` has the ten functions of numbakern. Each puts its NumPy arguments on a device with
+their very layout (aliases stay aliases), calls numbakern and brings the result back, so that a
+test written for the CPU holds the CUDA target to the same answers. ``pytest --device NAME`` runs
+the tests' own calls through it.
+
+The device ``emulator`` needs no GPU: its memory is the host's, and a step of a plan runs on the
+kernels' emulator instead of being launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import numbakern
+from tests.cases import bfloat16
+
+DEVICES = ("emulator", "cupy", "torch", "numba", "jax")
+
+
+# --- a device whose memory is the host's ---------------------------------------------------------
+
+
+class HostArray:
+    """An array that says it is on a GPU; its memory is that of a NumPy array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+class Emulator:
+    """Arrays in host memory, and the steps of plans on the kernels' emulator."""
+
+    def __init__(self):
+        from numbakern.cuda import families, launch
+        from tests import emulator
+
+        class HostFamily(families.Family):
+            def view(self, name, array):
+                a = array.array
+                return families.DeviceArray(
+                    self,
+                    array,
+                    a.__array_interface__["data"][0],
+                    a.shape,
+                    a.strides,
+                    a.dtype,
+                    0,
+                    a.flags.writeable,
+                )
+
+            def empty(self, shape, dtype, queue):
+                a = np.empty(shape, dtype)
+                a.view(np.uint8).fill(0xFF) if a.ndim else a.reshape(1).view(np.uint8).fill(0xFF)
+                return self.view("result", HostArray(a))
+
+            def queue(self, array, device):
+                return Queue()
+
+        class Device:
+            ordinal = 0
+            arch, capability = "sm_90a", (9, 0)
+            shared, multiprocessors = 232448, 132
+            label_report = launch.Report(lambda size: np.zeros(size, np.uint8))
+
+            def make_current(self):
+                return None
+
+        class Queue:
+            device = Device()
+
+        self.patches = (
+            (families._BY_PACKAGE, "tests", HostFamily),
+            (launch, "start", lambda step, values, stream: emulator.run(step, values)),
+            (launch, "device", lambda ordinal: Queue.device),
+            (launch, "core", lambda: None),
+        )
+
+    def install(self, stack):
+        for where, name, value in self.patches:
+            if isinstance(where, dict):
+                stack.enter_context(mock.patch.dict(where, {name: value}))
+            else:
+                stack.enter_context(mock.patch.object(where, name, value))
+
+    def send(self, array, roots):
+        return HostArray(array)
+
+    def fetch(self, array):
+        return array.array
+
+
+# --- real devices --------------------------------------------------------------------------------
+
+
+def root_bytes(array, roots, upload):
+    """The memory that an array is a view of, uploaded once a call, and where in it the array is."""
+    root = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    low, high = np.lib.array_utils.byte_bounds(root if root.size else array)
+    if low not in roots:
+        raw = (ctypes.c_ubyte * (high - low)).from_address(low)
+        roots[low] = upload(np.frombuffer(raw, np.uint8).copy())
+    return roots[low], array.__array_interface__["data"][0] - low
+
+
+class CuPy:
+    def __init__(self):
+        self.cupy = pytest.importorskip("cupy")
+
+    def send(self, array, roots):
+        memory, offset = root_bytes(array, roots, self.cupy.asarray)
+        dtype = array.dtype
+        if dtype == bfloat16:
+            try:
+                self.cupy.empty(1, dtype)
+            except (TypeError, ValueError, KeyError):
+                pytest.skip("this CuPy has no bfloat16")
+        return self.cupy.ndarray(array.shape, dtype, memory.data + offset, array.strides)
+
+    def fetch(self, array):
+        return self.cupy.asnumpy(array)
+
+
+class Torch:
+    def __init__(self):
+        self.torch = pytest.importorskip("torch")
+
+    def send(self, array, roots):
+        torch, size = self.torch, array.dtype.itemsize
+        upload = lambda a: torch.from_numpy(a).cuda()  # noqa: E731
+        if any(s < 0 or s % size for s in array.strides) or not array.dtype.isnative:
+            pytest.skip("PyTorch has no such layout")
+        memory, offset = root_bytes(array, roots, upload)
+        if offset % size:
+            pytest.skip("PyTorch has no such layout")
+        dtype = getattr(torch, "bool" if array.dtype == bool else array.dtype.name, None)
+        if dtype is None:
+            pytest.skip(f"PyTorch has no {array.dtype}")
+        tensor = torch.empty(0, dtype=dtype, device="cuda")
+        strides = [s // size for s in array.strides]
+        return tensor.set_(memory.untyped_storage(), offset // size, array.shape, strides)
+
+    def fetch(self, tensor):
+        if tensor.dtype == self.torch.bfloat16:
+            return tensor.contiguous().view(self.torch.int16).cpu().numpy().view(bfloat16)
+        return tensor.cpu().numpy()
+
+
+class Numba:
+    def __init__(self):
+        pytest.importorskip("numba")
+        from numbakern.cuda.compile import numba_cuda
+
+        self.cuda = numba_cuda()
+
+    def send(self, array, roots):
+        if array.size == 0:
+            return self.cuda.device_array(array.shape, array.dtype)
+        memory, offset = root_bytes(array, roots, self.cuda.to_device)
+        interface = {
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": array.dtype.str,
+            "data": (memory.__cuda_array_interface__["data"][0] + offset, False),
+            "version": 3,
+        }
+        holder = type("Holder", (), {"__cuda_array_interface__": interface, "memory": memory})()
+        view = self.cuda.as_cuda_array(holder)
+        view.dtype = array.dtype  # bfloat16 has no type string
+        return view
+
+    def fetch(self, array):
+        if array.size == 0:
+            return np.empty(array.shape, array.dtype)
+        if array.dtype == bfloat16:
+            raw = self.cuda.devicearray.DeviceNDArray(
+                array.shape, array.strides, np.uint16, gpu_data=array.gpu_data
+            )
+            return raw.copy_to_host().view(bfloat16)
+        return array.copy_to_host()
+
+
+class Jax:
+    def __init__(self):
+        self.jax = pytest.importorskip("jax")
+        self.jax.config.update("jax_enable_x64", True)
+
+    def send(self, array, roots):
+        if not array.dtype.isnative:
+            pytest.skip("JAX has no such layout")
+        return self.jax.device_put(np.ascontiguousarray(array).reshape(array.shape))
+
+    def fetch(self, array):
+        return np.asarray(array)
+
+
+# --- the functions -------------------------------------------------------------------------------
+
+
+class Functions:
+    """The public functions, taking and giving NumPy arrays, computed on a device."""
+
+    def __init__(self, device):
+        self.device = device
+        for name in numbakern.__all__:
+            setattr(self, name, self._through(getattr(numbakern, name)))
+
+    def _through(self, function):
+        @functools.wraps(function)
+        def call(*args, **options):
+            roots: dict = {}
+            sent: dict = {}
+
+            def send(value):
+                if not isinstance(value, (np.ndarray, list, tuple, range)):
+                    return value
+                array = value if isinstance(value, np.ndarray) else np.asarray(value)
+                if id(value) not in sent:
+                    sent[id(value)] = value, self.device.send(array, roots)
+                return sent[id(value)][1]
+
+            given = options.get("out")
+            kept = {k: v for k, v in options.items() if k in ("axis", "dtype", "reduction")}
+            args = (*map(send, args[: _arrays(function)]), *args[_arrays(function) :])
+            arrays = {k: send(v) for k, v in options.items() if k not in kept}
+            result = function(*args, **arrays, **kept)
+            numbakern_check()
+            if isinstance(result, tuple):
+                return tuple(self._back(r, arrays.get("out"), given) for r in result)
+            return self._back(result, arrays.get("out"), given)
+
+        return call
+
+    def _back(self, result, sent, given):
+        if sent is not None and result is sent:
+            values = self.device.fetch(result)
+            if values is not given:
+                given[...] = values
+            return given
+        values = self.device.fetch(result)
+        return values if values.ndim else values[()]
+
+
+def numbakern_check():
+    """Bad labels as an IndexError, as on the CPU."""
+    importlib.import_module("numbakern.cuda").check()
+
+
+def _arrays(function):
+    """How many positional arguments are arrays."""
+    name = function.__name__
+    if name.endswith("backward"):
+        return 3 if "nll" in name or "cross" in name else 2
+    return 2 if "nll" in name or "cross" in name else 1
+
+
+_DEVICES = {"emulator": Emulator, "cupy": CuPy, "torch": Torch, "numba": Numba, "jax": Jax}
+
+
+@contextlib.contextmanager
+def on(name):
+    """The Functions of a device of this name."""
+    device = _DEVICES[name]()
+    with contextlib.ExitStack() as stack:
+        if name == "emulator":
+            device.install(stack)
+        yield Functions(device)
+
+
+def replace_all(name):
+    """Put the functions of a device in the place of numbakern's own, for good."""
+    stack = contextlib.ExitStack()
+    functions = stack.enter_context(on(name))
+    for function in numbakern.__all__:
+        setattr(numbakern, function, getattr(functions, function))
+    sys.modules["numbakern"].__dict__["__device__"] = stack  # the patches live as long
