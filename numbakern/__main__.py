@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -20,6 +19,9 @@ import numbakern
 
 # (the widest vector unit that LLVM reports for this CPU, its bits)
 _SIMD = (("avx512f", 512), ("avx2", 256), ("avx", 256), ("neon", 128), ("sse2", 128))
+
+# The first two are needed; NVVM and nvJitLink may also come from a CUDA toolkit.
+_CUDA_PACKAGES = ("numba-cuda", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink")
 
 _FULL = ((1024, 32000), (4096, 1000), (4, 21, 512, 512))
 _QUICK = ((128, 32000), (1024, 1000), (1, 21, 512, 512))
@@ -53,9 +55,7 @@ def _cores() -> int:
 def _cuda() -> dict[str, Any]:
     """What of a CUDA stack is installed, found without importing or starting any of it."""
     return {
-        "target": importlib.util.find_spec("numbakern.cuda") is not None,
-        "numba-cuda": _version("numba-cuda"),
-        "cuda-core": _version("cuda-core"),
+        **{name: _version(name) for name in _CUDA_PACKAGES},
         "driver": find_library("cuda") or find_library("nvcuda"),
     }
 
@@ -102,10 +102,10 @@ def system() -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """The findings of `system` as lines of text."""
     cuda = found["cuda"]
-    parts = [f"{name} {cuda[name] or 'not installed'}" for name in ("numba-cuda", "cuda-core")] + [
-        f"driver library {cuda['driver'] or 'not found'}"
-    ]
-    role = "" if cuda["target"] else "no CUDA target in this version; "
+    parts = [f"{name} {cuda[name] or 'not installed'}" for name in _CUDA_PACKAGES]
+    parts.append(f"driver library {cuda['driver'] or 'not found'}")
+    missing = [name for name in _CUDA_PACKAGES[:2] if not cuda[name]]
+    hint = f"; pip install 'numbakern[cuda]' for {' and '.join(missing)}" if missing else ""
     lines = {
         "numbakern": f"{found['numbakern']}, Python {found['python']}, Numba {found['numba']}, "
         f"llvmlite {found['llvmlite']}, NumPy {found['numpy']}",
@@ -116,7 +116,7 @@ def describe(found: dict[str, Any]) -> str:
         "cache": found["cache"] or "no folder can be written: kernels are compiled in each process",
         "start": f"Numba's import {found['numba_import_seconds']:.2f} s, "
         f"first call {found['first_call_seconds']:.2f} s",
-        "CUDA": role + ", ".join(parts),
+        "CUDA": ", ".join(parts) + hint,
     }
     return "\n".join(f"{name:<11}{text}" for name, text in lines.items())
 

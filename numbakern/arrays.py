@@ -204,7 +204,9 @@ def are_probabilities(
     raise TypeError(f"{name}: expected {wanted}, got dtype {labels.dtype}")
 
 
-def bad_label(position: tuple[int, ...], value: int, classes: int, ignore_index: int) -> IndexError:
+def bad_label(
+    position: tuple[int, ...], value: int | str, classes: int, ignore_index: int
+) -> IndexError:
     """The error for a label that is neither a class nor ignored."""
     where = ", ".join(map(str, position))
     return IndexError(

@@ -22,6 +22,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        help="run the public functions there instead of on the CPU: emulator, cupy, torch, numba "
+        "or jax (see tests/on_device.py)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--device"):
+        from tests import on_device
+
+        on_device.replace_all(config.getoption("--device"))
+
+
 class Python:
     """Runs scripts in fresh interpreters which import the package under test."""
 

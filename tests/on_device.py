@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -40,52 +40,72 @@ class HostArray:
         return 2, 0
 
 
-class Emulator:
-    """Arrays in host memory, and the steps of plans on the kernels' emulator."""
+class Words:
+    """The memory of `bad_labels.Report`."""
 
     def __init__(self):
-        from numbakern.cuda import families, launch
-        from tests import emulator
+        self.array = None
+
+    def write(self, array):
+        if self.array is None:
+            self.array = np.empty_like(array)
+            self.address = self.array.ctypes.data
+        self.array[...] = array
+
+    def read(self):
+        return self.array.copy().reshape(-1)
+
+
+class Emulator:
+    """Arrays in host memory, and the steps of plans on the kernels' emulator.
+
+    A kernel may touch the arrays of its call: those sent and those made for it.
+    """
+
+    def __init__(self):
+        from numbakern.cuda import bad_labels, families, launch, plan
+        from tests.emulator import emulate
+
+        words, touched = Words(), []
+        report = bad_labels.Report(words)
+        self.touched = touched
 
         class HostFamily(families.Family):
             def view(self, name, array):
                 a = array.array
-                return families.DeviceArray(
-                    self,
-                    array,
-                    a.__array_interface__["data"][0],
-                    a.shape,
-                    a.strides,
-                    a.dtype,
-                    0,
-                    a.flags.writeable,
-                )
+                address = a.__array_interface__["data"][0]
+                readable = self, array, address, a.shape, a.strides, a.dtype, 0
+                return families.DeviceArray(*readable, a.flags.writeable)
 
             def empty(self, shape, dtype, queue):
-                a = np.empty(shape, dtype)
-                a.view(np.uint8).fill(0xFF) if a.ndim else a.reshape(1).view(np.uint8).fill(0xFF)
+                raw = np.full(max(int(np.prod(shape)) * dtype.itemsize, 1), 0xFF, np.uint8)
+                a = np.ndarray(shape, dtype, raw)
+                touched.append(a)
                 return self.view("result", HostArray(a))
 
             def queue(self, array, device):
-                return Queue()
-
-        class Device:
-            ordinal = 0
-            arch, capability = "sm_90a", (9, 0)
-            shared, multiprocessors = 232448, 132
-            label_report = launch.Report(lambda size: np.zeros(size, np.uint8))
-
-            def make_current(self):
-                return None
+                return Queue
 
         class Queue:
-            device = Device()
+            device = types.SimpleNamespace(
+                ordinal=0,
+                arch="sm_90a",
+                capability=(9, 0),
+                shared=232448,
+                multiprocessors=132,
+                report=report,
+                make_current=lambda: None,
+            )
+
+        def start(step, values, stream):
+            kernel = plan.kernel_of(step.spec)
+            memory = [*touched, words.array]
+            emulate(kernel, step.grid, step.block, values, memory, step.shared, step.cluster)
 
         self.patches = (
             (families._BY_PACKAGE, "tests", HostFamily),
-            (launch, "start", lambda step, values, stream: emulator.run(step, values)),
-            (launch, "device", lambda ordinal: Queue.device),
-            (launch, "core", lambda: None),
+            (launch, "start", start),
+            (launch, "devices", [Queue.device]),
         )
 
     def install(self, stack):
@@ -95,7 +115,11 @@ class Emulator:
             else:
                 stack.enter_context(mock.patch.object(where, name, value))
 
+    def begin(self):
+        self.touched.clear()
+
     def send(self, array, roots):
+        self.touched.append(array)
         return HostArray(array)
 
     def fetch(self, array):
@@ -117,7 +141,12 @@ def root_bytes(array, roots, upload):
     return roots[low], array.__array_interface__["data"][0] - low
 
 
-class CuPy:
+class Real:
+    def begin(self):
+        """A call begins."""
+
+
+class CuPy(Real):
     def __init__(self):
         self.cupy = pytest.importorskip("cupy")
 
@@ -135,7 +164,7 @@ class CuPy:
         return self.cupy.asnumpy(array)
 
 
-class Torch:
+class Torch(Real):
     def __init__(self):
         self.torch = pytest.importorskip("torch")
 
@@ -160,7 +189,7 @@ class Torch:
         return tensor.cpu().numpy()
 
 
-class Numba:
+class Numba(Real):
     def __init__(self):
         pytest.importorskip("numba")
         from numbakern.cuda.compile import numba_cuda
@@ -194,7 +223,7 @@ class Numba:
         return array.copy_to_host()
 
 
-class Jax:
+class Jax(Real):
     def __init__(self):
         self.jax = pytest.importorskip("jax")
         self.jax.config.update("jax_enable_x64", True)
@@ -224,6 +253,7 @@ class Functions:
         def call(*args, **options):
             roots: dict = {}
             sent: dict = {}
+            self.device.begin()
 
             def send(value):
                 if not isinstance(value, (np.ndarray, list, tuple, range)):
@@ -287,4 +317,4 @@ def replace_all(name):
     functions = stack.enter_context(on(name))
     for function in numbakern.__all__:
         setattr(numbakern, function, getattr(functions, function))
-    sys.modules["numbakern"].__dict__["__device__"] = stack  # the patches live as long
+    functions.patches = stack  # they live as long as the functions

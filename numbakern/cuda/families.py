@@ -17,6 +17,7 @@ from numbakern.cuda import launch, pool
 from numbakern.cuda.pool import contiguous_strides
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BYTE = np.dtype(np.uint8)
 
 
 class DeviceArray:
@@ -51,6 +52,15 @@ class DeviceArray:
         """The array as its library has it."""
         return self.family.export(self.owner)
 
+    def reshape(self, shape):
+        """The same elements, which are contiguous, in another shape."""
+        if shape == self.shape:
+            return self
+        strides = contiguous_strides(shape, self.dtype.itemsize)
+        owner = self.family.reshape(self.owner, shape)
+        args = self.family, owner, self.pointer, shape, strides, self.dtype, self.device
+        return DeviceArray(*args, self.writeable)
+
 
 class Family:
     """What every family does in the same way."""
@@ -73,6 +83,15 @@ class Family:
     def export(self, owner):
         """A result as the caller gets it."""
         return owner
+
+    def reshape(self, owner, shape):
+        """A view of a contiguous result in another shape."""
+        return owner.reshape(shape)
+
+    def scratch(self, size, queue):
+        """Bytes for the time of a call: what keeps them, and their address."""
+        array = self.empty((size,), _BYTE, queue)
+        return array.owner, array.pointer
 
     def written(self, owner):
         """Called once a caller's own array has been written to."""
@@ -180,9 +199,20 @@ class Numba(Family):
 
     def empty(self, shape, dtype, queue):
         ordinal = queue.device.ordinal
-        with self._cuda.gpus[ordinal]:
+        if ordinal == self._cuda.get_current_device().id:
             array = self._cuda.device_array(shape, dtype)
+        else:
+            with self._cuda.gpus[ordinal]:
+                array = self._cuda.device_array(shape, dtype)
         return self.view("result", array)
+
+    def reshape(self, owner, shape):
+        return owner.reshape(*shape)
+
+    def scratch(self, size, queue):
+        # A Numba array costs its maker 20 µs of the host.
+        buffer = queue.allocate(size)
+        return buffer, int(buffer.handle)
 
     def handle(self, array, device):
         stream = array.stream

@@ -5,6 +5,9 @@ import importlib
 import threading
 from collections import deque
 
+import numpy as np
+
+from numbakern.cuda import bad_labels
 from numbakern.cuda import compile as compiler
 
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory a block
@@ -87,6 +90,11 @@ class Device:
             restore(before)
         return Stream(self, int(stream.handle), stream)
 
+    @functools.cached_property
+    def report(self):
+        """The record of bad labels."""
+        return bad_labels.Report(_Words(self))
+
     def prepared(self, step):
         """What `start` needs for a step: its launch configuration and its kernel, loaded."""
         entry = self._steps.get(id(step))
@@ -121,6 +129,38 @@ class Device:
             device = _checked(driver().cuDeviceGet(self.ordinal))
             _checked(driver().cuKernelSetAttribute(attribute, value, kernel.handle, device))
         return kernel
+
+
+class _Words:
+    """Memory for `bad_labels.Report`; reading and writing wait for the device."""
+
+    def __init__(self, device):
+        self._device = device
+        self._buffer = None
+
+    @property
+    def address(self):
+        return int(self._buffer.handle)
+
+    def write(self, array):
+        before = self._device.make_current()
+        try:
+            if self._buffer is None:
+                self._buffer = self._device.own_stream.allocate(array.nbytes)
+                self._device.own_stream.core.sync()
+            _checked(driver().cuMemcpyHtoD(self.address, array.ctypes.data, array.nbytes))
+        finally:
+            restore(before)
+
+    def read(self):
+        words = np.empty(self._buffer.size // 8, np.int64)
+        before = self._device.make_current()
+        try:
+            _checked(driver().cuCtxSynchronize())
+            _checked(driver().cuMemcpyDtoH(words.ctypes.data, self.address, words.nbytes))
+        finally:
+            restore(before)
+        return words
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -166,7 +206,12 @@ class Stream:
 @functools.cache
 def device(ordinal):
     """The Device of this number."""
-    return Device(ordinal)
+    devices.append(Device(ordinal))
+    return devices[-1]
+
+
+devices: list[Device] = []
+"""The devices used so far."""
 
 
 def restore(before):

@@ -4,6 +4,7 @@ It comes from the driver's stream-ordered pool, and leaves as an object that spe
 CUDA array interface. DLPack is written out here, for cuda.core exports no bfloat16.
 """
 
+import copy
 import ctypes
 import math
 
@@ -106,6 +107,13 @@ class Array:
         self.stream = stream
         self._buffer = stream.allocate(max(math.prod(self.shape) * self.dtype.itemsize, 1))
         self.pointer = int(self._buffer.handle)
+
+    def reshape(self, shape):
+        """The same memory in another shape."""
+        view = copy.copy(self)
+        view.shape = tuple(shape)
+        view.strides = contiguous_strides(view.shape, view.dtype.itemsize)
+        return view
 
     @property
     def ndim(self):

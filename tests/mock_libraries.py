@@ -1,0 +1,256 @@
+"""Libraries with GPU arrays, as far as numbakern uses them, over host memory.
+
+Each mock has the attributes, the units and the oddities of the real one: PyTorch counts strides in
+elements and has dtypes of its own, CuPy counts in bytes, JAX's arrays cannot be written to and come
+and go by DLPack. A test installs one in `sys.modules`, where `families` looks for it.
+"""
+
+from __future__ import annotations
+
+import types
+
+import ml_dtypes
+import numpy as np
+
+from numbakern.cuda import pool
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def module(name, **members):
+    made = types.ModuleType(name)
+    for key, value in members.items():
+        if isinstance(value, type):
+            value.__module__ = name
+        setattr(made, key, value)
+    return made
+
+
+class Log(list):
+    """What a library was asked for, in order."""
+
+
+# --- PyTorch -------------------------------------------------------------------------------------
+
+_NAMES = "float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool complex64".split()
+
+
+def torch_module():
+    log = Log()
+
+    class DType:
+        def __init__(self, name):
+            self.name = name
+
+        def __repr__(self):
+            return f"torch.{self.name}"
+
+    dtypes = {name: DType(name) for name in _NAMES}
+
+    def numpy_of(dtype):
+        return bfloat16 if dtype.name == "bfloat16" else np.dtype(dtype.name)
+
+    def own(dtype):
+        return dtypes["bfloat16" if dtype == bfloat16 else dtype.name]
+
+    class Tensor:
+        is_cuda = True
+        layout = "strided"
+
+        def __init__(self, array, device=0, requires_grad=False):
+            self._array, self._device, self.requires_grad = array, device, requires_grad
+            self._version = 0
+
+        shape = property(lambda self: Size(self._array.shape))
+        dtype = property(lambda self: own(self._array.dtype))
+
+        def stride(self):
+            return tuple(s // self._array.itemsize for s in self._array.strides)
+
+        def data_ptr(self):
+            return self._array.__array_interface__["data"][0]
+
+        def get_device(self):
+            return self._device
+
+        def is_neg(self):
+            return False
+
+        def reshape(self, shape):
+            return Tensor(self._array.reshape(shape), self._device)
+
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+        def __dlpack_device__(self):
+            raise AssertionError("is_cuda says it ten times faster")
+
+    class Size(tuple):
+        pass
+
+    class Device(tuple):
+        def __new__(cls, kind, index):
+            return super().__new__(cls, (kind, index))
+
+    def empty(shape, dtype, device):
+        log.append(("empty", tuple(shape)))
+        array = np.empty(shape, numpy_of(dtype))
+        array.reshape(-1).view(np.uint8).fill(0xFF)
+        return Tensor(array, device[1])
+
+    def increment_version(tensor):
+        tensor._version += 1
+
+    torch = module("torch", Tensor=Tensor, Size=Size, device=Device, empty=empty, strided="strided")
+    for name, dtype in dtypes.items():
+        setattr(torch, name, dtype)
+    torch._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 0x70 + device)
+    torch.autograd = types.SimpleNamespace(
+        graph=types.SimpleNamespace(increment_version=increment_version)
+    )
+    torch.log = log
+    return torch
+
+
+# --- CuPy ----------------------------------------------------------------------------------------
+
+
+def cupy_module():
+    log = Log()
+
+    class Device:
+        current = 0
+
+        def __init__(self, ordinal):
+            self.id = ordinal
+
+        def __enter__(self):
+            self._before, Device.current = Device.current, self.id
+
+        def __exit__(self, *_):
+            Device.current = self._before
+
+    class ndarray:
+        def __init__(self, shape, dtype=np.float64):
+            log.append(("empty", tuple(shape)))
+            self._array = np.empty(shape, dtype)
+            self._array.reshape(-1).view(np.uint8).fill(0xFF)
+            self.device = Device(Device.current)
+
+        @classmethod
+        def of(cls, array, device=0):
+            self = cls.__new__(cls)
+            self._array, self.device = array, Device(device)
+            return self
+
+        shape = property(lambda self: self._array.shape)
+        strides = property(lambda self: self._array.strides)
+        dtype = property(lambda self: self._array.dtype)
+
+        @property
+        def data(self):
+            return types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0])
+
+        def reshape(self, shape):
+            return ndarray.of(self._array.reshape(shape), self.device.id)
+
+        def __dlpack_device__(self):
+            return 2, self.device.id
+
+    def get_current_stream():
+        return types.SimpleNamespace(ptr=0xC0 + Device.current)
+
+    cupy = module("cupy", ndarray=ndarray)
+    cupy.cuda = types.SimpleNamespace(Device=Device, get_current_stream=get_current_stream)
+    cupy.log = log
+    return cupy
+
+
+# --- JAX -----------------------------------------------------------------------------------------
+
+
+def jax_modules():
+    log = Log()
+
+    class ArrayImpl:
+        def __init__(self, array, keep=None):
+            self._array, self._keep = array, keep
+
+        shape = property(lambda self: self._array.shape)
+        dtype = property(lambda self: self._array.dtype)
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __dlpack__(self, *, stream=None, **_):
+            log.append(("ready", stream))
+            a = self._array
+            return pool.capsule(self, a.ctypes.data, a.shape, a.dtype, (2, 0))
+
+    def from_dlpack(array):
+        assert array.__dlpack_device__()[0] == 2
+        array.__dlpack__(stream=0xA0)  # as JAX does: the producer is told what will wait for it
+        log.append(("from_dlpack", array.shape))
+        size = int(np.prod(array.shape)) * array.dtype.itemsize
+        raw = (np.ctypeslib.ctypes.c_uint8 * max(size, 1)).from_address(array.pointer)
+        values = np.frombuffer(raw, array.dtype, int(np.prod(array.shape)))
+        return ArrayImpl(values.reshape(array.shape), array)
+
+    jaxlib = module("jaxlib", ArrayImpl=ArrayImpl)
+    dlpack = module("jax.dlpack", from_dlpack=from_dlpack)
+    jaxlib.log = log
+    return {"jaxlib": jaxlib, "jax": module("jax", dlpack=dlpack), "jax.dlpack": dlpack}
+
+
+# --- Numba ---------------------------------------------------------------------------------------
+
+
+def numba_cuda_module():
+    log = Log()
+
+    class Gpus(list):
+        pass
+
+    class Gpu:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    class DeviceNDArray:
+        stream = 0
+
+        def __init__(self, array):
+            self._array = array
+            context = types.SimpleNamespace(device=types.SimpleNamespace(id=0))
+            self.gpu_data = types.SimpleNamespace(context=context)
+
+        shape = property(lambda self: self._array.shape)
+        strides = property(lambda self: self._array.strides)
+        dtype = property(lambda self: self._array.dtype)
+
+        @property
+        def device_ctypes_pointer(self):
+            pointer = self._array.__array_interface__["data"][0]
+            return np.ctypeslib.ctypes.c_void_p(pointer)
+
+        @property
+        def __cuda_array_interface__(self):
+            return {}
+
+        def reshape(self, *shape):
+            return DeviceNDArray(self._array.reshape(*shape))
+
+    def device_array(shape, dtype):
+        log.append(("empty", tuple(shape)))
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8).fill(0xFF)
+        return DeviceNDArray(array)
+
+    made = module("numba.cuda", DeviceNDArray=DeviceNDArray, device_array=device_array)
+    made.gpus = Gpus([Gpu()])
+    made.get_current_device = lambda: types.SimpleNamespace(id=0)
+    made.log = log
+    return made

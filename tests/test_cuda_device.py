@@ -1,0 +1,444 @@
+"""The CUDA target on a real GPU: ``pytest -m cuda`` (with ``-n 8`` where there are the cores).
+
+Every family of arrays that is installed, against the reference and, where it is there, PyTorch;
+then what only a device shows: streams, graphs, memory beyond 2**31 elements, unwritten and
+overwritten memory. The tests written for the CPU run here too, through ``on_device``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numbakern
+from tests import accuracy, cases, on_device, reference
+from tests.cases import assert_close, bfloat16, float16, float32, float64
+
+TESTS = Path(__file__).parent
+FAMILIES = ["torch", "cupy", "numba", "jax"]
+
+
+def devices() -> int:
+    """How many GPUs the driver has; asked of the driver alone, so that a broken stack shows."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("default"),  # other libraries' warnings are not ours
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu():
+    if not devices():
+        pytest.skip("no NVIDIA GPU")
+
+
+@pytest.fixture
+def torch(gpu):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    return torch
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def on(request):
+    with on_device.on(request.param) as functions:
+        yield functions
+
+
+@pytest.fixture
+def best():
+    """The functions on the family with the most layouts."""
+    for name in ("cupy", "torch", "numba"):
+        try:
+            importlib.metadata.version({"cupy": "cupy-cuda13x"}.get(name, name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        with on_device.on(name) as functions:
+            yield functions
+        return
+    pytest.skip("no library with GPU arrays")
+
+
+def test_versions(record_property, capsys):
+    names = "numba numba-cuda cuda-core cuda-bindings nvidia-nvvm nvidia-nvjitlink numpy torch jax"
+    found = {}
+    for name in [*names.split(), "cupy-cuda13x", "triton"]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+        record_property(name, found[name])
+    with capsys.disabled():
+        print(f"\n{found}")
+    assert found["cuda-core"]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+LONG = [10_000, 12_289, 32_000, 70_001, 128_256, 262_144]
+
+
+@cases.dtypes(*cases.FLOATS)
+@pytest.mark.parametrize("classes", [*cases.CLASS_COUNTS, *LONG])
+def test_rows_of_every_length(best, classes, dtype):
+    x = cases.logits((5, classes), dtype)
+    y = reference.log_softmax(x).astype(dtype)
+    p = reference.softmax(x).astype(dtype)
+    g = cases.logits((5, classes), dtype, scale=1.0, seed=4)
+    many = max(1.0, classes / 1000)
+    assert_close(best.log_softmax(x), reference.log_softmax(x), dtype)
+    assert_close(best.softmax(x), reference.softmax(x), dtype)
+    assert_close(best.logsumexp(x), reference.logsumexp(x), cases.loss_type(dtype), scale=10)
+    want = reference.log_softmax_backward(g, y)
+    assert_close(best.log_softmax_backward(g, y), want, dtype, scale=many)
+    want = reference.softmax_backward(g, p)
+    assert_close(best.softmax_backward(g, p), want, dtype, scale=many)
+    labels = cases.class_labels(5, classes)
+    loss, grad = best.cross_entropy_value_and_grad(x, labels, reduction="none")
+    want = reference.cross_entropy(x, labels, reduction="none")
+    assert_close(loss, want, cases.loss_type(dtype), scale=10)
+    ones = np.ones(5)
+    want = reference.cross_entropy_backward(ones, x, labels, reduction="none")
+    assert_close(grad, want, dtype)
+    loss, lse = best.cross_entropy(x, labels, return_lse=True)
+    grad = best.cross_entropy_backward(1.0, x, labels, lse=lse)
+    assert_close(grad, reference.cross_entropy_backward(1.0, x, labels), dtype)
+
+
+@cases.dtypes(float16, bfloat16, float32, float64)
+def test_every_family(on, dtype):
+    if dtype == bfloat16 and on.device.__class__.__name__ == "Numba":
+        pytest.skip("bfloat16 of Numba: see test_numba_bfloat16")
+    x = cases.logits((7, 40, 9), dtype)
+    labels = cases.class_labels((7, 9), 40)
+    for axis in (0, 1, 2):
+        assert_close(on.log_softmax(x, axis), reference.log_softmax(x, axis), dtype)
+    got = on.cross_entropy(x, labels)
+    assert_close(got, reference.cross_entropy(x, labels), cases.loss_type(dtype))
+    _, grad = on.cross_entropy_value_and_grad(x, labels)
+    assert_close(grad, reference.cross_entropy_backward(1.0, x, labels), dtype)
+
+
+@pytest.mark.parametrize("dtype", [float32, float64], ids=str)
+@pytest.mark.parametrize("family", accuracy.FAMILIES)
+def test_accuracy(best, family, dtype, monkeypatch):
+    """The bounds of SPEC §5, as on the CPU."""
+    monkeypatch.setattr(accuracy, "numbakern", best)
+    for classes in accuracy.classes_of(family):
+        for name in accuracy.MEASURES:
+            worst = accuracy.measure(name, family, classes, dtype)
+            if worst is not None:
+                assert worst.closest <= worst.bound, (name, classes, worst)
+
+
+FILES = ["log_softmax", "softmax", "logsumexp", "nll_loss", "cross_entropy", "gradients"]
+
+
+@pytest.mark.parametrize("device", ["cupy", "torch"])
+def test_the_tests_of_the_cpu(device, gpu):
+    pytest.importorskip(device)
+    files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "--device", device, "-n", "4", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=TESTS.parent)
+    print(done.stdout[-4000:])
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+# --- PyTorch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_like_torch(torch, name, reduction, smoothing):
+    torch.manual_seed(0)
+    dtype = getattr(torch, name)
+    tolerance = {"float32": 1e-5, "float64": 1e-12, "float16": 2e-3, "bfloat16": 2e-2}[name]
+    x = torch.randn(64, 1000, 3, device="cuda", dtype=dtype, requires_grad=True)
+    labels = torch.randint(1000, (64, 3), device="cuda")
+    labels[::7] = -100
+    weight = torch.rand(1000, device="cuda", dtype=dtype)
+    options = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+    loss = numbakern.cross_entropy(x, labels, **options)
+    want = torch.nn.functional.cross_entropy(
+        x.double(), labels, **{**options, "weight": weight.double()}
+    )
+    assert isinstance(loss, torch.Tensor) and loss.device == x.device and not loss.requires_grad
+    torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
+    g = torch.ones_like(want)
+    (want_grad,) = torch.autograd.grad(want, x, g)
+    grad = numbakern.cross_entropy_backward(g.to(loss.dtype), x, labels, **options)
+    torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_scalar_stays_on_the_device(torch):
+    x, labels = torch.randn(8, 10, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+    loss = numbakern.cross_entropy(x, labels)
+    assert loss.shape == () and loss.is_cuda and loss.dtype == torch.float32
+
+
+def test_out_counts_as_a_change(torch):
+    """Autograd notices that a tensor it has saved was written to."""
+    x = torch.randn(4, 5, device="cuda")
+    before = x._version
+    numbakern.softmax(x, out=x)
+    assert x._version > before
+
+
+# --- streams and graphs --------------------------------------------------------------------------
+
+
+def test_work_goes_on_the_current_stream_and_nothing_waits(torch):
+    x = torch.randn(4096, 1000, device="cuda")
+    labels = torch.randint(1000, (4096,), device="cuda")
+    numbakern.cross_entropy_value_and_grad(x, labels)  # kernels are compiled and loaded
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        y = x * 2
+        loss, grad = numbakern.cross_entropy_value_and_grad(y, labels)
+        out = numbakern.log_softmax(y)
+        assert not stream.query()  # still asleep: no call has waited
+    stream.synchronize()
+    want = torch.nn.functional.cross_entropy(x * 2, labels)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(out, torch.log_softmax(x * 2, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_of_a_training_step(torch):
+    torch.manual_seed(0)
+    features = torch.randn(512, 64, device="cuda")
+    labels = torch.randint(1000, (512,), device="cuda")
+    weight = torch.randn(64, 1000, device="cuda") * 0.01
+
+    def step(w):
+        logits = features @ w
+        loss, grad = numbakern.cross_entropy_value_and_grad(logits, labels, out=logits)
+        w -= 0.1 * (features.T @ grad)
+        return loss
+
+    eager = weight.clone()
+    losses = [step(eager).item() for _ in range(5)]
+    captured = weight.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(captured)
+    torch.cuda.current_stream().wait_stream(side)
+    captured.copy_(weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(captured)
+    captured.copy_(weight)
+    replayed = []
+    for _ in range(5):
+        graph.replay()
+        replayed.append(loss.item())
+    assert replayed == losses
+    assert torch.equal(eager, captured)
+
+
+def test_threads_on_streams_of_their_own(torch):
+    inputs = [torch.randn(257, 1000 + i, device="cuda") for i in range(8)]
+    wants = [torch.log_softmax(x.double(), 1).float() for x in inputs]
+    results = [None] * len(inputs)
+    torch.cuda.synchronize()
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                results[i] = numbakern.log_softmax(inputs[i])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_host_cost(torch):
+    x, out = torch.randn(8, 10, device="cuda"), torch.empty(8, 10, device="cuda")
+    for _ in range(50):
+        numbakern.log_softmax(x, out=out)
+    best = float("inf")
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            numbakern.log_softmax(x, out=out)
+        best = min(best, (time.perf_counter() - start) / 50)
+    print(f"host cost of a call: {best * 1e6:.1f} us")
+    assert best <= 25e-6
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("classes", [3, 33, 257, 1000, 1001, 4097, 32003, 128257])
+def test_every_element_is_written_and_nothing_else(torch, name, classes):
+    dtype, nan = getattr(torch, name), float("nan")
+    for offset in (0, 1, 3):
+        rows = 37
+        wide = torch.randn(rows * classes + 64, device="cuda").to(dtype)
+        x = wide[offset : offset + rows * classes].view(rows, classes)
+        labels = torch.randint(classes, (rows,), device="cuda")
+        guarded = torch.full((rows * classes + 64,), nan, device="cuda", dtype=dtype)
+        out = guarded[offset + 8 : offset + 8 + rows * classes].view(rows, classes)
+        calls = [
+            lambda x=x, out=out: numbakern.log_softmax(x, out=out),
+            lambda x=x, out=out: numbakern.softmax_backward(x, x, out=out),
+            lambda x=x, out=out, t=labels: numbakern.cross_entropy_value_and_grad(x, t, out=out),
+            lambda x=x, out=out, t=labels: numbakern.nll_loss_backward(1.0, x, t, out=out),
+        ]
+        for call in calls:
+            guarded.fill_(nan)
+            call()
+            assert not out.isnan().any()
+            assert int(guarded.isnan().sum()) == 64
+
+
+def test_more_than_2_to_the_31_elements(torch):
+    rows, classes = 2**31 // 32768 + 5, 32768
+    need = 2 * rows * classes * 2
+    if torch.cuda.mem_get_info()[0] < need + 2**30:
+        pytest.skip(f"less than {need >> 30} GiB free")
+    x = torch.empty(rows, classes, device="cuda", dtype=torch.bfloat16).normal_()
+    labels = torch.randint(classes, (rows,), device="cuda")
+    out = torch.full_like(x, float("nan"))
+    loss, _ = numbakern.cross_entropy_value_and_grad(x, labels, reduction="none", out=out)
+    at = slice(rows - 4, rows)
+    wide = x[at].float().requires_grad_()
+    want = torch.nn.functional.cross_entropy(wide, labels[at], reduction="none")
+    torch.testing.assert_close(loss[at], want, rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(want.sum(), wide)
+    torch.testing.assert_close(out[at].float(), grad, rtol=1e-2, atol=1e-6)
+    numbakern.log_softmax(x.view(classes, rows), 0, out=out.view(classes, rows))
+    column = torch.log_softmax(x.view(classes, rows)[:, -3:].float(), 0)
+    got = out.view(classes, rows)[:, -3:].float()
+    torch.testing.assert_close(got, column, rtol=1e-2, atol=1e-2)
+
+
+def test_a_row_has_the_same_bits_anywhere(torch):
+    for name in ("float32", "bfloat16"):
+        for classes in (10, 100, 1000, 1001, 5000, 40000, 128257):
+            row = torch.randn(classes, device="cuda").to(getattr(torch, name))
+            alone = numbakern.log_softmax(row[None])
+            for rows, at in ((3, 1), (1000, 999)):
+                x = torch.randn(rows, classes, device="cuda").to(row.dtype)
+                x[at] = row
+                assert torch.equal(numbakern.log_softmax(x)[at], alone[0])
+            shifted = torch.empty(classes + 5, device="cuda", dtype=row.dtype)
+            for offset in (1, 2, 5):
+                moved = shifted[offset : offset + classes]
+                moved.copy_(row)
+                assert torch.equal(numbakern.log_softmax(moved[None]), alone)
+            column = torch.randn(classes, 9, device="cuda").to(row.dtype)
+            column[:, 4] = row
+            assert torch.equal(numbakern.log_softmax(column, 0)[:, 4], alone[0])
+
+
+# --- labels out of range -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [10, -1, 2**40, -(2**63), 2**63 - 1])
+def test_a_bad_label_gives_nan_and_is_told_by_check(torch, bad):
+    numbakern.cuda.check()
+    x = torch.randn(6, 10, device="cuda")
+    labels = torch.tensor([0, 1, bad, 3, -100, 5], device="cuda")
+    loss, grad = numbakern.cross_entropy_value_and_grad(x, labels, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, False, False]
+    assert grad.isnan().all(1).tolist() == [False, False, True, False, False, False]
+    assert numbakern.cross_entropy(x, labels).isnan()
+    told = "" if abs(bad) > 2**20 else f".*got {bad}$"  # a record has 24 bits for the value
+    with pytest.raises(IndexError, match=rf"labels\[2\]{told}"):
+        numbakern.cuda.check()
+    numbakern.cuda.check()  # told once
+
+
+def test_checking_every_call(torch, monkeypatch):
+    monkeypatch.setenv("NUMBAKERN_CHECK", "1")
+    x, labels = torch.randn(2, 3, 4, device="cuda"), torch.zeros(2, 4, dtype=torch.int32)
+    labels[1, 2] = 3
+    with pytest.raises(IndexError, match=r"labels\[1, 2\].*got 3"):
+        numbakern.cross_entropy(x, labels.cuda())
+
+
+# --- other arrays, other devices -----------------------------------------------------------------
+
+
+def test_whatever_speaks_dlpack_or_the_array_interface(torch):
+    x = torch.randn(5, 7, device="cuda")
+
+    class OnlyInterface:
+        __cuda_array_interface__ = x.__cuda_array_interface__
+
+    class OnlyDLPack:
+        def __dlpack__(self, **options):
+            return x.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return x.__dlpack_device__()
+
+    for kind in (OnlyInterface, OnlyDLPack):
+        torch.cuda.synchronize()
+        got = torch.from_dlpack(numbakern.log_softmax(kind()))
+        torch.testing.assert_close(got, torch.log_softmax(x, 1))
+
+
+def test_jax_results_stay_on_the_device(gpu):
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this JAX has no GPU")
+    x = jax.random.normal(jax.random.key(0), (64, 1000), dtype="bfloat16")
+    got = numbakern.softmax(x)
+    assert isinstance(got, jax.Array) and got.dtype == x.dtype
+    again = numbakern.log_softmax(got * 2)  # JAX goes on with it
+    want = jax.nn.log_softmax(jax.nn.softmax(x.astype("float32")).astype("bfloat16") * 2)
+    np.testing.assert_allclose(np.float32(again), np.float32(want), rtol=0.02, atol=0.02)
+    with pytest.raises(TypeError, match="out"):
+        numbakern.softmax(x, out=got)
+
+
+def test_mixed_targets(torch):
+    x = torch.randn(3, 4, device="cuda")
+    with pytest.raises(TypeError, match="labels"):
+        numbakern.cross_entropy(x, np.zeros(3, int))
+    with pytest.raises(TypeError, match="labels"):
+        numbakern.cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="out"):
+        numbakern.log_softmax(x, out=np.zeros((3, 4), np.float32))
+
+
+def test_another_device_than_the_current_one(torch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    x = torch.randn(3, 4, device="cuda:1")
+    got = numbakern.log_softmax(x)
+    assert got.device == x.device and torch.cuda.current_device() == 0
+    torch.testing.assert_close(got, torch.log_softmax(x, 1))
+    with pytest.raises(TypeError, match="labels.*cuda"):
+        numbakern.cross_entropy(x, torch.zeros(3, dtype=torch.int64, device="cuda:0"))
