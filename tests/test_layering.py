@@ -23,11 +23,12 @@ LAYERS = {
     "arrays": 0,
     "disk_cache": 0,
     "formulas": 0,
+    "vmath": 0,
 }
 
 # At the top of these modules nothing but the standard library, NumPy and ml_dtypes: importing the
 # package is to cost next to nothing.
-LIGHT = {"__init__", "functional", "dispatch", "arrays", "disk_cache", "formulas"}
+LIGHT = {"__init__", "functional", "dispatch", "arrays", "disk_cache", "formulas", "vmath"}
 HEAVY = {"numba", "llvmlite", "scipy", "torch", "jax", "cupy", "numba_cuda", "matplotlib", "tqdm"}
 
 FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -30,7 +30,7 @@ from numbakern.cpu.state import (
     put_i64,
     put_rows,
 )
-from numbakern.cpu.vmath import (
+from numbakern.vmath import (
     EXP_RANGE,
     LN_2,
     exp,

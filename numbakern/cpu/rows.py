@@ -40,7 +40,7 @@ from numbakern.cpu.state import (
     put_f64,
     put_i64,
 )
-from numbakern.cpu.vmath import two_sum
+from numbakern.vmath import two_sum
 
 BLOCK = {"f4": 4096, "f8": 2048}
 """Elements whose maximum is found before their exponentials are summed: 16 KiB."""

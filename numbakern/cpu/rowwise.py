@@ -16,7 +16,7 @@ from numbakern.cpu.simd import (
     traced,
     zeros,
 )
-from numbakern.cpu.vmath import two_sum
+from numbakern.vmath import two_sum
 
 _i64 = types.int64
 PAGE = 1 << 16

@@ -13,6 +13,7 @@ gives the same bits on every CPU with FMA.
 """
 
 import inspect
+import sys
 
 from llvmlite import ir
 from numba import types
@@ -129,6 +130,7 @@ class Lanes:
     """
 
     __slots__ = ("builder", "elem", "lanes", "value")
+    ops = sys.modules[__name__]  # where `vmath` finds what operators cannot say
 
     def __init__(self, builder, value, elem, lanes):
         self.builder, self.value, self.elem, self.lanes = builder, value, elem, lanes

@@ -15,7 +15,7 @@ from numbakern.cpu.simd import (
     traced,
     where,
 )
-from numbakern.cpu.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
+from numbakern.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
 
 MAX_ROWS = 128
 """Rows of the largest batch."""

@@ -37,7 +37,7 @@ from numbakern.cpu.state import (
     make_finish,
     put_i64,
 )
-from numbakern.cpu.vmath import two_sum
+from numbakern.vmath import two_sum
 
 _WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
 _PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in

@@ -1,14 +1,14 @@
-"""Elementary functions of `simd` values, vectors or scalars, from +, −, ·, / and fma alone.
+"""Elementary functions of a target's values, from +, −, ·, / and fma alone.
 
-The same operations in the same order give the same bits on every CPU with FMA, in every lane and
-in scalar code. Polynomials are minimax (Remez exchange, 60 digits), coefficients lowest first.
+The same operations in the same order give the same bits on every machine with FMA, in every lane
+and in scalar code. What operators cannot say (fma, where, convert, …) comes from the module that
+the value names as its `ops`. Polynomials are minimax (Remez exchange, 60 digits), coefficients
+lowest first.
 """
 
 import math
 
 import numpy as np
-
-from numbakern.cpu.simd import add_exponent, convert, fma, polynomial, split_exponent, where
 
 LOG2_E = 1.4426950408889634
 LOG2_E_REST = 2.0355273740931033e-17  # log2(e) − LOG2_E
@@ -117,16 +117,17 @@ def is_finite(m):
 
 def exp_scaled(h, magic):
     """exp(h)·2**j, the integer j standing in `magic` (see `centre`); at most 1 ulp off."""
+    ops = h.ops
     high, low = EXP_RANGE[h.elem].log2_e
-    t = fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
-    f = fma(h, high, magic - t)  # rounded once: n cancels inside the fma
-    f = fma(h, low, f)
-    return add_exponent(fma(f, polynomial(_EXP2[h.elem], f), 1.0), t)
+    t = ops.fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
+    f = ops.fma(h, high, magic - t)  # rounded once: n cancels inside the fma
+    f = ops.fma(h, low, f)
+    return ops.add_exponent(ops.fma(f, ops.polynomial(_EXP2[h.elem], f), 1.0), t)
 
 
 def exp(y):
     """exp(y) of any y, subnormal results flushed to 0, at most 1 ulp off."""
-    span = EXP_RANGE[y.elem]
+    span, where = EXP_RANGE[y.elem], y.ops.where
     e = exp_scaled(y, y.like(y.constant(span.magic)))
     e = where(y < span.lowest, 0.0, where(y > span.highest, math.inf, e))
     return where(y == y, e, y)
@@ -134,16 +135,17 @@ def exp(y):
 
 def expm1_nonpositive(d):
     """exp(d) − 1 of a float64 d ≤ 0, to a few ulp: Kahan's quotient where exp(d) is near 1."""
+    where = d.ops.where
     u = exp_nonpositive(d)
     near = d > -0.03125
     # Σ d**i / i! to d**8: what is left out is below 2**-58 of d
-    series = polynomial(_EXPM1, where(near, d, 0.0)) * d
+    series = d.ops.polynomial(_EXPM1, where(near, d, 0.0)) * d
     return where(near, series, u - 1.0)
 
 
 def exp_nonpositive(d):
     """exp(d) of float64 d ≤ 0; 0 where it would be subnormal, and for −inf."""
-    far = d <= -700.0
+    where, far = d.ops.where, d <= -700.0
     magic = d.like(d.constant(_F8_MAGIC))
     return where(far, 0.0, exp_scaled(where(far, 0.0, d), magic))
 
@@ -162,13 +164,13 @@ def centre(ref, elem):
     base, magic, floor, factor : float64
         exp(x − ref) = exp_scaled(h, magic)·factor with h = x − base, for h > floor.
     """
-    span = EXP_RANGE[elem]
+    span, ops = EXP_RANGE[elem], ref.ops
     far = (ref >= span.near) | (ref <= -span.near)
-    base = where(far, convert(convert(ref, elem), "f8"), 0.0)
+    base = ops.where(far, ops.convert(ops.convert(ref, elem), "f8"), 0.0)
     rest = ref - base
     n = (rest * LOG2_E + _F8_MAGIC) - _F8_MAGIC
-    f = fma(rest, LOG2_E_REST, fma(rest, LOG2_E, -n))
-    factor = fma(-f, polynomial(_EXP2[elem], -f), 1.0) * 2.0**-span.scale
+    f = ops.fma(rest, LOG2_E_REST, ops.fma(rest, LOG2_E, -n))
+    factor = ops.fma(-f, ops.polynomial(_EXP2[elem], -f), 1.0) * 2.0**-span.scale
     return base, (span.magic + span.scale) - n, rest + span.floor, factor
 
 
@@ -180,10 +182,11 @@ def log_sum(k, r, elem):
     keeps every bit of it.
     """
     y, c = two_sum(k, r)
-    n, inverse, f = split_exponent(y)
+    ops = y.ops
+    n, inverse, f = ops.split_exponent(y)
     g = (f - 1.0) + c * inverse
     s = g / (g + 2.0)
     w = s * s
     half = 0.5 * g * g
-    tail = s * (half + w * polynomial(_LOG[elem], w)) + n * LN_2_LOW
+    tail = s * (half + w * ops.polynomial(_LOG[elem], w)) + n * LN_2_LOW
     return n * LN_2_HIGH + (g - (half - tail))

@@ -1,0 +1,482 @@
+"""The operations: a reduction, a finish, a map, over any walker (`rows`, `columns`).
+
+An operation names what it reduces (`softmax`, or the sum of its `term`), what it makes of that for
+the whole row (`finish`, which writes what there is one of a row) and of each element (`value`).
+"""
+
+import math
+
+from numbakern import formulas
+from numbakern.cuda.device import (
+    atomic_min,
+    bits_of,
+    constant,
+    convert,
+    divide,
+    float_of,
+    load,
+    narrow,
+    where,
+)
+from numbakern.cuda.reduce import offsets
+from numbakern.cuda.softmax import (
+    exponentials,
+    log_sum_exp,
+    row_log_sum,
+    safe,
+    scaled_exp,
+)
+from numbakern.vmath import (
+    LN_2,
+    exp,
+    exp_nonpositive,
+    expm1_nonpositive,
+    is_finite,
+)
+
+BAD_BITS = 24
+"""A bad label is recorded as its row's number times 2**BAD_BITS plus its value, cut to fit."""
+
+
+class Row:
+    """A row of a lane's team: where it starts, its length, whether and by whom it is written.
+
+    Attributes
+    ----------
+    places : dict of str to (Value, Value)
+        Address of the first class and bytes between classes, of x, y, w and out.
+    classes, width : Value
+        Classes that are read, and that are written.
+    ok, leader : Value
+        Whether there is such a row; whether this lane writes what there is one of a row.
+    number : Value
+        Of the row in the batch.
+    near : pair of Value
+        Whether the lanes before and behind have the groups before and behind.
+    """
+
+    def __init__(self, places, classes, ok, leader, number):
+        self.places, self.classes, self.width = places, classes, classes
+        self.ok, self.leader, self.number, self.near = ok, leader & ok, number, None
+
+
+class Operation:
+    """What the operations share.
+
+    Parameters
+    ----------
+    elem : {"f4", "f8"}
+        What is computed in.
+    dimensions : int
+        Axes of the batch.
+    arrays : tuple of str
+        The arrays with a place for each row: x, y, out, labels, …
+    """
+
+    softmax = sums = linear = False
+
+    def __init__(self, elem, dimensions, arrays):
+        self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
+
+    def row(self, frame, p, ok, leader):
+        """Row number p of the batch."""
+        starts = offsets(frame, p, self.dimensions, self.arrays)
+        at = dict(zip(self.arrays, starts, strict=True))
+        p = at.pop("number", p)
+        at = {name: getattr(frame, name) + offset for name, offset in at.items()}
+        places = {n: (at[n], getattr(frame, f"{n}_class")) for n in ("x", "y", "out") if n in at}
+        if "weight" in frame:
+            places["w"] = frame.weight, frame.weight_class
+        row = Row(places, frame.classes, ok, leader, p)
+        self.begin(frame, row, at)
+        return row
+
+    def begin(self, frame, row, at):
+        """What is to be known of a row before it is read; `at` has the arrays' addresses."""
+
+
+class LogSoftmax(Operation):
+    """out = log softmax(x)."""
+
+    softmax = True
+
+    def finish(self, row, reduced):
+        """The maximum and log Σ exp(x − m)."""
+        m, share = reduced
+        _, _, log_sum = row_log_sum(m, share, self.elem)
+        return convert(m, self.elem), convert(log_sum, self.elem)
+
+    def value(self, params, _j, _i, x, _y, _w):
+        """log softmax(x)."""
+        return formulas.log_softmax_value(x, *params)
+
+
+class Softmax(Operation):
+    """out = softmax(x)."""
+
+    softmax = True
+
+    def finish(self, row, reduced):
+        """The parameters of `probability`."""
+        m, share = reduced
+        k, rest, log_sum = row_log_sum(m, share, self.elem)
+        return normalise(m, k + rest, log_sum, self.elem)
+
+    def value(self, params, _j, _i, x, _y, _w):
+        """softmax(x); rounding may end one ulp above 1."""
+        p = probability(x, *params)
+        return where(p > 1.0, 1.0, p)
+
+
+def normalise(m, total, log_sum, elem):
+    """The parameters of `probability`; NaN for a row whose log_sum is NaN."""
+    params, factor = exponentials(m, elem)
+    scale = where(log_sum == log_sum, divide(factor, total), math.nan)
+    return *params, convert(scale, elem)
+
+
+def probability(x, base, magic, floor, scale):
+    """exp(x − m) / Σ."""
+    return scaled_exp(x, base, magic, floor) * scale
+
+
+class LogSumExp(Operation):
+    """row_lse = log Σ exp(x)."""
+
+    softmax = True
+
+    def __init__(self, elem, dimensions, arrays, lse_format):
+        super().__init__(elem, dimensions, arrays)
+        self.lse_format = lse_format
+
+    def begin(self, frame, row, at):
+        """Where the result goes."""
+        row.lse = at["row_lse"]
+
+    def finish(self, row, reduced):
+        """Write the row's log-sum-exp."""
+        m, share = reduced
+        _, _, log_sum = row_log_sum(m, share, self.elem)
+        self.lse_format.put(row.lse, log_sum_exp(m, log_sum), row.leader)
+
+
+class LogSoftmaxBackward(Operation):
+    """out = x − exp(y)·Σx, for the gradient x and the output y of log_softmax."""
+
+    sums = True
+
+    def term(self, _row, grad, _y, _w):
+        """What is summed, in float64."""
+        return convert(grad, "f8")
+
+    def finish(self, row, total):
+        """The sum."""
+        return (convert(total, self.elem),)
+
+    def value(self, params, _j, _i, grad, y, _w):
+        """The gradient."""
+        return formulas.log_softmax_grad(grad, exp(y), *params)
+
+
+class SoftmaxBackward(Operation):
+    """out = y·(x − Σ x·y), for the gradient x and the output y of softmax."""
+
+    sums = True
+
+    def term(self, _row, grad, y, _w):
+        """What is summed, in float64."""
+        return convert(grad, "f8") * convert(y, "f8")
+
+    def finish(self, row, total):
+        """The sum in two parts, since grad − Σ cancels where a row is confident."""
+        return in_two(total, self.elem)
+
+    def value(self, params, _j, _i, grad, y, _w):
+        """The gradient."""
+        high, low = params
+        return formulas.softmax_grad(grad - high, y, low)
+
+
+def in_two(v, elem):
+    """A float64 as the sum of two numbers of `elem`."""
+    high = convert(v, elem)
+    low = v - convert(high, "f8")
+    # An infinite sum has no low part.
+    return high, convert(where(is_finite(v), low, 0.0), elem)
+
+
+class Labels:
+    """How class labels are read and checked.
+
+    Parameters
+    ----------
+    fmt : memory.Format
+        Of the labels.
+    ignores : bool
+        Whether `ignore_index` is a number that such a label can have.
+    """
+
+    def __init__(self, fmt, ignores):
+        self.format, self.ignores = fmt, ignores
+
+    def read(self, frame, row, address):
+        """Set label, skip (is ignored) and bad; a label that counts for nothing is class 0."""
+        t = self.format.integer(load(address, self.format.size, 1)[0])
+        bad = (t < 0) | (t >= frame.classes)
+        row.skip = constant(t, False, "b1")
+        if self.ignores:
+            row.skip = t == frame.ignore_index
+            bad = bad & ~row.skip
+        limit = 1 << (BAD_BITS - 1)
+        cut = where(t < -limit, -limit, where(t > limit - 1, limit - 1, t))
+        if self.format.kind == "u8":
+            cut = where(t < 0, limit - 1, cut)
+        record = (row.number << BAD_BITS) | (cut & ((1 << BAD_BITS) - 1))
+        atomic_min(frame.bad, record, row.leader & bad)
+        row.bad = bad
+        row.label = where(row.skip | bad, 0, t)
+
+
+class CrossEntropy(Operation):
+    """Loss and gradient of cross-entropy, in any combination.
+
+    Parameters
+    ----------
+    soft : bool
+        Targets are probabilities (y) instead of labels.
+    smooth : bool
+        Labels are smoothed; probabilities always may be.
+    loss, lse : bool
+        Whether each row's loss, and its log-sum-exp, is written.
+    given : bool
+        Whether the log-sum-exp comes from outside, which spares the reduction. Not with `loss`.
+    grad : bool
+        Whether the gradient is.
+    mean : bool
+        Whether the gradient is divided by `divisor`.
+    formats : dict of str to memory.Format
+        Of x, y, weight, row_scale, row_lse, row_loss, as far as they are there.
+    labels : Labels or None
+    """
+
+    def __init__(
+        self, elem, dimensions, arrays, formats, labels,
+        *, soft, smooth, loss, lse, given, grad, mean,
+    ):  # fmt: skip
+        super().__init__(elem, dimensions, arrays)
+        self.formats, self.labels = formats, labels
+        self.soft, self.smooth, self.loss, self.lse = soft, smooth, loss, lse
+        self.given, self.grad, self.mean = given, grad, mean
+        self.weighted = "weight" in formats
+        self.softmax = not given
+        # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
+        self.summed = soft or (smooth and (loss or self.weighted))
+        self.linear = self.softmax and self.summed
+        self.sums = given and self.summed
+
+    def begin(self, frame, row, at):
+        """Read what there is one of a row."""
+        row.keep, row.spread = frame.keep, frame.spread
+        row.at, zero = at, constant(frame.classes, 0.0, "f8")
+        row.skip = row.bad = constant(frame.classes, False, "b1")
+        row.x_label, row.w_label = zero, zero + 1.0
+        if not self.soft:
+            self.labels.read(frame, row, at["labels"])
+            start, step = row.places["x"]
+            there = row.ok & ~row.skip
+            row.x_label = convert(self.formats["x"].get(start + row.label * step, there, 0.0), "f8")
+            if self.weighted:
+                start, step = row.places["w"]
+                row.w_label = convert(self.formats["weight"].get(start + row.label * step), "f8")
+            if not self.lse:  # of an ignored row nothing is read
+                row.classes = where(row.skip, 0, row.classes)
+        row.total_classes = frame.classes
+        if self.given:
+            row.lse = convert(self.formats["row_lse"].get(at["row_lse"]), "f8")
+        row.scale = frame.scale if self.grad else zero
+        if "row_scale" in at:
+            row.scale = row.scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+        if self.mean and self.grad:
+            divisor = float_of(load(frame.divisor, 8, 1)[0])
+            row.scale = quotient(row.scale, divisor)
+
+    def target(self, row, y, w):
+        """The target of a class as float64; of labels what does not depend on the label."""
+        q = formulas.smoothed_target(convert(y, "f8"), row.keep, row.spread) if self.soft else None
+        q = row.spread if q is None else q
+        return q * convert(w, "f8") if self.weighted else q
+
+    def term(self, row, _x, y, w):
+        """What is summed where the log-sum-exp is given: the targets."""
+        return self.target(row, y, w)
+
+    def finish(self, row, reduced):
+        """Write the row's loss and log-sum-exp; the parameters of the gradient."""
+        if self.given:
+            m, q, nll = row.lse, reduced, None
+            k, rest, log_sum = None, None, where(is_finite(m), m - m, math.nan)
+        else:
+            m, share = reduced
+            k, rest, log_sum = row_log_sum(m, share, self.elem)
+            q, nll = share.q, share.nll
+        if self.lse:
+            self.formats["row_lse"].put(row.at["row_lse"], log_sum_exp(m, log_sum), row.leader)
+        if self.smooth and not self.summed:
+            q = row.spread * convert(row.total_classes, "f8")
+        if self.loss:
+            self._put_loss(row, m, log_sum, q, nll)
+        if not self.grad:
+            return None
+        scale = where(row.bad, math.nan, row.scale)
+        scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
+        total = 1.0 if self.given else k + rest
+        factors = list(normalise(m, total, where(row.skip, 0.0, log_sum), self.elem))
+        factors[-1] = where(row.skip, 0.0, factors[-1])
+        if self.soft:
+            return factors, self._soft(row, m, k, rest, scale, q)
+        return factors, self._hard(row, m, k, rest, scale, q)
+
+    def _put_loss(self, row, m, log_sum, q, nll):
+        loss = 0.0
+        if self.summed:
+            loss = nll + where(q == 0.0, 0.0, q * log_sum)
+        if not self.soft:
+            own = row.w_label * row.keep
+            log_p = formulas.log_softmax_value(row.x_label, m, log_sum)
+            loss = loss - where(own == 0.0, 0.0, own * log_p)
+        loss = where(row.skip, 0.0, where(row.bad, math.nan, loss))
+        put_loss(self.formats, row.at, loss, row.leader)
+
+    def _hard(self, row, m, k, rest, scale, q):
+        """(factor of p, target, label, gradient there): p − q cancels at a confident label.
+
+        1 − p is known there as the share of all other classes.
+        """
+        x = row.x_label
+        if self.given:
+            d = x - m
+            others = -expm1_nonpositive(where(d > 0.0, 0.0, d))
+        else:
+            others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - safe(m)))
+            others = divide(others, k + rest)
+        total, own = row.w_label * row.keep, row.w_label * (row.keep + row.spread)
+        if self.smooth:
+            total = total + q
+        label_grad = where(row.skip, 0.0, scale * ((total - own) - total * others))
+        return (
+            convert(scale * total, self.elem),
+            convert(scale * row.spread, self.elem),
+            where(row.skip, -1, row.label),
+            convert(label_grad, self.elem),
+        )
+
+    def _soft(self, row, m, k, rest, scale, q):
+        """The same for probabilities: the class with more than half of the mass is the label."""
+        elem = self.elem
+        total = in_two(q, elem)
+        if self.given:
+            peak = in_two(m, elem)
+        else:
+            single = (k == 1.0) & (rest < 1.0)
+            peak = convert(where(single, m, math.nan), elem), convert(divide(rest, k + rest), elem)
+        own = (convert(v, elem) for v in (row.keep, row.spread))
+        return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
+
+    def value(self, params, j, i, x, y, w):
+        """The gradient."""
+        factors, rest = params
+        p = probability(x, *factors)
+        if self.soft:
+            return self._soft_value(rest, p, x, y, w)
+        factor, target, label, label_grad = rest
+        if self.smooth:
+            target = target * w if self.weighted else target
+            grad = formulas.cross_entropy_grad(p, factor, target)
+        else:
+            grad = p * factor
+        return where(narrow(label - j) == i, label_grad, grad)
+
+    def _soft_value(self, params, p, x, y, w):
+        scale, factor, high, low, peak, second, keep, spread = params
+        q = formulas.smoothed_target(y, keep, spread)
+        q = q * w if self.weighted else q
+        grad = formulas.cross_entropy_grad(p, factor, scale * q)
+        if self.given:
+            d = (convert(x, "f8") - convert(peak, "f8")) - convert(second, "f8")
+            is_peak = d > -LN_2
+            others = -expm1_nonpositive(where(is_peak, where(d > 0.0, 0.0, d), -1.0))
+            others = convert(others, self.elem)
+        else:
+            is_peak, others = x == peak, second
+        return where(is_peak, scale * (((high - q) + low) - high * others), grad)
+
+
+def put_loss(formats, at, loss, leader):
+    """Write a row's loss: to the result, or to where it waits to be added up."""
+    name = "loss" if "loss" in formats else "row_loss"
+    formats[name].put(at[name], loss, leader)
+
+
+def quotient(a, b):
+    """a / b of float64, as IEEE has it for b of 0 and infinity."""
+    size = float_of(bits_of(b) & 0x7FFFFFFFFFFFFFFF)
+    q = divide(a, where(size == 0.0, 1.0, size))
+    q = where(b < 0.0, -q, q)
+    q = where(size == math.inf, 0.0, q)
+    return where(size == 0.0, a * math.inf, q)
+
+
+class Nll(Operation):
+    """row_loss = −weight[t]·x[t], 0 for an ignored label t."""
+
+    def __init__(self, elem, dimensions, arrays, formats, labels):
+        super().__init__(elem, dimensions, arrays)
+        self.formats, self.labels = formats, labels
+
+    def begin(self, frame, row, at):
+        """Write the row's loss."""
+        self.labels.read(frame, row, at["labels"])
+        there = row.ok & ~row.skip
+        start, step = row.places["x"]
+        x = convert(self.formats["x"].get(start + row.label * step, there, 0.0), "f8")
+        if "weight" in self.formats:
+            start, step = row.places["w"]
+            w = convert(self.formats["weight"].get(start + row.label * step), "f8")
+            x = where(w == 0.0, 0.0, x * w)
+        loss = where(row.skip, 0.0, where(row.bad, math.nan, -x))
+        put_loss(self.formats, at, loss, row.leader)
+
+    def finish(self, row, reduced):
+        """Nothing is left to do."""
+
+
+class NllBackward(Operation):
+    """out = −weight[t]·scale at the label t, 0 elsewhere and for an ignored label."""
+
+    def __init__(self, elem, dimensions, arrays, formats, labels, mean):
+        super().__init__(elem, dimensions, arrays)
+        self.formats, self.labels, self.mean = formats, labels, mean
+
+    def begin(self, frame, row, at):
+        """The gradient at the label."""
+        self.labels.read(frame, row, at["labels"])
+        scale = frame.scale
+        if "row_scale" in at:
+            scale = scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+        if self.mean:
+            scale = quotient(scale, float_of(load(frame.divisor, 8, 1)[0]))
+        if "weight" in self.formats:
+            start, step = row.places["w"]
+            scale = scale * convert(self.formats["weight"].get(start + row.label * step), "f8")
+        row.grad = where(row.skip, 0.0, where(row.bad, math.nan, -scale))
+
+    def finish(self, row, reduced):
+        """The gradient at the label, and elsewhere."""
+        grad = convert(row.grad, self.elem)
+        elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
+        return where(row.skip, -1, row.label), grad, elsewhere
+
+    def value(self, params, j, i, _x, _y, _w):
+        """The gradient."""
+        label, grad, elsewhere = params
+        return where(narrow(label - j) == i, grad, elsewhere)

@@ -1,0 +1,239 @@
+"""The machine that `device.Value`s are on when a kernel is compiled: it emits instructions.
+
+Memory is reached by inline PTX, which says exactly how wide an access is and under which mask, and
+so are the few operations that LLVM has no instruction for.
+"""
+
+import itertools
+
+from llvmlite import ir
+
+from numbakern.cuda.device import Value
+
+_i1, _i32, _i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+_f32, _f64, _void = ir.FloatType(), ir.DoubleType(), ir.VoidType()
+_TYPE = {"f4": _f32, "f8": _f64, "i4": _i32, "i8": _i64, "b1": _i1}
+_CONSTRAINT = {"f4": "f", "f8": "d", "i4": "r", "i8": "l", "b1": "b"}
+_NAMES = {"add": "fadd", "sub": "fsub", "and": "and_", "or": "or_"}
+_ALL = -1  # every lane of the warp
+_serial = itertools.count()
+
+
+class LLVM:
+    """Emits into an llvmlite builder. Values are LLVM values; the methods are those of `device`."""
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    # -- numbers
+
+    def constant(self, number, elem):
+        """A number of this kind."""
+        return ir.Constant(_TYPE[elem], number)
+
+    def binary(self, name, a, b, elem):
+        """An operator's result."""
+        if elem in ("f4", "f8"):
+            if name == "mul":  # a product that is rounded; fmul would be contracted
+                return self._call(f"nvvm.mul.rn.{elem[0] if elem == 'f4' else 'd'}", a.type, a, b)
+            return getattr(self.builder, _NAMES[name])(a, b)
+        names = {"and": "and_", "or": "or_"}
+        return getattr(self.builder, names.get(name, name))(a, b)
+
+    def compare(self, sign, a, b, elem):
+        """A comparison; with NaN only != holds."""
+        if elem not in ("f4", "f8"):
+            return self.builder.icmp_signed(sign, a, b)
+        if sign == "!=":
+            return self.builder.fcmp_unordered(sign, a, b)
+        return self.builder.fcmp_ordered(sign, a, b)
+
+    def select(self, mask, a, b, _elem):
+        """See device.where."""
+        return self.builder.select(mask, a, b)
+
+    def convert(self, v, elem, to):
+        """See device.convert; from u8, an unsigned int64, too."""
+        change = {
+            "f4f8": "fpext", "f8f4": "fptrunc", "f8i8": "fptosi", "i8i4": "trunc",
+            "i8f8": "sitofp", "i4f8": "sitofp", "u8f8": "uitofp", "i4i8": "sext",
+        }[elem + to]  # fmt: skip
+        return getattr(self.builder, change)(v, _TYPE[to])
+
+    def bitcast(self, v, _elem, to):
+        """The same bits as another kind of the same size."""
+        return self.builder.bitcast(v, _TYPE[to])
+
+    def fma(self, a, b, c, elem):
+        """See device.fma."""
+        return self._call(f"fma.{'f32' if elem == 'f4' else 'f64'}", a.type, a, b, c)
+
+    def maximum(self, a, b, elem):
+        """See device.larger."""
+        if elem == "f4":
+            return self._ptx("max.NaN.f32 $0, $1, $2;", "f4", [(a, "f4"), (b, "f4")])
+        nan = self.builder.fcmp_unordered("uno", a, a)
+        above = self.builder.fcmp_ordered(">", a, b)
+        return self.builder.select(self.builder.or_(above, nan), a, b)
+
+    def at_least(self, x, low, elem):
+        """See device.at_least."""
+        if elem == "f4":
+            return self._ptx("max.f32 $0, $1, $2;", "f4", [(x, "f4"), (low, "f4")])
+        return self.builder.select(self.builder.fcmp_ordered(">", x, low), x, low)
+
+    # -- bits
+
+    def join(self, low, high):
+        """See device.join."""
+        return self._ptx("mov.b64 $0, {$1, $2};", "f8", [(low, "i4"), (high, "i4")])
+
+    def split(self, bits):
+        """See device.split."""
+        high = self.builder.lshr(bits, _i64(32))
+        return self.builder.trunc(bits, _i32), self.builder.trunc(high, _i32)
+
+    def half_to_single(self, word, high):
+        """The low or high half of a word."""
+        half = "hi" if high else "lo"
+        code = f"{{.reg .b16 lo, hi; mov.b32 {{lo, hi}}, $1; cvt.f32.f16 $0, {half};}}"
+        return self._ptx(code, "f4", [(word, "i4")])
+
+    def pack_halves(self, low, high, kind):
+        """See device.pack_halves."""
+        name = "bf16x2" if kind == "bf" else "f16x2"
+        code = f"cvt.rn.{name}.f32 $0, $2, $1;"
+        return self._ptx(code, "i4", [(low, "f4"), (high, "f4")])
+
+    def funnel(self, low, high, bits):
+        """See device.funnel."""
+        args = [(low, "i4"), (high, "i4"), (bits, "i4")]
+        return self._ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "i4", args)
+
+    # -- threads
+
+    def thread(self):
+        """Number of the thread in its block."""
+        return self._call("nvvm.read.ptx.sreg.tid.x", _i32)
+
+    def block(self):
+        """Number of the block."""
+        return self.builder.zext(self._call("nvvm.read.ptx.sreg.ctaid.x", _i32), _i64)
+
+    def shuffle_xor(self, word, offset):
+        """See device.shuffle_xor."""
+        return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
+
+    def shuffle_next(self, word):
+        """See device.shuffle_next."""
+        return self._call("nvvm.shfl.sync.down.i32", _i32, _i32(_ALL), word, _i32(1), _i32(31))
+
+    def barrier(self):
+        """See device.barrier."""
+        self._call("nvvm.barrier0", _void)
+
+    def repeat(self, count, body, state):
+        """See device.repeat."""
+        b, before = self.builder, self.builder.basic_block
+        head, inside, after = (b.append_basic_block(n) for n in ("repeat", "body", "done"))
+        b.branch(head)
+        b.position_at_end(head)
+        i, values = b.phi(_i64), [b.phi(v.value.type) for v in state]
+        i.add_incoming(_i64(0), before)
+        for phi, v in zip(values, state, strict=True):
+            phi.add_incoming(v.value, before)
+        b.cbranch(b.icmp_signed("<", i, count.value), inside, after)
+        b.position_at_end(inside)
+        current = [v.like(phi) for phi, v in zip(values, state, strict=True)]
+        result = body(Value(self, i, "i8"), *current)
+        i.add_incoming(b.add(i, _i64(1)), b.basic_block)
+        for phi, v in zip(values, result, strict=True):
+            phi.add_incoming(v.value, b.basic_block)
+        b.branch(head)
+        b.position_at_end(after)
+        return tuple(current)
+
+    # -- memory
+
+    def load(self, address, size, count, mask, fill):
+        """See device.load."""
+        elem = "i8" if size == 8 else "i4"
+        letter = _CONSTRAINT[elem]
+        width = {1: "u8", 2: "u16", 4: "b32", 8: "b64"}[size]
+        vector, names = "", "$0"
+        if count > 1:
+            vector, names = f".v{count}", "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+        constraints = [f"={letter}"] * count + ["l"]
+        args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
+        if mask is not None:
+            args.append(mask)
+            bits = 64 if size == 8 else 32
+            fills = "".join(f"mov.b{bits} ${i}, {fill % (1 << bits)};" for i in range(count))
+            code = f"{{{fills} @${count + 1} {code}}}"
+            constraints.append("b")
+        result = ir.LiteralStructType([_TYPE[elem]] * count) if count > 1 else _TYPE[elem]
+        value = self._assembly(code, result, constraints, args)
+        if count == 1:
+            return [value]
+        return [self.builder.extract_value(value, i) for i in range(count)]
+
+    def store(self, address, size, words, mask):
+        """See device.store."""
+        elem = "i8" if size == 8 else "i4"
+        width = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}[size]
+        count = len(words)
+        if size < 4:  # of a register's lowest bits, as ld and st allow
+            width = width.replace("b", "u")
+        names = ", ".join(f"${i + 1}" for i in range(count))
+        vector, names = (f".v{count}", f"{{{names}}}") if count > 1 else ("", names)
+        code = f"st.global{vector}.{width} [$0], {names};"
+        constraints, args = ["l"] + [_CONSTRAINT[elem]] * count, [address, *words]
+        if mask is not None:
+            code = f"@${count + 1} {code}"
+            constraints.append("b")
+            args.append(mask)
+        self._assembly(code, _void, constraints, args)
+
+    def atomic_min(self, address, v, mask):
+        """See device.atomic_min."""
+        code = "@$2 red.global.min.s64 [$0], $1;"
+        self._assembly(code, _void, ["l", "l", "b"], [address, v, mask])
+
+    def shared(self, size):
+        """See device.shared."""
+        name = f"shared_{next(_serial)}"
+        area = ir.GlobalVariable(self.builder.module, ir.ArrayType(ir.IntType(8), size), name, 3)
+        area.linkage, area.align = "internal", 8
+        area.initializer = ir.Constant(area.value_type, ir.Undefined)
+        return self.builder.ptrtoint(area, _i32)
+
+    def shared_load(self, address):
+        """See device.shared_load."""
+        return self._assembly("ld.shared.f64 $0, [$1];", _f64, ["=d", "r"], [address])
+
+    def shared_store(self, address, v, mask):
+        """See device.shared_store."""
+        code = "@$2 st.shared.f64 [$0], $1;"
+        self._assembly(code, _void, ["r", "d", "b"], [address, v, mask])
+
+    # -- emitting
+
+    def _call(self, name, result, *args):
+        function_type = ir.FunctionType(result, [a.type for a in args])
+        name, module = f"llvm.{name}", self.builder.module
+        function = module.globals.get(name) or ir.Function(module, function_type, name)
+        return self.builder.call(function, args)
+
+    def _ptx(self, code, result, args):
+        """An operation on registers alone."""
+        constraints = [f"={_CONSTRAINT[result]}", *(_CONSTRAINT[elem] for _, elem in args)]
+        values = [v for v, _ in args]
+        function_type = ir.FunctionType(_TYPE[result], [v.type for v in values])
+        assembly = ir.InlineAsm(function_type, code, ",".join(constraints), False)
+        return self.builder.call(assembly, values)
+
+    def _assembly(self, code, result, constraints, args):
+        """An access to memory, in its place among the others."""
+        function_type = ir.FunctionType(result, [a.type for a in args])
+        constraints = ",".join([*constraints, "~{memory}"])
+        return self.builder.call(ir.InlineAsm(function_type, code, constraints, True), args)

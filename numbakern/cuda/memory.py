@@ -1,0 +1,254 @@
+"""How elements lie in global memory: 16 bytes at once wherever a row allows it.
+
+A thread takes a group of consecutive elements, the same ones however the array lies. Three ways to
+get at a group:
+
+- `Whole`: rows start at multiples of 16 bytes and end with a whole group. One wide access.
+- `Shifted`: rows are contiguous but start anywhere. Loads take the two aligned pieces that a group
+  lies in and shift them into place; stores take the bytes that are missing from the next lane.
+  Groups at the ends of a row go element by element.
+- `Strided`: any distance between the classes; element by element.
+"""
+
+import math
+
+from numbakern.cuda.device import (
+    bits_of,
+    constant,
+    convert,
+    convert_unsigned,
+    float_of,
+    funnel,
+    load,
+    narrow,
+    pack_halves,
+    shuffle_next,
+    store,
+    unpack_half,
+    where,
+)
+
+ACCESS = 16
+"""Bytes of the widest access."""
+
+
+class Format:
+    """How one element lies in memory, and the number that is computed with.
+
+    Parameters
+    ----------
+    kind : str
+        As `arrays.Kind.kind`: f2, bf, f4, f8, i1 … u8, b1.
+    elem : {"f4", "f8"}
+        What is computed with.
+    """
+
+    def __init__(self, kind, elem):
+        self.kind, self.elem = kind, elem
+        self.size = 2 if kind == "bf" else int(kind[1])
+        self.real = kind[0] == "f" or kind == "bf"
+        self.word = 8 if kind == "f8" else 4  # bytes of a word in a wide access
+        self.per_word = max(1, self.word // self.size)
+        lowest = {"f2": 0xFC00FC00, "bf": 0xFF80FF80, "f4": 0xFF800000, "f8": 0xFFF0 << 48}
+        self.lowest = lowest.get(kind, 0)
+        """The word that holds −inf; integers have none."""
+        self.scalar_fill = self.lowest & 0xFFFF if self.size == 2 else self.lowest
+
+    # -- words of a wide access
+
+    def elements(self, words):
+        """The numbers in a list of words."""
+        numbers = []
+        for word in words:
+            if self.kind in ("f2", "bf"):
+                halves = (unpack_half(word, high, self.kind) for high in (False, True))
+                numbers += [convert(v, self.elem) for v in halves]
+            else:
+                numbers.append(convert(float_of(word), self.elem))
+        return numbers
+
+    def words(self, numbers):
+        """The words of a list of numbers, each rounded once."""
+        if self.kind in ("f2", "bf"):
+            single = [_to_single(v) for v in numbers]
+            pairs = zip(single[::2], single[1::2], strict=True)
+            return [pack_halves(low, high, self.kind) for low, high in pairs]
+        return [bits_of(convert(v, self.kind)) for v in numbers]
+
+    def joined(self, raw):
+        """The words of elements that were loaded one by one."""
+        if self.per_word == 1:
+            return raw
+        return [low | (high << 16) for low, high in zip(raw[::2], raw[1::2], strict=True)]
+
+    # -- elements one by one
+
+    def get(self, address, mask=None, fill=None):
+        """The number at this address; −inf, or `fill`, where the mask does not hold."""
+        raw = load(address, self.size, 1, mask, self.scalar_fill)[0]
+        number = self._number(raw)
+        if mask is not None and (fill is not None or not self.real):
+            number = where(mask, number, -math.inf if fill is None else fill)
+        return number
+
+    def _number(self, raw):
+        if self.kind in ("f2", "bf"):
+            return convert(unpack_half(raw, False, self.kind), self.elem)
+        if self.real:
+            return convert(float_of(raw), self.elem)
+        number = self.integer(raw)
+        return convert_unsigned(number) if self.kind == "u8" else convert(number, self.elem)
+
+    def integer(self, raw):
+        """The int64 in what `load` gave; a uint64 by its bits."""
+        if self.size == 8:
+            return raw
+        if self.kind[0] == "i":
+            if self.size < 4:
+                raw = (raw << (32 - 8 * self.size)) >> (32 - 8 * self.size)
+            return convert(raw, "i8")
+        wide = convert(raw, "i8")
+        return wide & 0xFFFFFFFF if self.size == 4 else wide
+
+    def put(self, address, number, mask):
+        """Write a number, rounded once, where the mask holds."""
+        if self.kind in ("f2", "bf"):
+            number = _to_single(number)
+            word = pack_halves(number, number, self.kind)
+        else:
+            word = bits_of(convert(number, self.kind))
+        store(address, self.size, [word], mask)
+
+
+def _to_single(v):
+    """A number on its way to a half: a float64 is rounded to odd, so that the half rounds once."""
+    if v.elem == "f4":
+        return v
+    single = convert(v, "f4")
+    error = v - convert(single, "f8")
+    bits = bits_of(single)
+    inexact = ((error > 0.0) | (error < 0.0)) & (single != 0.0) & ((bits & 1) == 0)
+    outward = where(error > 0.0, constant(bits, 1, "i4"), -1)
+    outward = where(single > 0.0, outward, -outward)
+    return float_of(where(inexact, bits + outward, bits))
+
+
+def _rotate(words, steps, mask):
+    """The words from index `steps` on where the mask holds, from 0 on elsewhere."""
+    return [where(mask, words[i + steps], words[i]) for i in range(len(words) - steps)]
+
+
+class Whole:
+    """Aligned rows of whole groups."""
+
+    def __init__(self, fmt, group):
+        self.format, self.group = fmt, group
+        self.bytes = group * fmt.size
+        self.chunk = min(ACCESS, self.bytes)
+        self.word = min(fmt.word, self.chunk)
+        self.per_chunk = self.chunk // self.word
+
+    def load(self, start, _step, j, classes):
+        """A function () -> the numbers of the group from class j on; −inf behind the row."""
+        fmt, words = self.format, []
+        address, mask = start + j * fmt.size, j < classes
+        for at in range(0, self.bytes, self.chunk):
+            words += load(address + at, self.word, self.per_chunk, mask, fmt.lowest)
+        return lambda: fmt.elements(words)
+
+    def store(self, start, _step, j, classes, numbers, ok, _near):
+        """Write the group from class j on, of a row that is to be written where `ok`."""
+        words, mask = self.format.words(numbers), ok & (j < classes)
+        address = start + j * self.format.size
+        for i in range(0, len(words), self.per_chunk):
+            store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
+
+
+class Shifted(Whole):
+    """Contiguous rows that start and end anywhere."""
+
+    def load(self, start, _step, j, classes):
+        """As Whole.load."""
+        fmt, chunk, word = self.format, self.chunk, self.word
+        address = start + j * fmt.size
+        offset = narrow(address) & (chunk - 1)
+        shifted = offset != 0
+        aligned = address - convert(offset, "i8")
+        behind = aligned + self.bytes + where(shifted, constant(address, chunk, "i8"), 0)
+        inside = (aligned >= start) & (behind <= start + classes * fmt.size)
+        words = []
+        for at in range(0, self.bytes, chunk):
+            words += load(aligned + at, word, self.per_chunk, inside)
+        words += load(aligned + self.bytes, word, self.per_chunk, inside & shifted)
+        steps = self.per_chunk // 2
+        while steps:
+            words = _rotate(words, steps, (offset & (steps * word)) != 0)
+            steps //= 2
+        count = self.bytes // word
+        if fmt.size < word:
+            bits = (offset & (word - 1)) << 3
+            words = [funnel(a, b, bits) for a, b in zip(words, words[1:] + words[:1], strict=True)]
+        words = words[:count]
+        single = [
+            load(address + i * fmt.size, fmt.size, 1, (j + i < classes) & ~inside, fmt.scalar_fill)
+            for i in range(self.group)
+        ]
+        ends = fmt.joined([one for (one,) in single])
+        words = [where(inside, a, b) for a, b in zip(words, ends, strict=True)]
+        return lambda: fmt.elements(words)
+
+    def store(self, start, _step, j, classes, numbers, ok, near):
+        """As Whole.store; `near` says whether a lane before and one behind hold the row's groups."""
+        has_before, has_next = near
+        fmt, chunk, word = self.format, self.chunk, self.word
+        address, words = start + j * fmt.size, fmt.words(numbers)
+        offset = narrow(address) & (chunk - 1)
+        own = constant(offset, chunk, "i4") - offset  # bytes before the next aligned piece
+        shifted = offset != 0
+        following = [shuffle_next(w) for w in words[: self.per_chunk]]
+        moved = words + following
+        first = own & (chunk - 1)
+        steps = self.per_chunk // 2
+        while steps:
+            moved = _rotate(moved, steps, (first & (steps * word)) != 0)
+            steps //= 2
+        if fmt.size < word:
+            bits = (first & (word - 1)) << 3
+            moved = [funnel(a, b, bits) for a, b in zip(moved, moved[1:] + moved[:1], strict=True)]
+        full = ok & (j + self.group <= classes)
+        next_full = full & has_next & (j + 2 * self.group <= classes)
+        base = address + convert(first, "i8")
+        for i in range(0, len(words), self.per_chunk):
+            last = i + self.per_chunk == len(words)
+            mask = where(shifted, next_full if last else full, full)
+            at = base + i * word
+            store(at, word, moved[i : i + self.per_chunk], mask)
+        # What no aligned piece held: the head of the first group, the tail of the last.
+        taken = full & has_before
+        for i, number in enumerate(numbers):
+            at = i * fmt.size
+            in_tail = own <= at + chunk - self.bytes
+            alone = ((own > at) & ~taken) | (in_tail & ~next_full) | ~full
+            alone = where(shifted, alone, ~full)
+            fmt.put(address + at, number, ok & (j + i < classes) & alone)
+
+
+class Strided:
+    """Elements at any distance."""
+
+    def __init__(self, fmt, group):
+        self.format, self.group = fmt, group
+
+    def load(self, start, step, j, classes):
+        """As Whole.load."""
+        at = start + j * step
+        numbers = [
+            self.format.get(at + step * i, j + i < classes, -math.inf) for i in range(self.group)
+        ]
+        return lambda: numbers
+
+    def store(self, start, step, j, classes, numbers, ok, _near):
+        """As Whole.store."""
+        at = start + j * step
+        for i, number in enumerate(numbers):
+            self.format.put(at + step * i, number, ok & (j + i < classes))

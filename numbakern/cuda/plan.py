@@ -1,0 +1,406 @@
+"""From shapes and strides to the steps of a call: which kernels, how they are launched, with what.
+
+A plan never sees a value or waits for one: it follows from the operation, dtypes, shapes, strides
+and alignments, and is remembered for them.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numbakern.cuda import kernels, totals
+from numbakern.cuda.columns import Columns
+from numbakern.cuda.device import Kernel
+from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
+from numbakern.cuda.rows import Partition, Rows, partition
+
+BAD_BITS = kernels.BAD_BITS
+COLUMNS_FROM = 8
+"""Neighbouring rows that are worth a lane each."""
+
+
+class Layout(NamedTuple):
+    """How an array lies in memory.
+
+    Attributes
+    ----------
+    kind : str
+        As `arrays.Kind.kind`: f2, bf, f4, f8, i1 … u8, b1.
+    strides : tuple of int
+        In bytes, an axis each.
+    aligned : bool
+        Whether its first element lies at a multiple of 16 bytes.
+    """
+
+    kind: str
+    strides: tuple[int, ...]
+    aligned: bool
+
+
+class Spec(NamedTuple):
+    """What a kernel is made of; its repr is the key of its machine code."""
+
+    kernel: str
+    params: tuple[tuple[str, Any], ...]
+
+
+class Step(NamedTuple):
+    """One launch.
+
+    Attributes
+    ----------
+    spec : Spec
+    grid, block : int
+        Blocks, and threads of each.
+    shared : int
+        Bytes of dynamic shared memory.
+    cluster : int
+        Blocks of a cluster.
+    args : tuple of str
+        Names of what the kernel is given.
+    """
+
+    spec: Spec
+    grid: int
+    block: int
+    shared: int
+    cluster: int
+    args: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """The launches of a call.
+
+    Attributes
+    ----------
+    steps : tuple of Step
+    temporaries : tuple of (str, int)
+        Name and bytes of the device memory that the steps need beside the arrays.
+    constants : dict of str to number
+        What of the steps' arguments follows from shapes and strides. The caller adds the address of
+        each array and temporary under its name, and of the values `ignore_index`, `scale`, `keep`,
+        `spread` and the address `bad` those that the operation has.
+    """
+
+    steps: tuple[Step, ...]
+    temporaries: tuple[tuple[str, int], ...]
+    constants: dict[str, Any]
+
+
+FLOATS = ("scale", "keep", "spread")
+REDUCTIONS = ("none", "sum", "mean")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(operation, options, shape, axis, elem, layouts):
+    """The Plan of an operation over rows along one axis.
+
+    Parameters
+    ----------
+    operation : str
+        log_softmax, softmax, logsumexp (x), log_softmax_backward, softmax_backward (x the gradient,
+        y the output), cross_entropy, nll, nll_backward.
+    options : tuple of (str, bool or str)
+        For cross_entropy: soft, smooth (bools: targets are probabilities y; label smoothing of
+        labels), given (row_lse is an input), ignores (the labels' type has `ignore_index`),
+        reduction. For nll and nll_backward: ignores, reduction. Absent bools are False.
+    shape : tuple of int
+        Of x; of out for nll_backward.
+    axis : int
+        The class axis.
+    elem : {"f4", "f8"}
+        What is computed in.
+    layouts : tuple of (str, Layout)
+        The arrays: x, y, out of the whole shape; labels, row_scale (the upstream gradient; a
+        scalar has strides of 0) and row_lse of the shape without the class axis; weight; loss (of
+        the shape without the class axis under "none", else a scalar). What is there says what is
+        computed: out the gradient, loss the loss, row_lse the log-sum-exp.
+    """
+    return _Planner(operation, dict(options), shape, axis, elem, dict(layouts)).plan()
+
+
+class _Planner:
+    def __init__(self, operation, options, shape, axis, elem, layouts):
+        self.operation, self.options, self.elem = operation, options, elem
+        self.layouts, self.axis, self.classes = layouts, axis, shape[axis]
+        self.batch = shape[:axis] + shape[axis + 1 :]
+        self.rows = math.prod(self.batch)
+        self.reduction = options.get("reduction", "none")
+        self.steps, self.temporaries = [], []
+        self.constants = {"rows": self.rows, "classes": self.classes}
+
+    def plan(self):
+        losses = self._losses()
+        if self.reduction == "mean" and not self.options.get("soft"):
+            if "out" in self.layouts or "loss" in self.layouts:
+                self._divisor()
+        if self.rows and (self.classes or self.operation == "nll"):
+            self._rows(losses)
+        if losses == "row_loss":
+            self._total()
+        return Plan(tuple(self.steps), tuple(self.temporaries), self.constants)
+
+    def _losses(self):
+        """The array that each row's loss goes to; None if there is none."""
+        if "loss" not in self.layouts:
+            return None
+        if self.reduction == "none":
+            return "loss"
+        self.temporaries.append(("row_loss", 8 * max(1, self.rows)))
+        return "row_loss"
+
+    # -- one value a row
+
+    def _divisor(self):
+        """Σ w[t] over the labels that count, into `divisor`."""
+        self.temporaries.append(("divisor", 8))
+        weight = self.layouts.get("weight")
+        if weight:
+            self.constants["weight_class"] = weight.strides[0]
+        params = (
+            ("labels", self.layouts["labels"].kind),
+            ("ignores", bool(self.options.get("ignores"))),
+            ("weight", weight and weight.kind),
+            ("dimensions", self._batch_constants(("labels",), "count_")),
+        )
+        self._sum("count", params, "divisor", "f8", "none")
+
+    def _total(self):
+        mean = self.reduction == "mean"
+        division = "none" if not mean else "rows" if self.options.get("soft") else "divisor"
+        self._sum("total", (), "loss", self.layouts["loss"].kind, division)
+
+    def _sum(self, kernel, params, result, kind, division):
+        parts = max(1, -(-self.rows // totals.SPAN))
+        last = (("result", result), ("kind", kind), ("division", division))
+        if parts == 1:
+            self._step(Spec(kernel, (*params, *last)), 1, totals.BLOCK)
+            return
+        self.temporaries.append((f"{kernel}_parts", 16 * parts))
+        self.constants[f"{kernel}_count"] = parts
+        self._step(Spec(kernel, params), parts, totals.BLOCK)
+        self._step(Spec("combine", (("parts", kernel), *last)), 1, totals.BLOCK)
+
+    def _step(self, spec, grid, block):
+        self.steps.append(Step(spec, grid, block, 0, 1, tuple(kernel_of(spec).args)))
+
+    # -- rows
+
+    def _batch_constants(self, names, prefix=""):
+        """Put the batch's axes as these arrays have them into the constants; how many there are."""
+        strides = []
+        for name in names:
+            if name in ("row_loss", "number"):
+                size = 8 if name == "row_loss" else 1
+                strides.append(_contiguous(self.batch, size))
+            else:
+                given = self.layouts[name].strides
+                full = len(given) > len(self.batch)
+                strides.append(given[: self.axis] + given[self.axis + 1 :] if full else given)
+        sizes, steps = _joined(self.batch, strides)
+        for d, size in enumerate(sizes):
+            if d:
+                self.constants[f"{prefix}size{d}"] = size
+                self.constants[f"{prefix}inverse{d}"] = 1.0 / max(size, 1)
+            for name, step in zip(names, steps, strict=True):
+                self.constants[f"{prefix}{name}_step{d}"] = step[d]
+        self.sizes, self.along = sizes, dict(zip(names, steps, strict=True))
+        return len(sizes)
+
+    def _rows(self, losses):
+        names = [
+            n for n in ("x", "y", "out", "labels", "row_scale", "row_lse") if n in self.layouts
+        ]
+        if losses:
+            names.append(losses)
+        if "labels" in names:
+            names.append("number")
+        dimensions = self._batch_constants(names)
+        full = [n for n in ("x", "y", "out") if n in self.layouts]
+        layouts = {n: self.layouts[n] for n in full}
+        for name in full:
+            self.constants[f"{name}_class"] = layouts[name].strides[self.axis]
+        if "weight" in self.layouts:
+            self.constants["weight_class"] = self.layouts["weight"].strides[0]
+        lead = layouts.get("x") or layouts["out"]
+        lead_size = _size(lead.kind)
+        if self.elem == "f8" and lead.kind[0] in "iub":
+            lead_size = 8
+        part = partition(self.classes, lead_size)
+        if self.operation == "nll":
+            part = Partition(1, 1, part.group, False)
+        walker, modes = self._walk(layouts, part)
+        params = (
+            ("elem", self.elem),
+            ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
+            ("dimensions", dimensions),
+            ("arrays", tuple((n, self._kind(n)) for n in names)),
+            ("weight", "weight" in self.layouts and self.layouts["weight"].kind),
+            ("walker", walker),
+            ("modes", modes),
+            ("part", tuple(part)),
+        )
+        threads = part.threads if walker == "rows" else Columns.threads
+        rows = threads // part.lanes if walker == "rows" else threads
+        self._step(Spec(self.operation, params), -(-self.rows // rows), threads)
+
+    def _kind(self, name):
+        if name == "number":
+            return None
+        return "f8" if name == "row_loss" else self.layouts[name].kind
+
+    def _walk(self, layouts, part):
+        """The walker, and how it gets at x, y and out."""
+        sizes = {n: _size(a.kind) for n, a in layouts.items()}
+        if self.classes <= 1 or all(a.strides[self.axis] == sizes[n] for n, a in layouts.items()):
+            return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
+        side_by_side = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
+        modes = tuple((n, "strided") for n in layouts)
+        if side_by_side and self.sizes[-1] >= COLUMNS_FROM:
+            return "columns", modes
+        return "rows", modes
+
+    def _mode(self, name, layout, part):
+        if layout.kind[0] in "iub" and layout.kind != "bf":
+            return "strided"
+        chunk = min(ACCESS, part.group * _size(layout.kind))
+        aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
+        return "whole" if aligned and self.classes % part.group == 0 else "shifted"
+
+
+def _size(kind):
+    return 2 if kind == "bf" else int(kind[1])
+
+
+def _contiguous(shape, size):
+    strides = []
+    for n in reversed(shape):
+        strides.append(size)
+        size *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def _joined(shape, strides):
+    """The axes in the order of the first array's strides, those that walk on joined.
+
+    Returns their sizes, and the steps of each array along them; always one axis at least.
+    """
+    axes = [d for d in range(len(shape)) if shape[d] != 1]
+    axes.sort(key=lambda d: [-abs(s[d]) for s in strides])
+    sizes, steps = [], [[] for _ in strides]
+    for d in axes:
+        here = [s[d] for s in strides]
+        if sizes and all(s[-1] == h * shape[d] for s, h in zip(steps, here, strict=True)):
+            sizes[-1] *= shape[d]
+            for s, h in zip(steps, here, strict=True):
+                s[-1] = h
+        else:
+            sizes.append(shape[d])
+            for s, h in zip(steps, here, strict=True):
+                s.append(h)
+    if not sizes:
+        return [1], [[0] for _ in strides]
+    return sizes, steps
+
+
+# ---------------------------------------------------------------- from a Spec to a kernel
+
+
+def build(spec):
+    """The Python function of a kernel, and the kinds of its arguments ("i8" or "f8")."""
+    kernel = kernel_of(spec)
+    return kernel.function(), tuple(kernel.args.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_of(spec):
+    """The Kernel that a Spec describes."""
+    params = dict(spec.params)
+    if spec.kernel in totals.KERNELS:
+        return totals.kernel(spec.kernel, params)
+    return _row_kernel(spec.kernel, params)
+
+
+_ACCESS = {"whole": Whole, "shifted": Shifted, "strided": Strided}
+
+
+def _row_kernel(operation, params):
+    elem, options, arrays = params["elem"], dict(params["options"]), dict(params["arrays"])
+    part, modes = Partition(*params["part"]), dict(params["modes"])
+    formats = {n: Format(kind, elem if n in modes else "f8") for n, kind in arrays.items() if kind}
+    if params["weight"]:
+        formats["weight"] = Format(params["weight"], "f8")
+    access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
+    op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
+    x = access.get("x") if op.softmax or op.sums or "out" in access else None
+    w = None
+    if "weight" in formats and options.get("soft", options.get("smooth")):
+        w = Strided(Format(params["weight"], elem), part.group)
+    walker = Rows if params["walker"] == "rows" else Columns
+    walk = walker(part, x, access.get("y"), w, access.get("out"))
+    args = {}
+    for name in arrays:
+        if name != "number":
+            args[name] = "i8"
+        for d in range(params["dimensions"]):
+            args[f"{name}_step{d}"] = "i8"
+        if name in modes:
+            args[f"{name}_class"] = "i8"
+    for d in range(1, params["dimensions"]):
+        args |= {f"size{d}": "i8", f"inverse{d}": "f8"}
+    if params["weight"]:
+        args |= {"weight": "i8", "weight_class": "i8"}
+    args |= {"rows": "i8", "classes": "i8"}
+    if options.get("ignores"):
+        args["ignore_index"] = "i8"
+    if "labels" in arrays:
+        args["bad"] = "i8"
+    if operation == "cross_entropy":
+        args |= {"keep": "f8", "spread": "f8"}
+    if operation in ("cross_entropy", "nll_backward") and "out" in arrays:
+        args["scale"] = "f8"
+        if options["reduction"] == "mean" and not options.get("soft"):
+            args["divisor"] = "i8"
+    return Kernel(operation, functools.partial(_run, walk, op), args)
+
+
+def _run(walk, op, frame):
+    walk.run(frame, op)
+
+
+def _operation(operation, elem, dimensions, arrays, formats, options):
+    common = elem, dimensions, arrays
+    simple = {
+        "log_softmax": kernels.LogSoftmax,
+        "softmax": kernels.Softmax,
+        "log_softmax_backward": kernels.LogSoftmaxBackward,
+        "softmax_backward": kernels.SoftmaxBackward,
+    }
+    if operation in simple:
+        return simple[operation](*common)
+    if operation == "logsumexp":
+        return kernels.LogSumExp(*common, formats["row_lse"])
+    labels = None
+    if "labels" in formats:
+        labels = kernels.Labels(formats["labels"], options.get("ignores", False))
+    mean = options.get("reduction") == "mean"
+    if operation == "nll":
+        return kernels.Nll(*common, formats, labels)
+    if operation == "nll_backward":
+        return kernels.NllBackward(*common, formats, labels, mean)
+    given = options.get("given", False)
+    soft = options.get("soft", False)
+    return kernels.CrossEntropy(
+        *common,
+        formats,
+        labels,
+        soft=soft,
+        smooth=options.get("smooth", False) and not soft,
+        loss="loss" in formats or "row_loss" in formats,
+        lse="row_lse" in formats and not given,
+        given=given,
+        grad="out" in formats,
+        mean=mean and not soft,
+    )

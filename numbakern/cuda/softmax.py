@@ -1,0 +1,98 @@
+"""The reduction of the softmax family: how a lane's sums start, grow and are joined.
+
+A row is known by its maximum m, how often it occurs (k), Σ exp(x − m) over the rest, and, where a
+loss has targets q for every class, Σ q and Σ q·(m − x). All but m are sums, so they can be taken
+over any part of a row, relative to any maximum, and be moved to a larger one.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from numbakern.cuda.device import at_least, constant, convert, sum_tree, where
+from numbakern.vmath import centre, exp_nonpositive, exp_scaled, is_finite, log_sum
+
+
+class Share(NamedTuple):
+    """Sums over a part of a row; None for what an operation does not need."""
+
+    k: Any  # int32
+    rest: Any  # float64, as the next two
+    q: Any = None
+    nll: Any = None
+
+
+def nothing_yet(op, of):
+    """(m, *Share) of no elements."""
+    zero = constant(of, 0.0, "f8")
+    linear = (zero, zero) if op.linear else ()
+    return constant(of, -math.inf, "f8"), constant(of, 0, "i4"), zero, *linear
+
+
+def safe(m):
+    """A maximum that can be subtracted: 0 for one that is not finite."""
+    return where(is_finite(m), m, 0.0)
+
+
+def exponentials(m, elem):
+    """How to take exp(x − m) in `elem`: ((base, magic, floor) in elem, factor in float64)."""
+    *params, factor = centre(safe(m), elem)
+    return [convert(v, elem) for v in params], factor
+
+
+def scaled_exp(x, base, magic, floor):
+    """exp(x − m) / factor; what lies below the floor, −inf and NaN count as the floor."""
+    return exp_scaled(at_least(x - base, floor), magic)
+
+
+def in_chunk(op, row, numbers, m):
+    """The Share of some elements, relative to a maximum that is no smaller than any of them."""
+    elem = op.elem
+    params, factor = exponentials(m, elem)
+    top = convert(m, elem)
+    rests, counts, qs, nlls = [], [], [], []
+    for j, x, y, w in numbers:
+        below = x < top
+        e = scaled_exp(x, *params)
+        rests.append(where(below, e, -0.0))
+        counts.append(where(x == top, constant(x, 1, "i4"), 0))
+        if op.linear:
+            q = where(j < row.classes, op.target(row, y, w), 0.0)
+            qs.append(q)
+            nlls.append(where(q == 0.0, 0.0, q * (safe(m) - convert(x, "f8"))))
+    rest = convert(sum_tree(rests), "f8") * factor
+    linear = (sum_tree(qs), sum_tree(nlls)) if op.linear else ()
+    return Share(sum_tree(counts), rest, *linear)
+
+
+def join_chunks(op, m, share, top, new):
+    """The Share of elements with maximum m, moved to a maximum `top`, and joined with another."""
+    below = m < top
+    distance = where(below, m - top, 0.0)
+    k, rest, q, nll = share
+    rest = where(below, (rest + convert(k, "f8")) * exp_nonpositive(distance), rest)
+    k = where(below, 0, k)
+    linear = ()
+    if op.linear:
+        moved = q * (safe(top) - safe(m))
+        linear = q, nll + where(below, moved, 0.0)
+    joined = Share(k, rest, *linear)
+    if new is None:
+        return joined
+    return Share(*(a if a is None else a + b for a, b in zip(joined, new, strict=True)))
+
+
+def row_log_sum(m, share, elem):
+    """(k, rest, log Σ exp(x − m)) of a row, float64; NaN where the maximum is not finite."""
+    good = is_finite(m)
+    k = where(good, convert(share.k, "f8"), 1.0)
+    rest = where(good, share.rest, 0.0)
+    # Smaller than every number of the type: what stands for the exponentials of −inf.
+    tiny = {"f4": 2.0**-155, "f8": 0.0}[elem]
+    if tiny:
+        rest = where(rest < tiny, 0.0, rest)
+    return k, rest, where(good, log_sum(k, rest, elem), math.nan)
+
+
+def log_sum_exp(m, log_sum):
+    """m + log Σ exp(x − m); an infinite maximum is the result itself."""
+    return where(is_finite(m) | (m != m), m + log_sum, m)

@@ -1,0 +1,399 @@
+"""A GPU in NumPy: runs a kernel for all threads of a launch at once, and watches it.
+
+A kernel (`numbakern.cuda.device.Kernel`) has no branches, so every operation is done for all
+threads before the next one: a value is an array of (blocks, threads), or of fewer where all
+threads agree. Arithmetic is that of the hardware to the last bit: each operation rounds once, fma
+too. What a real GPU would punish by wrong numbers or a fault raises `Fault` here:
+
+- an access outside the arrays that were given, or not aligned to its width;
+- two threads that write to the same place, or one that reads what another one wrote, without a
+  barrier between them (in global memory: of different blocks at all);
+- shared memory that is read before it is written, or beyond what was asked for;
+- a loop whose count differs from thread to thread: barriers and shuffles in it would diverge.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from numbakern.cuda.device import Kernel, Value
+
+WARP = 32
+LANES_AT_ONCE = 1 << 17
+DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
+
+
+class Fault(Exception):
+    """A kernel did what it must not do."""
+
+
+@intrinsic
+def _fused(typing, a, b, c):
+    def codegen(context, builder, sig, args):
+        name = f"llvm.fma.{'f32' if a == types.float32 else 'f64'}"
+        function_type = ir.FunctionType(args[0].type, [args[0].type] * 3)
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, function_type, name
+        )
+        return builder.call(function, args)
+
+    return a(a, b, c), codegen
+
+
+@numba.vectorize(["f4(f4,f4,f4)", "f8(f8,f8,f8)"])
+def _fma(a, b, c):
+    return _fused(a, b, c)
+
+
+class Memory:
+    """The global memory that a launch may touch: the extents of some NumPy arrays."""
+
+    def __init__(self, arrays):
+        extents = []
+        for array in arrays:
+            low, high = np.lib.array_utils.byte_bounds(array)
+            if high > low:
+                extents.append((low, high))
+        self.areas = []
+        for low, high in sorted(extents):
+            if self.areas and low <= self.areas[-1][1]:
+                self.areas[-1] = (self.areas[-1][0], max(high, self.areas[-1][1]))
+            else:
+                self.areas.append((low, high))
+        self.views = [self._view(low, high) for low, high in self.areas]
+        # who wrote each byte in this launch (number of the thread + 1), and in which phase
+        self.writer = [np.zeros(high - (low & ~15), np.int32) for low, high in self.areas]
+        self.phase = [np.zeros(high - (low & ~15), np.int32) for low, high in self.areas]
+
+    @staticmethod
+    def _view(low, high):
+        """Its bytes, from a multiple of 16 on."""
+        start = low & ~15
+        return np.ctypeslib.as_array((ctypes.c_uint8 * (high - start)).from_address(start))
+
+    def find(self, addresses, width):
+        """For each area: which of these accesses fall into it, and at which byte."""
+        if np.any(addresses % width):
+            raise Fault(f"misaligned access of {width} bytes")
+        left = addresses.size
+        for k, (low, high) in enumerate(self.areas):
+            inside = (addresses >= low) & (addresses + width <= high)
+            count = np.count_nonzero(inside)
+            if count:
+                left -= count
+                inside = slice(None) if count == addresses.size else inside
+                yield k, inside, addresses[inside] - (low & ~15)
+            if not left:
+                return
+        if left:
+            raise Fault(f"access of {width} bytes outside of every array")
+
+
+class Emulator:
+    """The machine that `device.Value`s are on in a test; its methods are those of `device`."""
+
+    def __init__(self, memory, blocks, threads):
+        self.memory = memory
+        self.blocks = np.asarray(blocks, np.int64)[:, None]
+        self.threads = threads
+        self.shape = (len(blocks), threads)
+        self.number = self.blocks * threads + np.arange(threads) + 1  # of the thread, from 1
+        self.time = 1  # phases between barriers
+        self.cells: list[_Shared] = []
+
+    def argument(self, value, elem):
+        return DTYPE[elem](value)
+
+    # -- numbers
+
+    def constant(self, number, elem):
+        return DTYPE[elem](number)
+
+    def binary(self, name, a, b, elem):
+        return _BINARY[name](a, b) if elem != "b1" else _MASKS[name](a, b)
+
+    def compare(self, sign, a, b, elem):
+        return _COMPARE[sign](a, b)
+
+    def select(self, mask, a, b, elem):
+        return np.where(mask, a, b)
+
+    def convert(self, v, elem, to):
+        if elem == "u8":
+            v = np.asarray(v).view(np.uint64)
+        if elem == "f8" and to == "i8":
+            v = np.where(np.isfinite(v), v, 0)
+        return np.asarray(v).astype(DTYPE[to])
+
+    def bitcast(self, v, elem, to):
+        return np.asarray(v).view(DTYPE[to])
+
+    def fma(self, a, b, c, elem):
+        return _fma(a, b, c)
+
+    def maximum(self, a, b, elem):
+        return np.maximum(a, b)
+
+    def at_least(self, x, low, elem):
+        return np.where(x > low, x, low)
+
+    # -- bits
+
+    def join(self, low, high):
+        low, high = np.broadcast_arrays(low, high)
+        bits = low.astype(np.int64) & 0xFFFFFFFF | high.astype(np.int64) << 32
+        return bits.view(np.float64)
+
+    def split(self, bits):
+        bits = np.asarray(bits)
+        return bits.astype(np.int32), (bits >> 32).astype(np.int32)
+
+    def half_to_single(self, word, high):
+        word = np.asarray(word).view(np.uint32)
+        half = (word >> 16 if high else word & 0xFFFF).astype(np.uint16)
+        return half.view(np.float16).astype(np.float32)
+
+    def pack_halves(self, low, high, kind):
+        to_bits = _bfloat16_bits if kind == "bf" else _float16_bits
+        return (to_bits(low) | to_bits(high) << np.uint32(16)).view(np.int32)
+
+    def funnel(self, low, high, bits):
+        low, high = (np.asarray(v).view(np.uint32).astype(np.uint64) for v in (low, high))
+        word = (high << np.uint64(32) | low) >> np.asarray(bits).astype(np.uint64)
+        return word.astype(np.uint32).view(np.int32)
+
+    # -- threads
+
+    def thread(self):
+        return np.arange(self.threads, dtype=np.int32)[None, :]
+
+    def block(self):
+        return self.blocks
+
+    def _by_lane(self, word):
+        return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
+
+    def shuffle_xor(self, word, offset):
+        if not 0 < offset < WARP:
+            raise Fault(f"shuffle by {offset}")
+        return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
+
+    def shuffle_next(self, word):
+        lanes = np.minimum(np.arange(WARP) + 1, WARP - 1)
+        return self._by_lane(word)[:, :, lanes].reshape(self.shape)
+
+    def barrier(self):
+        self.time += 1
+
+    def repeat(self, count, body, state):
+        rounds = np.asarray(count.value)
+        if rounds.size > 1 and np.any(rounds != rounds.flat[0]):
+            raise Fault("a loop's count differs from thread to thread")
+        for i in range(int(rounds.flat[0])):
+            state = body(Value(self, np.int64(i), "i8"), *state)
+        return state
+
+    # -- global memory
+
+    def _places(self, address, mask):
+        """Addresses of the threads that take part, and who they are."""
+        address = np.broadcast_to(address, self.shape)
+        mask = np.broadcast_to(True if mask is None else mask, self.shape)
+        return address[mask], mask
+
+    def load(self, address, size, count, mask, fill):
+        width = size * count
+        addresses, mask = self._places(address, mask)
+        raw = np.zeros((len(addresses), width), np.uint8)
+        numbers = self.number[mask]
+        for k, inside, at in self.memory.find(addresses, width):
+            bytes_at = at[:, None] + np.arange(width)
+            raw[inside] = self.memory.views[k][bytes_at]
+            self._check_read(k, at, width, numbers[inside])
+        wide = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
+        dtype = np.int64 if size == 8 else np.int32
+        bits = 64 if size == 8 else 32
+        filled = np.array([fill % (1 << bits)], f"u{bits // 8}").view(dtype)[0]
+        words = raw.view(wide).astype(dtype)
+        out = []
+        for i in range(count):
+            word = np.full(self.shape, filled, dtype)
+            word[mask] = words[:, i]
+            out.append(word)
+        return out
+
+    def _check_read(self, k, at, width, numbers):
+        writer = self.memory.writer[k]
+        for byte in (0, width - 1):
+            wrote = writer[at + byte]
+            other = (wrote > 0) & (wrote != numbers)
+            if np.any(other):
+                same_block = (wrote - 1) // self.threads == (numbers - 1) // self.threads
+                earlier = self.memory.phase[k][at + byte] < self.time
+                if np.any(other & ~(same_block & earlier)):
+                    raise Fault("reads what another thread wrote, no barrier between")
+
+    def store(self, address, size, words, mask):
+        width = size * len(words)
+        addresses, mask = self._places(address, mask)
+        narrow = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
+        lanes = [np.broadcast_to(w, self.shape)[mask].astype(narrow) for w in words]
+        raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint8).reshape(-1, width)
+        numbers = self.number[mask]
+        for k, inside, at in self.memory.find(addresses, width):
+            bytes_at = at[:, None] + np.arange(width)
+            self.memory.views[k][bytes_at] = raw[inside]
+            writer, mine = self.memory.writer[k], numbers[inside, None]
+            before = writer[bytes_at]
+            if np.any((before > 0) & (before != mine)):
+                raise Fault("two threads write to the same place")
+            writer[bytes_at] = mine
+            if np.any(writer[bytes_at] != mine):
+                raise Fault("two threads write to the same place")
+            self.memory.phase[k][bytes_at] = self.time
+
+    def atomic_min(self, address, v, mask):
+        addresses, mask = self._places(address, mask)
+        values = np.broadcast_to(v, self.shape)[mask]
+        for k, inside, at in self.memory.find(addresses, 8):
+            words = self.memory.views[k][: self.memory.views[k].size // 8 * 8].view(np.int64)
+            np.minimum.at(words, at // 8, values[inside])
+
+    # -- shared memory
+
+    def shared(self, size):
+        self.cells.append(_Shared(self, size))
+        return np.int32((len(self.cells) - 1) << 20)
+
+    def _cell(self, address, mask):
+        address = np.broadcast_to(address, self.shape)
+        area = np.unique(address >> 20)
+        if len(area) != 1 or not 0 <= area[0] < len(self.cells):
+            raise Fault("shared memory out of bounds")
+        return self.cells[area[0]], address & ((1 << 20) - 1)
+
+    def shared_load(self, address):
+        cell, at = self._cell(address, None)
+        return cell.load(at)
+
+    def shared_store(self, address, v, mask):
+        cell, at = self._cell(address, mask)
+        cell.store(at, np.broadcast_to(v, self.shape), np.broadcast_to(mask, self.shape))
+
+
+class _Shared:
+    """An area of every block's shared memory, in float64 cells."""
+
+    def __init__(self, machine, size):
+        self.machine, self.count = machine, size // 8
+        shape = (machine.shape[0], self.count)
+        self.values = np.full(shape, np.nan)
+        self.writer = np.full(shape, -1)
+        self.written = np.zeros(shape, int)  # the phase in which
+        self.reader = np.full(shape, -1)  # −2: several threads
+        self.read = np.zeros(shape, int)
+
+    def _index(self, at, mask):
+        if np.any(at[mask] % 8) or np.any(at[mask] < 0) or np.any(at[mask] >= 8 * self.count):
+            raise Fault("shared memory misaligned or out of bounds")
+        blocks, threads = np.nonzero(mask)
+        return blocks, at[mask] // 8, threads
+
+    def load(self, at):
+        blocks, cells, threads = self._index(at, np.ones(at.shape, bool))
+        wrote, when = self.writer[blocks, cells], self.written[blocks, cells]
+        if np.any(wrote < 0):
+            raise Fault("shared memory is read before it is written")
+        if np.any((wrote != threads) & (when == self.machine.time)):
+            raise Fault("shared memory is read without a barrier behind another thread's write")
+        fresh = self.read[blocks, cells] != self.machine.time
+        self.reader[blocks[fresh], cells[fresh]] = threads[fresh]
+        self.read[blocks, cells] = self.machine.time
+        several = self.reader[blocks, cells] != threads
+        self.reader[blocks[several], cells[several]] = -2
+        return self.values[blocks, cells].reshape(at.shape)
+
+    def store(self, at, v, mask):
+        blocks, cells, threads = self._index(at, mask)
+        now = self.machine.time
+        wrote = (self.written[blocks, cells] == now) & (self.writer[blocks, cells] != threads)
+        read = (self.read[blocks, cells] == now) & (self.reader[blocks, cells] != threads)
+        if np.any(wrote) or np.any(read):
+            raise Fault("shared memory is written without a barrier behind another thread's access")
+        self.writer[blocks, cells] = threads
+        if np.any(self.writer[blocks, cells] != threads):
+            raise Fault("two threads write to the same place of shared memory")
+        self.written[blocks, cells] = now
+        self.values[blocks, cells] = v[mask]
+
+
+def _float16_bits(v):
+    return np.asarray(v).astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _bfloat16_bits(v):
+    bits = np.asarray(v).astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(v), 0x7FFF, rounded).astype(np.uint32)
+
+
+def _shift_logical(a, b):
+    a = np.asarray(a)
+    unsigned = a.view(np.dtype(f"u{a.itemsize}"))
+    return (unsigned >> np.asarray(b).astype(unsigned.dtype)).view(a.dtype)
+
+
+_BINARY = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "shl": np.left_shift,
+    "ashr": np.right_shift,
+    "lshr": _shift_logical,
+}
+_MASKS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+_COMPARE = {
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+    "==": np.equal,
+    "!=": np.not_equal,
+}
+
+
+def emulate(kernel: Kernel, grid, block, args, arrays, shared=0, cluster=1):
+    """Launch a kernel over host memory.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        As `numbakern.cuda.plan.kernel_of` makes it from a Step's spec.
+    grid, block : int
+        Blocks, and threads of each.
+    args : sequence of int or float
+        Arguments of the kernel; addresses are those of NumPy arrays.
+    arrays : iterable of numpy.ndarray
+        All memory that the kernel may touch.
+    shared, cluster : int
+        As in a Step.
+    """
+    if block % WARP or not 0 < block <= 1024:
+        raise Fault(f"a block of {block} threads")
+    memory = Memory(arrays)
+    step = max(1, LANES_AT_ONCE // block)
+    with np.errstate(all="ignore"):
+        for first in range(0, grid, step):
+            machine = Emulator(memory, range(first, min(grid, first + step)), block)
+            elems = kernel.args.values()
+            values = [machine.argument(v, e) for v, e in zip(args, elems, strict=True)]
+            kernel.run(machine, values)
