@@ -196,7 +196,10 @@ class Emulator:
         if rounds.size > 1 and np.any(rounds != rounds.flat[0]):
             raise Fault("a loop's count differs from thread to thread")
         for i in range(int(rounds.flat[0])):
-            state = body(Value(self, np.int64(i), "i8"), *state)
+            before = [v.elem for v in state]
+            state = tuple(body(Value(self, np.int64(i), "i8"), *state))
+            if [v.elem for v in state] != before:
+                raise Fault("a loop changes what its state is")
         return state
 
     # -- global memory

@@ -1,4 +1,4 @@
-"""The walker for columns: neighbouring rows lie side by side, and every lane takes a row of its own.
+"""The walker for columns: rows lie side by side, and every lane takes a row of its own.
 
 A lane goes through its row slot by slot, where slot l is what lane l of `rows` would have, and adds
 the slots' sums in the same tree. So a row has the same bits however it lies in memory.
@@ -131,13 +131,14 @@ class _Walk:
                 here = convert(max_tree(x for _, x, _, _ in self._numbers(groups)), "f8")
                 here = larger(top, here)
                 new = in_chunk(op, row, self._numbers(groups), here)
-                return here, *join_chunks(op, top, Share(*state), here, new)
+                joined = join_chunks(op, top, Share(*state), here, new)
+                return here, *joined.known
 
             top, *state = self._chunks(absorb, *nothing_yet(op, self.chunks))
             return join_chunks(op, top, Share(*state), m, None)
 
         zeros = nothing_yet(op, self.chunks)[1:]
-        return m, Share(*self._add_slots(lambda slot: tuple(share(slot))[: len(zeros)], zeros))
+        return m, Share(*self._add_slots(lambda slot: share(slot).known, zeros))
 
     def sums(self):
         """Σ of the operation's terms."""

@@ -13,7 +13,7 @@ from numbakern.cuda.device import Value
 _i1, _i32, _i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 _f32, _f64, _void = ir.FloatType(), ir.DoubleType(), ir.VoidType()
 _TYPE = {"f4": _f32, "f8": _f64, "i4": _i32, "i8": _i64, "b1": _i1}
-_CONSTRAINT = {"f4": "f", "f8": "d", "i4": "r", "i8": "l", "b1": "b"}
+_CONSTRAINT = {"f4": "f", "f8": "d", "i4": "r", "i8": "l"}
 _NAMES = {"add": "fadd", "sub": "fsub", "and": "and_", "or": "or_"}
 _ALL = -1  # every lane of the warp
 _serial = itertools.count()
@@ -166,11 +166,9 @@ class LLVM:
         constraints = [f"={letter}"] * count + ["l"]
         args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
         if mask is not None:
-            args.append(mask)
             bits = 64 if size == 8 else 32
             fills = "".join(f"mov.b{bits} ${i}, {fill % (1 << bits)};" for i in range(count))
-            code = f"{{{fills} @${count + 1} {code}}}"
-            constraints.append("b")
+            code = self._masked(code, mask, constraints, args, fills)
         result = ir.LiteralStructType([_TYPE[elem]] * count) if count > 1 else _TYPE[elem]
         value = self._assembly(code, result, constraints, args)
         if count == 1:
@@ -189,15 +187,14 @@ class LLVM:
         code = f"st.global{vector}.{width} [$0], {names};"
         constraints, args = ["l"] + [_CONSTRAINT[elem]] * count, [address, *words]
         if mask is not None:
-            code = f"@${count + 1} {code}"
-            constraints.append("b")
-            args.append(mask)
+            code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     def atomic_min(self, address, v, mask):
         """See device.atomic_min."""
-        code = "@$2 red.global.min.s64 [$0], $1;"
-        self._assembly(code, _void, ["l", "l", "b"], [address, v, mask])
+        constraints, args = ["l", "l"], [address, v]
+        code = self._masked("red.global.min.s64 [$0], $1;", mask, constraints, args)
+        self._assembly(code, _void, constraints, args)
 
     def shared(self, size):
         """See device.shared."""
@@ -213,8 +210,9 @@ class LLVM:
 
     def shared_store(self, address, v, mask):
         """See device.shared_store."""
-        code = "@$2 st.shared.f64 [$0], $1;"
-        self._assembly(code, _void, ["r", "d", "b"], [address, v, mask])
+        constraints, args = ["r", "d"], [address, v]
+        code = self._masked("st.shared.f64 [$0], $1;", mask, constraints, args)
+        self._assembly(code, _void, constraints, args)
 
     # -- emitting
 
@@ -231,6 +229,13 @@ class LLVM:
         function_type = ir.FunctionType(_TYPE[result], [v.type for v in values])
         assembly = ir.InlineAsm(function_type, code, ",".join(constraints), False)
         return self.builder.call(assembly, values)
+
+    def _masked(self, code, mask, constraints, args, before=""):
+        """An access under a mask, which inline PTX takes as an integer only."""
+        index = len(constraints)
+        constraints.append("r")
+        args.append(self.builder.zext(mask, _i32))
+        return f"{{.reg .pred p; setp.ne.b32 p, ${index}, 0; {before} @p {code}}}"
 
     def _assembly(self, code, result, constraints, args):
         """An access to memory, in its place among the others."""

@@ -198,7 +198,7 @@ class Shifted(Whole):
         return lambda: fmt.elements(words)
 
     def store(self, start, _step, j, classes, numbers, ok, near):
-        """As Whole.store; `near` says whether a lane before and one behind hold the row's groups."""
+        """As Whole.store; `near`: whether lanes before and behind have the groups before and behind."""
         has_before, has_next = near
         fmt, chunk, word = self.format, self.chunk, self.word
         address, words = start + j * fmt.size, fmt.words(numbers)

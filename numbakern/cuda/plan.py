@@ -8,8 +8,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from numbakern.cuda import kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
@@ -89,8 +87,7 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-FLOATS = ("scale", "keep", "spread")
-REDUCTIONS = ("none", "sum", "mean")
+_WITH_A_PLACE = ("x", "y", "out", "labels", "row_scale", "row_lse")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -151,7 +151,8 @@ class Rows:
                 m = convert(max_tree(x for _, x, _, _ in self._numbers(groups)), "f8")
                 m = larger(state[0], m)
                 new = in_chunk(op, row, self._numbers(groups), m)
-                return m, *join_chunks(op, state[0], Share(*state[1:]), m, new)
+                joined = join_chunks(op, state[0], Share(*state[1:]), m, new)
+                return m, *joined.known
 
             m, *state = repeat(count, absorb, *nothing_yet(op, first))
             top = team_max(m, part.lanes, thread)

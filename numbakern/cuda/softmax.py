@@ -20,6 +20,11 @@ class Share(NamedTuple):
     q: Any = None
     nll: Any = None
 
+    @property
+    def known(self):
+        """What is there."""
+        return tuple(v for v in self if v is not None)
+
 
 def nothing_yet(op, of):
     """(m, *Share) of no elements."""
