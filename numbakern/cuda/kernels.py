@@ -129,9 +129,10 @@ class Softmax(Operation):
 
 
 def normalise(m, total, log_sum, elem):
-    """The parameters of `probability`; NaN for a row whose log_sum is NaN."""
+    """The parameters of `probability`, of a total of 1 if None; NaN where log_sum is NaN."""
     params, factor = exponentials(m, elem)
-    scale = where(log_sum == log_sum, divide(factor, total), math.nan)
+    scale = factor if total is None else divide(factor, total)
+    scale = where(log_sum == log_sum, scale, math.nan)
     return *params, convert(scale, elem)
 
 
@@ -253,7 +254,7 @@ class CrossEntropy(Operation):
     grad : bool
         Whether the gradient is.
     mean : bool
-        Whether the gradient is divided by `divisor`.
+        Whether the gradient is divided: by `divisor`, of probabilities by the number of rows.
     formats : dict of str to memory.Format
         Of x, y, weight, row_scale, row_lse, row_loss, as far as they are there.
     labels : Labels or None
@@ -284,7 +285,7 @@ class CrossEntropy(Operation):
             self.labels.read(frame, row, at["labels"])
             start, step = row.places["x"]
             there = row.ok & ~row.skip
-            row.x_label = convert(self.formats["x"].get(start + row.label * step, there, 0.0), "f8")
+            row.x_label = convert(self.formats["x"].get(start + row.label * step, there), "f8")
             if self.weighted:
                 start, step = row.places["w"]
                 row.w_label = convert(self.formats["weight"].get(start + row.label * step), "f8")
@@ -297,7 +298,8 @@ class CrossEntropy(Operation):
         if "row_scale" in at:
             row.scale = row.scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
         if self.mean and self.grad:
-            divisor = float_of(load(frame.divisor, 8, 1)[0])
+            rows = convert(frame.rows, "f8")
+            divisor = rows if self.soft else float_of(load(frame.divisor, 8, 1)[0])
             row.scale = quotient(row.scale, divisor)
 
     def target(self, row, y, w):
@@ -329,7 +331,7 @@ class CrossEntropy(Operation):
             return None
         scale = where(row.bad, math.nan, row.scale)
         scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
-        total = 1.0 if self.given else k + rest
+        total = None if self.given else k + rest
         factors = list(normalise(m, total, where(row.skip, 0.0, log_sum), self.elem))
         factors[-1] = where(row.skip, 0.0, factors[-1])
         if self.soft:
@@ -438,7 +440,7 @@ class Nll(Operation):
         self.labels.read(frame, row, at["labels"])
         there = row.ok & ~row.skip
         start, step = row.places["x"]
-        x = convert(self.formats["x"].get(start + row.label * step, there, 0.0), "f8")
+        x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
         if "weight" in self.formats:
             start, step = row.places["w"]
             w = convert(self.formats["weight"].get(start + row.label * step), "f8")

@@ -10,8 +10,6 @@ get at a group:
 - `Strided`: any distance between the classes; element by element.
 """
 
-import math
-
 from numbakern.cuda.device import (
     bits_of,
     constant,
@@ -41,18 +39,20 @@ class Format:
         As `arrays.Kind.kind`: f2, bf, f4, f8, i1 … u8, b1.
     elem : {"f4", "f8"}
         What is computed with.
+    fill : float
+        What stands for an element that is not there: −inf or 0.
     """
 
-    def __init__(self, kind, elem):
+    def __init__(self, kind, elem, fill=0.0):
         self.kind, self.elem = kind, elem
         self.size = 2 if kind == "bf" else int(kind[1])
         self.real = kind[0] == "f" or kind == "bf"
         self.word = 8 if kind == "f8" else 4  # bytes of a word in a wide access
         self.per_word = max(1, self.word // self.size)
         lowest = {"f2": 0xFC00FC00, "bf": 0xFF80FF80, "f4": 0xFF800000, "f8": 0xFFF0 << 48}
-        self.lowest = lowest.get(kind, 0)
-        """The word that holds −inf; integers have none."""
-        self.scalar_fill = self.lowest & 0xFFFF if self.size == 2 else self.lowest
+        self.fill = fill
+        self.fill_word = lowest.get(kind, 0) if fill else 0
+        self.fill_single = self.fill_word & 0xFFFF if self.size == 2 else self.fill_word
 
     # -- words of a wide access
 
@@ -83,13 +83,10 @@ class Format:
 
     # -- elements one by one
 
-    def get(self, address, mask=None, fill=None):
-        """The number at this address; −inf, or `fill`, where the mask does not hold."""
-        raw = load(address, self.size, 1, mask, self.scalar_fill)[0]
-        number = self._number(raw)
-        if mask is not None and (fill is not None or not self.real):
-            number = where(mask, number, -math.inf if fill is None else fill)
-        return number
+    def get(self, address, mask=None):
+        """The number at this address; `fill` where the mask does not hold."""
+        number = self._number(load(address, self.size, 1, mask, self.fill_single)[0])
+        return number if self.real or mask is None else where(mask, number, self.fill)
 
     def _number(self, raw):
         if self.kind in ("f2", "bf"):
@@ -149,11 +146,11 @@ class Whole:
         self.per_chunk = self.chunk // self.word
 
     def load(self, start, _step, j, classes):
-        """A function () -> the numbers of the group from class j on; −inf behind the row."""
+        """A function () -> the numbers of the group from class j on; the fill behind the row."""
         fmt, words = self.format, []
         address, mask = start + j * fmt.size, j < classes
         for at in range(0, self.bytes, self.chunk):
-            words += load(address + at, self.word, self.per_chunk, mask, fmt.lowest)
+            words += load(address + at, self.word, self.per_chunk, mask, fmt.fill_word)
         return lambda: fmt.elements(words)
 
     def store(self, start, _step, j, classes, numbers, ok, _near):
@@ -190,7 +187,7 @@ class Shifted(Whole):
             words = [funnel(a, b, bits) for a, b in zip(words, words[1:] + words[:1], strict=True)]
         words = words[:count]
         single = [
-            load(address + i * fmt.size, fmt.size, 1, (j + i < classes) & ~inside, fmt.scalar_fill)
+            load(address + i * fmt.size, fmt.size, 1, (j + i < classes) & ~inside, fmt.fill_single)
             for i in range(self.group)
         ]
         ends = fmt.joined([one for (one,) in single])
@@ -198,7 +195,7 @@ class Shifted(Whole):
         return lambda: fmt.elements(words)
 
     def store(self, start, _step, j, classes, numbers, ok, near):
-        """As Whole.store; `near`: whether lanes before and behind have the groups before and behind."""
+        """As Whole.store; `near`: whether lanes hold the groups before and behind."""
         has_before, has_next = near
         fmt, chunk, word = self.format, self.chunk, self.word
         address, words = start + j * fmt.size, fmt.words(numbers)
@@ -242,9 +239,7 @@ class Strided:
     def load(self, start, step, j, classes):
         """As Whole.load."""
         at = start + j * step
-        numbers = [
-            self.format.get(at + step * i, j + i < classes, -math.inf) for i in range(self.group)
-        ]
+        numbers = [self.format.get(at + step * i, j + i < classes) for i in range(self.group)]
         return lambda: numbers
 
     def store(self, start, step, j, classes, numbers, ok, _near):

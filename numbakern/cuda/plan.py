@@ -331,6 +331,8 @@ def _row_kernel(operation, params):
         formats["weight"] = Format(params["weight"], "f8")
     access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
+    if "x" in access and op.softmax:
+        access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
     x = access.get("x") if op.softmax or op.sums or "out" in access else None
     w = None
     if "weight" in formats and options.get("soft", options.get("smooth")):
@@ -399,5 +401,5 @@ def _operation(operation, elem, dimensions, arrays, formats, options):
         lse="row_lse" in formats and not given,
         given=given,
         grad="out" in formats,
-        mean=mean and not soft,
+        mean=mean,
     )

@@ -109,7 +109,7 @@ class _Weights:
         one = constant(frame.rows, 1.0, "f8")
         if self.weight:
             at = frame.weight + where(counted, t, 0) * frame.weight_class
-            one = self.weight.get(at, counted, 0.0)
+            one = self.weight.get(at, counted)
         return where(counted, one, 0.0)
 
 
