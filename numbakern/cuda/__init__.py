@@ -5,11 +5,16 @@ a CUDA stack is imported before the first call with an array on a GPU. No call w
 what the CPU target learns from values on the host, kernels work out on the device.
 """
 
+import functools
+import math
 import os
 
 import numpy as np
 
-from numbakern.cuda import families, launch
+from numbakern import arrays
+from numbakern.cuda import copies, families, launch
+from numbakern.cuda.plan import Layout, Spec, Step, kernel_of
+from numbakern.cuda.plan import plan as plan_of
 
 __all__ = ["Target", "check", "target_of"]
 
@@ -30,10 +35,6 @@ def check():
         report = vars(device).get("report")  # made at the first call with labels
         if report is not None:
             report.check()
-
-
-def _checks_each_call():
-    return os.environ.get("NUMBAKERN_CHECK", "") not in ("", "0")
 
 
 class Number:
@@ -68,6 +69,7 @@ class Target:
 
     def __init__(self, family, queue, name, array, view):
         self.family, self.queue, self.name = family, queue, name
+        self._out_given = False
         self._views = {id(array): (array, self._checked(name, view))}
 
     def asarray(self, name, value):
@@ -79,6 +81,7 @@ class Target:
                 kind = type(value).__name__
                 raise TypeError(f"out: expected an array that can be written to, got {kind}")
             view.family.written(value)
+            view.target, self._out_given = self, True
         return view
 
     def _view(self, name, value):
@@ -107,3 +110,316 @@ class Target:
     def empty(self, shape, dtype):
         """An array for results, of the same family as the input."""
         return self.family.empty(shape, dtype, self.queue)
+
+    def assign(self, out, values):
+        """Put values of the same type and shape into the argument `out`."""
+        self._copy(values, out)
+
+    # -- whole arrays
+
+    def softmax(self, operation, x, axes, compute, out):
+        """log_softmax or softmax (`operation`) of x along these axes into `out`."""
+        self._transform(operation, {"x": x}, axes, compute, out)
+
+    def backward(self, operation, grad_output, output, axes, compute, out):
+        """log_softmax_backward or softmax_backward (`operation`) into `out`."""
+        self._transform(operation, {"x": grad_output, "y": output}, axes, compute, out)
+
+    def _transform(self, operation, inputs, axes, compute, out):
+        if math.prod(out.shape) == 0:
+            return
+        inputs = {name: self._apart(array, out) for name, array in inputs.items()}
+        target, axis = self._view_of_one_axis(out, axes)
+        result = target
+        if target is None:
+            shape = _last(out.shape, axes)
+            result = self.empty(shape, out.dtype)
+            axis = len(shape) - 1
+        inputs = {name: self._of_one_axis(array, axes) for name, array in inputs.items()}
+        self._run(operation, (), result.shape, axis, compute, {**inputs, "out": result})
+        if target is None:
+            order = (*(d for d in range(out.ndim) if d not in axes), *axes)
+            moved = _transposed(out, order)
+            self._copy(result.like(result.pointer, moved.shape), moved)
+
+    def logsumexp(self, x, axes, compute, dtype):
+        """log Σ exp(x) over these axes, without them."""
+        batch = tuple(n for d, n in enumerate(x.shape) if d not in axes)
+        result = self.empty(batch, dtype)
+        if math.prod(x.shape) == 0:
+            self._fill(result, -math.inf)
+            return result
+        x = self._of_one_axis(x, axes)
+        axis = axes[0] if len(axes) == 1 else x.ndim - 1
+        self._run("logsumexp", (), x.shape, axis, compute, {"x": x, "row_lse": result})
+        return result
+
+    # -- losses
+
+    def nll_loss(
+        self, log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction
+    ):
+        """Negative log-likelihood of the labels."""
+        batch = arrays.batch_shape(log_probs.shape, axis)
+        loss = self.empty(batch if reduction == "none" else (), dtype)
+        given = {"x": log_probs, "labels": labels, "weight": weight, "loss": loss}
+        options, values = self._of_labels(labels, batch, log_probs.shape[axis], ignore_index)
+        options = (*options, ("reduction", reduction))
+        self._run("nll", options, log_probs.shape, axis, compute, given, **values)
+        self._checked_labels()
+        return loss.unwrap()
+
+    def nll_loss_backward(
+        self, grad_output, labels, axis, compute, weight, ignore_index, reduction, out
+    ):
+        """Gradient of `nll_loss` into `out`: zero but at the labels."""
+        batch = arrays.batch_shape(out.shape, axis)
+        given = {"labels": self._apart(labels, out), "weight": self._apart(weight, out)}
+        scale = self._upstream(grad_output, batch, out, given)
+        options, values = self._of_labels(labels, batch, out.shape[axis], ignore_index)
+        options = (*options, ("reduction", reduction))
+        given["out"] = out
+        self._run("nll_backward", options, out.shape, axis, compute, given, scale=scale, **values)
+        self._checked_labels()
+
+    def cross_entropy(
+        self,
+        logits,
+        labels,
+        soft,
+        axis,
+        compute,
+        dtype,
+        weight,
+        ignore_index,
+        reduction,
+        smoothing,
+        *,
+        with_loss,
+        with_lse=False,
+        grad_output=None,
+        lse=None,
+        out=None,
+    ):
+        """Cross-entropy: the loss, the rows' log-sum-exp, the gradient into `out`, as asked for.
+
+        Returns
+        -------
+        loss, lse
+            None for what was not asked for.
+        """
+        shape, batch = logits.shape, arrays.batch_shape(logits.shape, axis)
+        classes = shape[axis]
+        given = {"x": logits, "weight": weight, "row_lse": lse}
+        given["y" if soft else "labels"] = labels
+        scale = 1.0
+        if out is not None:
+            given = {name: self._apart(array, out) for name, array in given.items()}
+            if grad_output is not None:
+                scale = self._upstream(grad_output, batch, out, given)
+            given["out"] = out
+        if with_lse:
+            given["row_lse"] = self.empty(batch, _FLOAT64)
+        if with_loss:
+            given["loss"] = self.empty(batch if reduction == "none" else (), dtype)
+        values = {"keep": 1.0 - smoothing, "spread": smoothing / classes if classes else 0.0}
+        options = (("given", lse is not None), ("reduction", reduction))
+        if soft:
+            options = (("soft", True), *options)
+            if reduction == "mean":
+                rows = math.prod(batch)
+                scale = scale / rows if rows else math.nan
+        else:
+            of_labels, more = self._of_labels(labels, batch, classes, ignore_index)
+            options = (("smooth", smoothing > 0.0), *of_labels, *options)
+            values.update(more)
+        if classes or not math.prod(batch):
+            self._run("cross_entropy", options, shape, axis, compute, given, scale=scale, **values)
+        else:
+            self._no_classes(options, axis, compute, given, soft, values)
+        if not soft:
+            self._checked_labels()
+        loss = given["loss"].unwrap() if with_loss else None
+        return loss, given["row_lse"].unwrap() if with_lse else None
+
+    def _no_classes(self, options, axis, compute, given, soft, values):
+        """The losses of rows of zero classes: every label is out of range."""
+        x = given["x"]
+        if given.get("row_lse") is not None:
+            self._fill(given["row_lse"], -math.inf)
+        if given.get("loss") is not None and soft:
+            self._fill(given["loss"], 0.0)
+        elif given.get("loss") is not None:
+            kept = {name: given[name] for name in ("x", "labels", "weight", "loss")}
+            options = tuple(o for o in options if o[0] in ("ignores", "reduction"))
+            self._run("nll", options, x.shape, axis, compute, kept, **values)
+
+    def _of_labels(self, labels, batch, classes, ignore_index):
+        """The options and values that follow from class labels."""
+        bounds = np.iinfo(labels.dtype)
+        ignores = bounds.min <= ignore_index <= bounds.max
+        values = {"bad": self.queue.device.report.address(batch, classes, ignore_index)}
+        if ignores:  # in 64 bits, as a kernel has the label
+            values["ignore_index"] = (ignore_index + 2**63) % 2**64 - 2**63
+        return (("ignores", ignores),), values
+
+    def _upstream(self, grad_output, batch, out, given):
+        """The number that a gradient is scaled by; an array is put among the given ones."""
+        if isinstance(grad_output, Number):
+            return float(grad_output.value)
+        array = self._apart(grad_output, out)
+        if array.ndim != len(batch):
+            array = array.like(array.pointer, batch, (0,) * len(batch))
+        given["row_scale"] = array
+        return 1.0
+
+    def _checked_labels(self):
+        if os.environ.get("NUMBAKERN_CHECK", "") not in ("", "0"):
+            check()
+
+    # -- views and copies
+
+    def _apart(self, array, out):
+        """The array, copied if it overlaps `out` without being the same elements."""
+        if not self._out_given or array is None or array is out or _same(array, out):
+            return array
+        first, second = _extent(array), _extent(out)
+        if first[0] >= second[1] or second[0] >= first[1]:
+            return array
+        copy = self.empty(array.shape, array.dtype)
+        self._copy(array, copy)
+        return copy
+
+    def _view_of_one_axis(self, array, axes):
+        """(a view with one class axis, which), or (None, None)."""
+        if len(axes) == 1:
+            return array, axes[0]
+        size, stride = 1, array.dtype.itemsize
+        for d in reversed(axes):
+            if array.shape[d] == 1:
+                continue
+            if size != 1 and array.strides[d] != stride * size:
+                return None, None
+            if size == 1:
+                stride = array.strides[d]
+            size *= array.shape[d]
+        batch = [d for d in range(array.ndim) if d not in axes]
+        shape = (*(array.shape[d] for d in batch), size)
+        strides = (*(array.strides[d] for d in batch), stride)
+        return array.like(array.pointer, shape, strides), len(batch)
+
+    def _of_one_axis(self, array, axes):
+        """The array with one class axis, the last if there were several; copied where need be."""
+        view, _ = self._view_of_one_axis(array, axes)
+        if view is None:
+            order = (*(d for d in range(array.ndim) if d not in axes), *axes)
+            moved = _transposed(array, order)
+            copy = self.empty(moved.shape, array.dtype)
+            self._copy(moved, copy)
+            view = copy.like(copy.pointer, _last(array.shape, axes))
+        return view
+
+    def _copy(self, source, target):
+        """Copy elements between two layouts of the same shape."""
+        kind = ("size", source.dtype.itemsize)
+        self._elementwise("copy", (kind,), {"source": source, "target": target})
+
+    def _fill(self, target, number):
+        """The number in every element."""
+        kind = arrays.kind_of(target.dtype)
+        params = (("kind", kind.kind), ("elem", kind.compute))
+        self._elementwise("fill", params, {"target": target}, number=number)
+
+    def _elementwise(self, name, params, given, **values):
+        shape = given["target"].shape
+        if 0 in shape:
+            return
+        step, constants = _elementwise_step(
+            name, params, shape, tuple((n, a.strides) for n, a in given.items())
+        )
+        slots = {**constants, **values, **{n: a.pointer for n, a in given.items()}}
+        self._start((step,), slots)
+
+    # -- running
+
+    def _run(self, operation, options, shape, axis, compute, given, **values):
+        """Run an operation of `plan` on these arrays; None is one that is not there."""
+        layouts = []
+        for name, array in given.items():
+            if array is not None:
+                pointer = values[name] = array.pointer
+                kind = arrays.kind_of(array.dtype).kind
+                layouts.append((name, Layout(kind, array.strides, pointer % 16 == 0)))
+        made = plan_of(operation, options, shape, axis, compute, tuple(layouts))
+        values.update(made.constants)
+        scratch = None
+        if made.temporaries:
+            sizes = [-(-size // 16) * 16 for _, size in made.temporaries]
+            scratch, address = self.family.scratch(sum(sizes), self.queue)
+            for (name, _), size in zip(made.temporaries, sizes, strict=True):
+                values[name] = address
+                address += size
+        self._start(made.steps, values)
+        if self.family.holds:
+            self.queue.hold((*given.values(), scratch))
+
+    def _start(self, steps, values):
+        queue = self.queue
+        before = queue.device.make_current()
+        try:
+            for step in steps:
+                launch.start(step, [values[name] for name in step.args], queue)
+        finally:
+            if before is not None:
+                launch.restore(before)
+
+
+_FLOAT64 = np.dtype(np.float64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _elementwise_step(name, params, shape, strides):
+    """The step of `copies` for arrays of these strides, and the constants among its arguments."""
+    sizes, steps = copies.steps_of(shape, [s for _, s in strides])
+    spec = Spec(name, (*params, ("dimensions", len(sizes))))
+    count = math.prod(sizes)
+    constants = {"rows": count}
+    for d, size in enumerate(sizes):
+        constants |= {f"size{d}": size, f"inverse{d}": 1.0 / size}
+        constants |= {f"{n}_step{d}": s[d] for (n, _), s in zip(strides, steps, strict=True)}
+    grid = -(-count // copies.BLOCK)
+    return Step(spec, grid, copies.BLOCK, 0, 1, tuple(kernel_of(spec).args)), constants
+
+
+def _last(shape, axes):
+    """A shape with these axes joined as the last one."""
+    batch = (n for d, n in enumerate(shape) if d not in axes)
+    return (*batch, math.prod(shape[d] for d in axes))
+
+
+def _transposed(array, order):
+    shape, strides = (tuple(v[d] for d in order) for v in (array.shape, array.strides))
+    return array.like(array.pointer, shape, strides)
+
+
+def _same(a, b):
+    """Whether two arrays are the same elements in the same places."""
+    return (
+        a.pointer == b.pointer
+        and a.shape == b.shape
+        and a.strides == b.strides
+        and a.dtype.itemsize == b.dtype.itemsize
+    )
+
+
+def _extent(array):
+    """(first, last + 1) of the addresses that an array has elements at."""
+    low = high = array.pointer
+    for n, stride in zip(array.shape, array.strides, strict=True):
+        if n == 0:
+            return low, low
+        if stride < 0:
+            low += (n - 1) * stride
+        else:
+            high += (n - 1) * stride
+    return low, high + array.dtype.itemsize

@@ -35,6 +35,7 @@ class DeviceArray:
         "pointer",
         "shape",
         "strides",
+        "target",
         "writeable",
     )
 
@@ -47,6 +48,18 @@ class DeviceArray:
     def flags(self):
         """NumPy's ``array.flags.writeable``."""
         return self
+
+    def like(self, pointer, shape, strides=None):
+        """Elements of the same memory and type; contiguous if no strides are given."""
+        if strides is None:
+            strides = contiguous_strides(shape, self.dtype.itemsize)
+        return DeviceArray(
+            self.family, self.owner, pointer, shape, strides, self.dtype, self.device
+        )
+
+    def __setitem__(self, everything, values):
+        """``out[...] = values`` of an argument `out`."""
+        self.target.assign(self, values)
 
     def unwrap(self):
         """The array as its library has it."""
