@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 _CUDA_DEVICES = (2, 13)  # DLPack: CUDA's device and managed memory
-_NUMBERS = (int, float, np.number, np.bool_)  # as grad_output they go with arrays of any target
+_NUMBERS = (int, float, np.generic)  # as grad_output they go with arrays of any target
 _loaded: dict[str, ModuleType] = {}
 
 

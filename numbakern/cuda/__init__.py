@@ -85,7 +85,7 @@ class Target:
         return view
 
     def _view(self, name, value):
-        if isinstance(value, (int, float, np.number, np.bool_)):
+        if isinstance(value, (int, float, np.generic)):
             if name != "grad_output":
                 kind = type(value).__name__
                 raise TypeError(f"{name}: expected an array on the GPU, got {kind}")

@@ -11,6 +11,7 @@ from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import offsets
 
 BLOCK = 256
+KERNELS = ("copy", "fill")
 
 
 def steps_of(shape, strides):

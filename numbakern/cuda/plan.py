@@ -8,7 +8,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from numbakern.cuda import kernels, totals
+from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
@@ -315,6 +315,8 @@ def build(spec):
 def kernel_of(spec):
     """The Kernel that a Spec describes."""
     params = dict(spec.params)
+    if spec.kernel in copies.KERNELS:
+        return copies.kernel(spec.kernel, params)
     if spec.kernel in totals.KERNELS:
         return totals.kernel(spec.kernel, params)
     return _row_kernel(spec.kernel, params)
