@@ -210,7 +210,7 @@ class Emulator:
         mask = np.broadcast_to(True if mask is None else mask, self.shape)
         return address[mask], mask
 
-    def load(self, address, size, count, mask, fill):
+    def load(self, address, size, count, mask, fill, foreign):
         width = size * count
         addresses, mask = self._places(address, mask)
         raw = np.zeros((len(addresses), width), np.uint8)
@@ -218,7 +218,8 @@ class Emulator:
         for k, inside, at in self.memory.find(addresses, width):
             bytes_at = at[:, None] + np.arange(width)
             raw[inside] = self.memory.views[k][bytes_at]
-            self._check_read(k, at, width, numbers[inside])
+            if not foreign:
+                self._check_read(k, at, width, numbers[inside])
         wide = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
         dtype = np.int64 if size == 8 else np.int32
         bits = 64 if size == 8 else 32

@@ -322,15 +322,16 @@ def repeat(count, body, *state):
 # ---------------------------------------------------------------- memory
 
 
-def load(address, size, count, mask=None, fill=0):
+def load(address, size, count, mask=None, fill=0, foreign=False):
     """`count` words of `size` bytes (1, 2, 4 or 8) from an aligned address, in one access.
 
     Words narrower than 4 bytes come with zeros above. Where the mask does not hold nothing is
-    read and every word is `fill`.
+    read and every word is `fill`. `foreign`: bytes that another thread may be writing come along,
+    and are dropped.
     """
     elem = "i8" if size == 8 else "i4"
     mask = None if mask is None else mask.value
-    words = address.machine.load(address.value, size, count, mask, fill)
+    words = address.machine.load(address.value, size, count, mask, fill, foreign)
     return tuple(address.like(w, elem) for w in words)
 
 

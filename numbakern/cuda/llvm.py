@@ -155,7 +155,7 @@ class LLVM:
 
     # -- memory
 
-    def load(self, address, size, count, mask, fill):
+    def load(self, address, size, count, mask, fill, _foreign):
         """See device.load."""
         elem = "i8" if size == 8 else "i4"
         letter = _CONSTRAINT[elem]

@@ -175,8 +175,9 @@ class Shifted(Whole):
         inside = (aligned >= start) & (behind <= start + classes * fmt.size)
         words = []
         for at in range(0, self.bytes, chunk):
-            words += load(aligned + at, word, self.per_chunk, inside)
-        words += load(aligned + self.bytes, word, self.per_chunk, inside & shifted)
+            words += load(aligned + at, word, self.per_chunk, inside, foreign=True)
+        last = inside & shifted
+        words += load(aligned + self.bytes, word, self.per_chunk, last, foreign=True)
         steps = self.per_chunk // 2
         while steps:
             words = _rotate(words, steps, (offset & (steps * word)) != 0)

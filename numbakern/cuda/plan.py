@@ -362,7 +362,7 @@ def _row_kernel(operation, params):
         args |= {"keep": "f8", "spread": "f8"}
     if operation in ("cross_entropy", "nll_backward") and "out" in arrays:
         args["scale"] = "f8"
-        if options["reduction"] == "mean" and not options.get("soft"):
+        if options.get("reduction") == "mean" and not options.get("soft"):
             args["divisor"] = "i8"
     return Kernel(operation, functools.partial(_run, walk, op), args)
 

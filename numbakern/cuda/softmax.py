@@ -8,8 +8,8 @@ over any part of a row, relative to any maximum, and be moved to a larger one.
 import math
 from typing import Any, NamedTuple
 
-from numbakern.cuda.device import at_least, constant, convert, sum_tree, where
-from numbakern.vmath import centre, exp_nonpositive, exp_scaled, is_finite, log_sum
+from numbakern.cuda.device import at_least, constant, convert, fma, sum_tree, where
+from numbakern.vmath import centre, exp_nonpositive, exp_scaled, is_finite, log_sum, two_sum
 
 
 class Share(NamedTuple):
@@ -72,9 +72,12 @@ def in_chunk(op, row, numbers, m):
 def join_chunks(op, m, share, top, new):
     """The Share of elements with maximum m, moved to a maximum `top`, and joined with another."""
     below = m < top
-    distance = where(below, m - top, 0.0)
     k, rest, q, nll = share
-    rest = where(below, (rest + convert(k, "f8")) * exp_nonpositive(distance), rest)
+    # A rounded distance d would cost d ulp.
+    distance, error = two_sum(m, -top)
+    factor = exp_nonpositive(where(below, distance, 0.0))
+    factor = fma(factor, where(is_finite(distance), error, 0.0), factor)
+    rest = where(below, (rest + convert(k, "f8")) * factor, rest)
     k = where(below, 0, k)
     linear = ()
     if op.linear:
