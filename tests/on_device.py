@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import inspect
+import os
 import types
 from unittest import mock
 
@@ -99,6 +99,7 @@ class Emulator:
                 multiprocessors=132,
                 report=report,
                 make_current=lambda: None,
+                read=ctypes.string_at,
             )
 
         def start(step, values, stream):
@@ -255,10 +256,11 @@ class Functions:
         def call(*args, **options):
             given = {**dict(zip(names, args, strict=False)), **options}
             sent = self._send(given)
-            result = function(*[sent.pop(n) for n in names[: len(args)]], **sent)
-            numbakern_check()
+            out = sent.get("out")
+            with mock.patch.dict(os.environ, NUMBAKERN_CHECK="1"):
+                result = function(*[sent.pop(n) for n in names[: len(args)]], **sent)
             results = result if isinstance(result, tuple) else (result,)
-            back = tuple(self._fetch(r, sent.get("out"), given.get("out")) for r in results)
+            back = tuple(self._fetch(r, out, given.get("out")) for r in results)
             return back if isinstance(result, tuple) else back[0]
 
         return call
@@ -291,11 +293,6 @@ class Functions:
         if values is not given:
             given[...] = values
         return given
-
-
-def numbakern_check():
-    """Bad labels as an IndexError, as on the CPU."""
-    importlib.import_module("numbakern.cuda").check()
 
 
 _DEVICES = {"emulator": Emulator, "cupy": CuPy, "torch": Torch, "numba": Numba, "jax": Jax}

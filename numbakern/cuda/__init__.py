@@ -33,8 +33,9 @@ def check():
     """
     for device in list(launch.devices):
         report = vars(device).get("report")  # made at the first call with labels
-        if report is not None:
-            report.check()
+        found = report and report.take()
+        if found:
+            raise found.error()
 
 
 class Number:
@@ -156,9 +157,7 @@ class Target:
 
     # -- losses
 
-    def nll_loss(
-        self, log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction
-    ):
+    def nll_loss(self, log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction):
         """Negative log-likelihood of the labels."""
         batch = arrays.batch_shape(log_probs.shape, axis)
         loss = self.empty(batch if reduction == "none" else (), dtype)
@@ -166,21 +165,23 @@ class Target:
         options, values = self._of_labels(labels, batch, log_probs.shape[axis], ignore_index)
         options = (*options, ("reduction", reduction))
         self._run("nll", options, log_probs.shape, axis, compute, given, **values)
-        self._checked_labels()
+        self._checked_labels(labels)
         return loss.unwrap()
 
     def nll_loss_backward(
         self, grad_output, labels, axis, compute, weight, ignore_index, reduction, out
     ):
         """Gradient of `nll_loss` into `out`: zero but at the labels."""
-        batch = arrays.batch_shape(out.shape, axis)
+        batch, classes = arrays.batch_shape(out.shape, axis), out.shape[axis]
         given = {"labels": self._apart(labels, out), "weight": self._apart(weight, out)}
         scale = self._upstream(grad_output, batch, out, given)
-        options, values = self._of_labels(labels, batch, out.shape[axis], ignore_index)
+        options, values = self._of_labels(labels, batch, classes, ignore_index)
         options = (*options, ("reduction", reduction))
         given["out"] = out
+        if not classes:
+            self._no_classes(options, axis, compute, {**given, "x": out}, False, values)
         self._run("nll_backward", options, out.shape, axis, compute, given, scale=scale, **values)
-        self._checked_labels()
+        self._checked_labels(labels)
 
     def cross_entropy(
         self,
@@ -226,9 +227,6 @@ class Target:
         options = (("given", lse is not None), ("reduction", reduction))
         if soft:
             options = (("soft", True), *options)
-            if reduction == "mean":
-                rows = math.prod(batch)
-                scale = scale / rows if rows else math.nan
         else:
             of_labels, more = self._of_labels(labels, batch, classes, ignore_index)
             options = (("smooth", smoothing > 0.0), *of_labels, *options)
@@ -238,21 +236,25 @@ class Target:
         else:
             self._no_classes(options, axis, compute, given, soft, values)
         if not soft:
-            self._checked_labels()
+            self._checked_labels(labels)
         loss = given["loss"].unwrap() if with_loss else None
         return loss, given["row_lse"].unwrap() if with_lse else None
 
     def _no_classes(self, options, axis, compute, given, soft, values):
         """The losses of rows of zero classes: every label is out of range."""
-        x = given["x"]
+        x, loss = given["x"], given.get("loss")
         if given.get("row_lse") is not None:
             self._fill(given["row_lse"], -math.inf)
-        if given.get("loss") is not None and soft:
-            self._fill(given["loss"], 0.0)
-        elif given.get("loss") is not None:
-            kept = {name: given[name] for name in ("x", "labels", "weight", "loss")}
-            options = tuple(o for o in options if o[0] in ("ignores", "reduction"))
-            self._run("nll", options, x.shape, axis, compute, kept, **values)
+        if soft:
+            if loss is not None:
+                self._fill(loss, 0.0)
+            return
+        options = dict(options)
+        if loss is None:
+            loss, options["reduction"] = self.empty(given["labels"].shape, _FLOAT64), "none"
+        options = tuple((n, options[n]) for n in ("ignores", "reduction"))
+        kept = {"x": x, "labels": given["labels"], "weight": given["weight"], "loss": loss}
+        self._run("nll", options, x.shape, axis, compute, kept, **values)
 
     def _of_labels(self, labels, batch, classes, ignore_index):
         """The options and values that follow from class labels."""
@@ -273,9 +275,20 @@ class Target:
         given["row_scale"] = array
         return 1.0
 
-    def _checked_labels(self):
-        if os.environ.get("NUMBAKERN_CHECK", "") not in ("", "0"):
-            check()
+    def _checked_labels(self, labels):
+        """Under NUMBAKERN_CHECK, raise for a bad label of this call, with its full value."""
+        if os.environ.get("NUMBAKERN_CHECK", "") in ("", "0"):
+            return
+        device = self.queue.device
+        found = device.report.take()
+        if not found:
+            return
+        if found.batch == labels.shape:
+            steps = zip(found.position, labels.strides, strict=True)
+            address = labels.pointer + sum(i * stride for i, stride in steps)
+            (value,) = np.frombuffer(device.read(address, labels.dtype.itemsize), labels.dtype)
+            found = found._replace(value=int(value))
+        raise found.error()
 
     # -- views and copies
 

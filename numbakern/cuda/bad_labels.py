@@ -7,6 +7,7 @@ the records, and so only `check` waits for the device.
 """
 
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,20 +46,35 @@ class Report:
                 index = self._kinds.setdefault(kind, min(len(self._kinds), _ROOM - 1))
         return self._memory.address + 8 * index
 
-    def check(self):
-        """Raise IndexError for the first bad label recorded since the last time."""
+    def take(self):
+        """The first record since the last time, as a Found; None if there is none."""
         if not self._used:
-            return
+            return None
         records = self._memory.read()
         if np.all(records == NONE):
-            return
+            return None
         self._memory.write(np.full(_ROOM, NONE))
         for (batch, classes, ignore_index), index in self._kinds.items():
             record = int(records[index])
             if record != NONE:
                 row, value = record >> BITS, record & ((1 << BITS) - 1)
                 where = tuple(int(i) for i in np.unravel_index(row, batch)) if batch else ()
-                raise arrays.bad_label(where, _told(value), classes, ignore_index)
+                return Found(batch, where, _told(value), classes, ignore_index)
+        return None
+
+
+class Found(NamedTuple):
+    """A bad label of a call on a batch of this shape."""
+
+    batch: tuple[int, ...]
+    position: tuple[int, ...]
+    value: int | str  # as far as a record holds it
+    classes: int
+    ignore_index: int
+
+    def error(self):
+        """The IndexError that tells of it."""
+        return arrays.bad_label(self.position, self.value, self.classes, self.ignore_index)
 
 
 def _told(bits):

@@ -284,11 +284,13 @@ class CrossEntropy(Operation):
         if not self.soft:
             self.labels.read(frame, row, at["labels"])
             start, step = row.places["x"]
-            there = row.ok & ~row.skip
+            there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
             row.x_label = convert(self.formats["x"].get(start + row.label * step, there), "f8")
             if self.weighted:
                 start, step = row.places["w"]
-                row.w_label = convert(self.formats["weight"].get(start + row.label * step), "f8")
+                row.w_label = convert(
+                    self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
+                )
             if not self.lse:  # of an ignored row nothing is read
                 row.classes = where(row.skip, 0, row.classes)
         row.total_classes = frame.classes
@@ -423,8 +425,9 @@ def quotient(a, b):
     """a / b of float64, as IEEE has it for b of 0 and infinity."""
     size = float_of(bits_of(b) & 0x7FFFFFFFFFFFFFFF)
     q = divide(a, where(size == 0.0, 1.0, size))
+    q = where(is_finite(a), q, a)
     q = where(b < 0.0, -q, q)
-    q = where(size == math.inf, 0.0, q)
+    q = where(size == math.inf, where(is_finite(a), constant(a, 0.0, "f8"), math.nan), q)
     return where(size == 0.0, a * math.inf, q)
 
 
@@ -438,12 +441,12 @@ class Nll(Operation):
     def begin(self, frame, row, at):
         """Write the row's loss."""
         self.labels.read(frame, row, at["labels"])
-        there = row.ok & ~row.skip
+        there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
         x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
         if "weight" in self.formats:
             start, step = row.places["w"]
-            w = convert(self.formats["weight"].get(start + row.label * step), "f8")
+            w = convert(self.formats["weight"].get(start + row.label * step, ~row.bad), "f8")
             x = where(w == 0.0, 0.0, x * w)
         loss = where(row.skip, 0.0, where(row.bad, math.nan, -x))
         put_loss(self.formats, at, loss, row.leader)
@@ -469,7 +472,9 @@ class NllBackward(Operation):
             scale = quotient(scale, float_of(load(frame.divisor, 8, 1)[0]))
         if "weight" in self.formats:
             start, step = row.places["w"]
-            scale = scale * convert(self.formats["weight"].get(start + row.label * step), "f8")
+            scale = scale * convert(
+                self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
+            )
         row.grad = where(row.skip, 0.0, where(row.bad, math.nan, -scale))
 
     def finish(self, row, reduced):

@@ -95,6 +95,17 @@ class Device:
         """The record of bad labels."""
         return bad_labels.Report(_Words(self))
 
+    def read(self, address, size):
+        """Bytes of the device's memory, after all that has been started is done."""
+        content = np.empty(size, np.uint8)
+        before = self.make_current()
+        try:
+            _checked(driver().cuCtxSynchronize())
+            _checked(driver().cuMemcpyDtoH(content.ctypes.data, address, size))
+        finally:
+            restore(before)
+        return content.tobytes()
+
     def prepared(self, step):
         """What `start` needs for a step: its launch configuration and its kernel, loaded."""
         entry = self._steps.get(id(step))
@@ -153,14 +164,7 @@ class _Words:
             restore(before)
 
     def read(self):
-        words = np.empty(self._buffer.size // 8, np.int64)
-        before = self._device.make_current()
-        try:
-            _checked(driver().cuCtxSynchronize())
-            _checked(driver().cuMemcpyDtoH(words.ctypes.data, self.address, words.nbytes))
-        finally:
-            restore(before)
-        return words
+        return np.frombuffer(self._device.read(self.address, self._buffer.size), np.int64)
 
 
 @functools.lru_cache(maxsize=_KEPT)
