@@ -30,6 +30,17 @@ class Log(list):
     """What a library was asked for, in order."""
 
 
+memory: list[np.ndarray] = []
+"""The arrays that there are: what a kernel may touch."""
+
+
+def filled(shape, dtype):
+    """A new array whose content shows where nothing is written."""
+    raw = np.full(max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1), 0xFF, np.uint8)
+    memory.append(raw)
+    return np.ndarray(shape, dtype, raw)
+
+
 # --- PyTorch -------------------------------------------------------------------------------------
 
 _NAMES = "float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool complex64".split()
@@ -95,9 +106,7 @@ def torch_module():
 
     def empty(shape, dtype, device):
         log.append(("empty", tuple(shape)))
-        array = np.empty(shape, numpy_of(dtype))
-        array.reshape(-1).view(np.uint8).fill(0xFF)
-        return Tensor(array, device[1])
+        return Tensor(filled(shape, numpy_of(dtype)), device[1])
 
     def increment_version(tensor):
         tensor._version += 1
@@ -134,8 +143,7 @@ def cupy_module():
     class ndarray:
         def __init__(self, shape, dtype=np.float64):
             log.append(("empty", tuple(shape)))
-            self._array = np.empty(shape, dtype)
-            self._array.reshape(-1).view(np.uint8).fill(0xFF)
+            self._array = filled(shape, dtype)
             self.device = Device(Device.current)
 
         @classmethod
@@ -245,12 +253,80 @@ def numba_cuda_module():
 
     def device_array(shape, dtype):
         log.append(("empty", tuple(shape)))
-        array = np.empty(shape, dtype)
-        array.reshape(-1).view(np.uint8).fill(0xFF)
-        return DeviceNDArray(array)
+        return DeviceNDArray(filled(shape, dtype))
 
     made = module("numba.cuda", DeviceNDArray=DeviceNDArray, device_array=device_array)
     made.gpus = Gpus([Gpu()])
     made.get_current_device = lambda: types.SimpleNamespace(id=0)
     made.log = log
     return made
+
+
+# --- a device to go with them --------------------------------------------------------------------
+
+
+class Buffer:
+    def __init__(self, size):
+        self.array = filled((size,), np.uint8)
+        self.handle, self.size = self.array.ctypes.data, size
+
+
+class Stream:
+    def __init__(self, device, handle):
+        self.device, self.handle, self.waited_for_by, self.held = device, handle, [], []
+
+    def allocate(self, size):
+        return Buffer(size)
+
+    def release_to(self, handle):
+        self.waited_for_by.append(handle)
+
+    def hold(self, objects):
+        self.held.append(objects)
+
+
+class Device:
+    def __init__(self, ordinal, report):
+        self.ordinal, self.report = ordinal, report
+        self.own_stream = Stream(self, 0x0E)
+        self._streams = {}
+
+    def stream(self, handle):
+        return self._streams.setdefault(handle, Stream(self, handle))
+
+    def make_current(self):
+        return None
+
+
+# --- arrays of unknown libraries -----------------------------------------------------------------
+
+
+class OnlyInterface:
+    """An array that has nothing but the CUDA array interface."""
+
+    def __init__(self, array, read_only=False, stream=None):
+        self._array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": "<V2" if array.dtype == bfloat16 else array.dtype.str,
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "data": (array.__array_interface__["data"][0], read_only),
+            "stream": stream,
+            "version": 3,
+        }
+        if array.dtype == bfloat16:
+            self.dtype = "bfloat16"
+
+
+class OnlyDLPack:
+    """An array that has nothing but DLPack."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, *, stream=None, **_):
+        a = self._array
+        return pool.capsule(self, a.__array_interface__["data"][0], a.shape, a.dtype, (2, 0))

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import numbakern
+import numbakern.cuda
 from numbakern import disk_cache
-from numbakern.cuda import bad_labels, pool
-from tests import on_device
+from numbakern.cuda import bad_labels, families, launch, pool
+from tests import cases, mock_libraries, on_device, reference
+from tests.cases import assert_close, bfloat16, float32, float64
 from tests.test_errors import check
 
 TESTS = Path(__file__).parent
@@ -154,15 +156,6 @@ def test_the_fingerprint_is_that_of_the_sources(python, tmp_path):
     assert fingerprint() != before
 
 
-CACHED = """
-import sys
-from numbakern.cuda import compile, plan
-spec = plan.plan(*{arguments}).steps[0].spec
-cubin = compile.cubin(spec, "sm_90a", 128)
-print(len(cubin.code), cubin.entry, "numba" in sys.modules, compile.cache_folder())
-"""
-
-
 # --- DLPack --------------------------------------------------------------------------------------
 
 
@@ -234,3 +227,358 @@ def test_a_record_becomes_an_error():
     for value, words_of_it in ((2**23 - 1, "8388607 or more"), (2**23, "-8388608 or less")):
         words.array[(first - words.address) // 8] = value
         check(told, IndexError, "labels[0, 0]", words_of_it)
+
+
+# --- families of arrays --------------------------------------------------------------------------
+
+
+def host(array):
+    """The NumPy array in a mock's array, or in what numbakern made itself."""
+    if isinstance(array, pool.Array):
+        raw = array._buffer.array[: int(np.prod(array.shape)) * array.dtype.itemsize]
+        return raw.view(array.dtype).reshape(array.shape)
+    return array._array
+
+
+class Mocked:
+    """The mock libraries installed, and steps run on the emulator."""
+
+    def __init__(self, monkeypatch):
+        from numbakern.cuda import plan
+        from tests.emulator import emulate
+
+        self.words, self.streams, mock_libraries.memory[:] = on_device.Words(), [], []
+        report = bad_labels.Report(self.words)
+        devices = [mock_libraries.Device(i, report) for i in range(2)]
+        self.devices = devices
+        torch, cupy = mock_libraries.torch_module(), mock_libraries.cupy_module()
+        numba, jax = mock_libraries.numba_cuda_module(), mock_libraries.jax_modules()
+        self.torch, self.cupy, self.numba, self.jaxlib = torch, cupy, numba, jax["jaxlib"]
+        for name, module in {"torch": torch, "cupy": cupy, "numba.cuda": numba, **jax}.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        families._named.cache_clear()
+        families.of.cache_clear()
+
+        def start(step, values, stream):
+            self.streams.append(stream.handle)
+            arrays = [*mock_libraries.memory, self.words.array]
+            kernel = plan.kernel_of(step.spec)
+            emulate(kernel, step.grid, step.block, values, arrays, step.shared, step.cluster)
+
+        monkeypatch.setattr(launch, "start", start)
+        monkeypatch.setattr(launch, "device", devices.__getitem__)
+        monkeypatch.setattr(launch, "core", lambda: None)
+        monkeypatch.setattr(launch, "devices", devices)
+        monkeypatch.setattr(families, "_device_of", lambda name, pointer: 0)
+        self.make = {
+            "torch": torch.Tensor,
+            "cupy": cupy.ndarray.of,
+            "numba": numba.DeviceNDArray,
+            "jax": self.jaxlib.ArrayImpl,
+            "interface": mock_libraries.OnlyInterface,
+            "dlpack": mock_libraries.OnlyDLPack,
+        }
+
+    def __call__(self, family, array, **options):
+        mock_libraries.memory.append(array)
+        return self.make[family](array, **options)
+
+
+@pytest.fixture
+def mocked(monkeypatch):
+    if not installed("cuda.core"):
+        pytest.skip("cuda-core is not installed")
+    yield Mocked(monkeypatch)
+    families._named.cache_clear()
+    families.of.cache_clear()
+
+
+FAMILIES = ["torch", "cupy", "numba", "jax", "interface", "dlpack"]
+HANDLES = {"torch": 0x70, "cupy": 0xC0, "numba": 0, "jax": 0x0E, "interface": 0, "dlpack": 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@cases.dtypes(*cases.FLOATS)
+def test_results_are_of_the_same_kind_on_its_stream(mocked, family, dtype):
+    x = cases.logits((4, 33), dtype)
+    given = mocked(family, x)
+    result = numbakern.log_softmax(given)
+    kind = type(given) if family not in ("interface", "dlpack") else pool.Array
+    assert type(result) is kind
+    assert host(result).dtype == dtype
+    assert_close(host(result), reference.log_softmax(x), dtype)
+    assert set(mocked.streams) == {HANDLES[family]}
+    if family in ("torch", "cupy", "numba"):
+        module = getattr(mocked, family)
+        assert module.log == [("empty", (4, 33))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_of_every_family(mocked, family):
+    x, labels = cases.logits((5, 7, 3)), cases.class_labels((5, 3), 7, np.int32)
+    weight = cases.class_weights(7)
+    given = [mocked(family, a) for a in (x, labels)]
+    options = {"weight": mocked(family, weight), "label_smoothing": 0.1}
+    want = {"weight": weight, "label_smoothing": 0.1}
+    loss, grad = numbakern.cross_entropy_value_and_grad(*given, **options)
+    assert type(loss) is type(grad)
+    assert host(loss).shape == () and host(loss).dtype == float32
+    assert_close(host(loss), reference.cross_entropy(x, labels, **want), float32)
+    gradient = reference.cross_entropy_backward(1.0, x, labels, **want)
+    assert_close(host(grad), gradient, float32)
+    loss, lse = numbakern.cross_entropy(*given, **options, return_lse=True)
+    assert host(lse).dtype == float64
+    # What came out goes in again, a 0-d array as the upstream gradient.
+    grad = numbakern.cross_entropy_backward(loss, *given, **options, lse=lse)
+    assert_close(host(grad), host(loss) * gradient, float32)
+    grad = numbakern.cross_entropy_backward(2.0, *given, **options)
+    assert_close(host(grad), 2 * gradient, float32)
+    assert numbakern.logsumexp(given[0], keepdims=True).shape == (5, 7, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_out_and_overlaps(mocked, family):
+    x = cases.logits((6, 20))
+    want = reference.softmax(x)
+    if family in ("jax", "dlpack"):
+        given = mocked(family, x)
+        if family == "jax":
+            check(lambda: numbakern.softmax(given, out=given), TypeError, "out", "ArrayImpl")
+        return
+    given = mocked(family, x)
+    assert numbakern.softmax(given, out=given) is given
+    assert_close(host(given), want, float32)
+    if family == "torch":
+        assert given._version == 1  # autograd is told
+    line = np.zeros(6 * 20 + 7, float32)
+    before, after = line[:120].reshape(6, 20), line[7:].reshape(6, 20)
+    before[...] = x = cases.logits((6, 20), seed=5)
+    want = reference.softmax(x)
+    mock_libraries.memory.append(line)
+    numbakern.softmax(mocked(family, before), out=mocked(family, after))
+    assert_close(after, want, float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_and_zero_dimensional(mocked, family):
+    assert numbakern.log_softmax(mocked(family, np.zeros((0, 5), float32))).shape == (0, 5)
+    assert host(numbakern.logsumexp(mocked(family, np.zeros((2, 0))))).tolist() == [-np.inf] * 2
+    assert host(numbakern.softmax(mocked(family, np.array(3.0)))).tolist() == 1.0
+
+
+def test_layouts_of_byte_strides(mocked):
+    """CuPy, Numba and the array interface have what PyTorch has not: negative strides."""
+    for family in ("cupy", "numba", "interface"):
+        for layout in ("reversed_all", "every_other_last", "fortran", "broadcast_first"):
+            x = cases.ZOO[layout](cases.logits((6, 35)))
+            got = numbakern.log_softmax(mocked(family, x))
+            assert_close(host(got), reference.log_softmax(x), float32)
+
+
+def test_the_family_is_that_of_the_logits(mocked):
+    x, labels = cases.logits((4, 6)), cases.class_labels(4, 6)
+    got = numbakern.cross_entropy_backward(
+        mocked("cupy", np.array(1.0)), mocked("torch", x), mocked("cupy", labels)
+    )
+    assert type(got) is mocked.torch.Tensor
+    assert mocked.streams[-1] == HANDLES["torch"]
+
+
+def test_torch_is_not_asked_for_its_array_interface(mocked):
+    """It raises for a tensor that requires a gradient, and has no type for bfloat16."""
+    x = cases.logits((3, 4), bfloat16)
+    got = numbakern.softmax(mocked("torch", x, requires_grad=True))
+    assert got.dtype is mocked.torch.bfloat16 and not got.requires_grad
+
+
+def test_the_stream_of_an_array_interface(mocked):
+    numbakern.softmax(mocked("interface", cases.logits((3, 4)), stream=0x55))
+    assert mocked.streams == [0x55]
+
+
+def test_jax_waits_and_is_waited_for(mocked):
+    x = cases.logits((3, 4))
+    result = numbakern.softmax(mocked("jax", x))
+    own = mocked.devices[0].own_stream
+    assert mocked.jaxlib.log[0] == ("ready", own.handle)  # JAX makes our stream wait for x
+    assert own.waited_for_by == [0xA0]  # and its own for the result
+    assert own.held  # x is kept until the work is done
+    assert mocked.jaxlib.log[-1] == ("from_dlpack", (3, 4)) and result.shape == (3, 4)
+
+
+def test_bad_labels_wait_for_check(mocked):
+    x, labels = cases.logits((2, 5, 3)), cases.class_labels((2, 3), 5)
+    labels[1, 2] = 5
+    given = mocked("torch", x), mocked("torch", labels)
+    loss, grad = numbakern.cross_entropy_value_and_grad(*given, reduction="none")
+    assert np.isnan(host(loss)).tolist() == [[False] * 3, [False, False, True]]
+    assert np.isnan(host(grad)).sum() == 5
+    assert np.isnan(host(numbakern.nll_loss(*given)))
+    check(numbakern.cuda.check, IndexError, "labels[1, 2]", "[0, 5)", "-100", "got 5")
+    numbakern.cuda.check()
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_mixed_targets_and_devices(mocked):
+    x, labels = cases.logits((3, 4)), cases.class_labels(3, 4)
+    on_gpu = mocked("torch", x)
+    for value in (labels, labels.tolist()):
+        check(lambda v=value: numbakern.cross_entropy(on_gpu, v), TypeError, "labels", "cpu")
+    check(lambda: numbakern.log_softmax(x, out=on_gpu), TypeError, "out", "cuda")
+    check(lambda: numbakern.log_softmax(on_gpu, out=x.copy()), TypeError, "out", "cpu")
+    check(lambda: numbakern.cross_entropy(x, mocked("cupy", labels)), TypeError, "labels")
+    g = np.ones((), float32)
+    t = mocked("torch", labels)
+    check(lambda: numbakern.cross_entropy_backward(g, on_gpu, t), TypeError, "logits", "cuda")
+    elsewhere = mocked("torch", labels, device=1)
+    check(lambda: numbakern.cross_entropy(on_gpu, elsewhere), TypeError, "labels", "cuda:1")
+    check(lambda: numbakern.cross_entropy(on_gpu, 2), TypeError, "labels")
+    check(lambda: numbakern.cross_entropy(on_gpu, t, weight=1.0), TypeError, "weight")
+    assert not mocked.streams  # nothing was started
+
+
+def test_what_a_gpu_array_may_not_be(mocked):
+    swapped = cases.logits((3, 4)).astype(">f4")
+    check(lambda: numbakern.softmax(mocked("cupy", swapped)), TypeError, "x", "byte order")
+    odd = cases.misaligned(cases.logits((3, 4)))
+    check(lambda: numbakern.softmax(mocked("cupy", odd)), TypeError, "x", "aligned")
+    wrong = cases.logits((3, 4)).astype(np.complex64)
+    for family in ("cupy", "interface", "torch"):
+        check(lambda f=family: numbakern.softmax(mocked(f, wrong)), TypeError, "x", "complex64")
+    fixed = mocked("interface", cases.logits((3, 4)), read_only=True)
+    check(lambda: numbakern.softmax(fixed, out=fixed), ValueError, "out", "read-only")
+    x = mocked("torch", cases.logits((3, 4)))
+    for out in (np.zeros((4, 3), float32), np.zeros((3, 4))):
+        error = ValueError if out.dtype == float32 else TypeError
+        check(lambda o=out: numbakern.softmax(x, out=mocked("torch", o)), error, "out")
+
+
+NO_STACK = """
+import sys
+import numpy as np
+for name in {absent}:
+    sys.modules[name] = None
+from tests import mock_libraries
+sys.modules["torch"] = torch = mock_libraries.torch_module()
+import numbakern
+import numbakern.cuda
+numbakern.cuda.check()
+try:
+    numbakern.softmax(torch.Tensor(np.zeros((3, 4), np.float32)))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("absent", [["cuda.core"], ["cuda"], []], ids=str)
+def test_no_usable_stack(python, absent):
+    if not absent and not installed("cuda.core"):
+        pytest.skip("cuda-core is not installed")
+    message = python(NO_STACK.format(absent=absent)).stdout
+    assert len(message.splitlines()) == 1
+    assert ("pip install 'numbakern[cuda]'" if absent else "driver") in message
+
+
+# --- against a driver that does nothing ----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C compiler to build the fake driver with")
+    folder = tmp_path_factory.mktemp("driver")
+    source, target = TESTS / "fake_driver.c", folder / "libcuda.so.1"
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(folder)
+
+
+COST = """
+import ctypes, gc, sys, time
+import ml_dtypes
+import numpy as np
+from tests import mock_libraries
+from numbakern.cuda import compile
+compile.cubin = lambda *_: compile.Cubin("kernel", b"\\x7fELF" + bytes(60))
+
+family = sys.argv[1]
+if family == "numba":
+    cuda = compile.numba_cuda()
+    make = cuda.to_device
+elif family == "torch":
+    sys.modules["torch"] = torch = mock_libraries.torch_module()
+    make = torch.Tensor
+elif family == "cupy":
+    sys.modules["cupy"] = cupy = mock_libraries.cupy_module()
+    make = cupy.ndarray.of
+elif family == "jax":
+    modules = mock_libraries.jax_modules()
+    sys.modules.update(modules)
+    make = modules["jaxlib"].ArrayImpl
+else:
+    make = {"dlpack": mock_libraries.OnlyDLPack, "interface": mock_libraries.OnlyInterface}[family]
+
+import numbakern
+driver = ctypes.CDLL("libcuda.so.1")
+x, out, labels = make(np.zeros((64, 1000), np.float32)), None, make(np.zeros(64, np.int64))
+if family not in ("jax", "dlpack"):
+    out = make(np.zeros((64, 1000), np.float32))
+calls = [
+    lambda: numbakern.log_softmax(x, out=out),
+    lambda: numbakern.cross_entropy_value_and_grad(x, labels, out=out),
+]
+for call in calls:
+    for _ in range(100):
+        call()
+    mock_libraries.memory.clear()
+    launches, waits = driver.fake_launches(), driver.fake_synchronizations()
+    best = 1e9
+    gc.disable()
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        best = min(best, (time.perf_counter() - start) / 100)
+        mock_libraries.memory.clear()
+    assert driver.fake_synchronizations() == waits, "a call waited for the device"
+    print(best * 1e6, (driver.fake_launches() - launches) / 2000)
+"""
+
+
+@needs_cuda_core
+@pytest.mark.parametrize("family", FAMILIES)
+def test_host_cost_of_a_call(python, fake_driver, family):
+    """At most 25 µs a call, whatever the family, and no call waits."""
+    if family == "numba" and not installed("numba_cuda"):
+        pytest.skip("numba-cuda is not installed")
+    done = python(COST, family, LD_LIBRARY_PATH=fake_driver)
+    simple, step = (line.split() for line in done.stdout.splitlines())
+    print(f"{family}: log_softmax {simple[0]} us, value_and_grad {step[0]} us, {step[1]} launches")
+    assert float(simple[0]) <= 25
+    assert float(step[0]) <= 50  # three launches, a temporary, a scalar result
+
+
+@needs_cuda_core
+@needs_numba_cuda
+def test_a_cached_kernel_needs_no_numba(python, fake_driver, tmp_path):
+    script = """
+        import sys
+        import numpy as np
+        from tests import mock_libraries
+        sys.modules["torch"] = torch = mock_libraries.torch_module()
+        import numbakern
+        x = torch.Tensor(np.zeros((4, 100), np.float32))
+        numbakern.log_softmax(x)
+        print("numba" in sys.modules)
+        """
+    environment = {"LD_LIBRARY_PATH": fake_driver, "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert python(script, **environment).stdout.strip() == "True"
+    (entry,) = tmp_path.rglob("*.cubin")
+    assert python(script, **environment).stdout.strip() == "False"
+    entry.write_bytes(entry.read_bytes()[:-1])  # damaged: compiled again
+    assert python(script, **environment).stdout.strip() == "True"
+    environment["NUMBA_CACHE_DIR"] = str(entry)  # no folder can be made there
+    assert python(script, **environment).stdout.strip() == "True"
