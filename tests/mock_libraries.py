@@ -7,6 +7,7 @@ and go by DLPack. A test installs one in `sys.modules`, where `families` looks f
 
 from __future__ import annotations
 
+import functools
 import types
 
 import ml_dtypes
@@ -61,6 +62,7 @@ def torch_module():
     def numpy_of(dtype):
         return bfloat16 if dtype.name == "bfloat16" else np.dtype(dtype.name)
 
+    @functools.cache
     def own(dtype):
         return dtypes["bfloat16" if dtype == bfloat16 else dtype.name]
 
@@ -71,15 +73,15 @@ def torch_module():
         def __init__(self, array, device=0, requires_grad=False):
             self._array, self._device, self.requires_grad = array, device, requires_grad
             self._version = 0
-
-        shape = property(lambda self: Size(self._array.shape))
-        dtype = property(lambda self: own(self._array.dtype))
+            self.shape, self.dtype = Size(array.shape), own(array.dtype)
+            self._stride = tuple(s // array.itemsize for s in array.strides)
+            self._pointer = array.ctypes.data
 
         def stride(self):
-            return tuple(s // self._array.itemsize for s in self._array.strides)
+            return self._stride
 
         def data_ptr(self):
-            return self._array.__array_interface__["data"][0]
+            return self._pointer
 
         def get_device(self):
             return self._device

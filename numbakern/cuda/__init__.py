@@ -103,9 +103,10 @@ class Target:
             )
         if not view.dtype.isnative:
             raise TypeError(f"{name}: expected the machine's byte order, got dtype {view.dtype}")
-        size = view.dtype.itemsize
-        if view.pointer % size or any(s % size for s in view.strides):
-            raise TypeError(f"{name}: expected an array aligned to its {size}-byte elements")
+        if not view.family.counts_elements:
+            size = view.dtype.itemsize
+            if view.pointer % size or any([s % size for s in view.strides]):
+                raise TypeError(f"{name}: expected an array aligned to its {size}-byte elements")
         return view
 
     def empty(self, shape, dtype):
@@ -258,8 +259,8 @@ class Target:
 
     def _of_labels(self, labels, batch, classes, ignore_index):
         """The options and values that follow from class labels."""
-        bounds = np.iinfo(labels.dtype)
-        ignores = bounds.min <= ignore_index <= bounds.max
+        low, high = _bounds(labels.dtype)
+        ignores = low <= ignore_index <= high
         values = {"bad": self.queue.device.report.address(batch, classes, ignore_index)}
         if ignores:  # in 64 bits, as a kernel has the label
             values["ignore_index"] = (ignore_index + 2**63) % 2**64 - 2**63
@@ -347,11 +348,9 @@ class Target:
         shape = given["target"].shape
         if 0 in shape:
             return
-        step, constants = _elementwise_step(
-            name, params, shape, tuple((n, a.strides) for n, a in given.items())
-        )
-        slots = {**constants, **values, **{n: a.pointer for n, a in given.items()}}
-        self._start((step,), slots)
+        strides = tuple((n, a.strides) for n, a in given.items())
+        values.update({n: a.pointer for n, a in given.items()})
+        self._start(_elementwise_steps(name, params, shape, strides), values)
 
     # -- running
 
@@ -361,18 +360,14 @@ class Target:
         for name, array in given.items():
             if array is not None:
                 pointer = values[name] = array.pointer
-                kind = arrays.kind_of(array.dtype).kind
-                layouts.append((name, Layout(kind, array.strides, pointer % 16 == 0)))
-        made = plan_of(operation, options, shape, axis, compute, tuple(layouts))
-        values.update(made.constants)
+                layouts.append((name, array.dtype, array.strides, pointer & 15 == 0))
+        steps, places, size = _prepared(operation, options, shape, axis, compute, tuple(layouts))
         scratch = None
-        if made.temporaries:
-            sizes = [-(-size // 16) * 16 for _, size in made.temporaries]
-            scratch, address = self.family.scratch(sum(sizes), self.queue)
-            for (name, _), size in zip(made.temporaries, sizes, strict=True):
-                values[name] = address
-                address += size
-        self._start(made.steps, values)
+        if size:
+            scratch, address = self.family.scratch(size, self.queue)
+            for name, offset in places:
+                values[name] = address + offset
+        self._start(steps, values)
         if self.family.holds:
             self.queue.hold((*given.values(), scratch))
 
@@ -380,19 +375,55 @@ class Target:
         queue = self.queue
         before = queue.device.make_current()
         try:
-            for step in steps:
-                launch.start(step, [values[name] for name in step.args], queue)
+            for step, arguments, variable in steps:
+                arguments = arguments.copy()
+                for i, name in variable:
+                    arguments[i] = values[name]
+                launch.start(step, arguments, queue)
         finally:
             if before is not None:
                 launch.restore(before)
 
 
+@functools.lru_cache(maxsize=4096)
+def _prepared(operation, options, shape, axis, compute, layouts):
+    """All of a call that does not depend on addresses and values.
+
+    Returns the steps as of `_with_constants`, and where each temporary is in a block of how many
+    bytes.
+    """
+    layouts = tuple((n, Layout(arrays.kind_of(t).kind, s, aligned)) for n, t, s, aligned in layouts)
+    made = plan_of(operation, options, shape, axis, compute, layouts)
+    places, size = [], 0
+    for name, wanted in made.temporaries:
+        places.append((name, size))
+        size += -(-wanted // 16) * 16
+    return _with_constants(made.steps, made.constants), places, size
+
+
+def _with_constants(steps, constants):
+    """(step, its arguments with the constants in place, (index, name) of the others) of each."""
+    prepared = []
+    for step in steps:
+        arguments = [constants.get(name) for name in step.args]
+        variable = [(i, n) for i, n in enumerate(step.args) if n not in constants]
+        prepared.append((step, arguments, variable))
+    return tuple(prepared)
+
+
 _FLOAT64 = np.dtype(np.float64)
 
 
+@functools.cache
+def _bounds(dtype):
+    """The smallest and the largest number of an integer type."""
+    info = np.iinfo(dtype)
+    return info.min, info.max
+
+
 @functools.lru_cache(maxsize=1024)
-def _elementwise_step(name, params, shape, strides):
-    """The step of `copies` for arrays of these strides, and the constants among its arguments."""
+def _elementwise_steps(name, params, shape, strides):
+    """The step of `copies` for arrays of these strides, as of `_with_constants`."""
     sizes, steps = copies.steps_of(shape, [s for _, s in strides])
     spec = Spec(name, (*params, ("dimensions", len(sizes))))
     count = math.prod(sizes)
@@ -401,7 +432,8 @@ def _elementwise_step(name, params, shape, strides):
         constants |= {f"size{d}": size, f"inverse{d}": 1.0 / size}
         constants |= {f"{n}_step{d}": s[d] for (n, _), s in zip(strides, steps, strict=True)}
     grid = -(-count // copies.BLOCK)
-    return Step(spec, grid, copies.BLOCK, 0, 1, tuple(kernel_of(spec).args)), constants
+    step = Step(spec, grid, copies.BLOCK, 0, 1, tuple(kernel_of(spec).args))
+    return _with_constants((step,), constants)
 
 
 def _last(shape, axes):
@@ -427,12 +459,13 @@ def _same(a, b):
 
 def _extent(array):
     """(first, last + 1) of the addresses that an array has elements at."""
-    low = high = array.pointer
-    for n, stride in zip(array.shape, array.strides, strict=True):
-        if n == 0:
-            return low, low
-        if stride < 0:
-            low += (n - 1) * stride
-        else:
-            high += (n - 1) * stride
-    return low, high + array.dtype.itemsize
+    low, high = _span(array.shape, array.strides, array.dtype.itemsize)
+    return array.pointer + low, array.pointer + high
+
+
+@functools.lru_cache(maxsize=1024)
+def _span(shape, strides, itemsize):
+    if 0 in shape:
+        return 0, 0
+    ends = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    return sum(min(e, 0) for e in ends), sum(max(e, 0) for e in ends) + itemsize

@@ -79,6 +79,7 @@ class Family:
     """What every family does in the same way."""
 
     mutable = True  # whether `out=` can be one of its arrays
+    counts_elements = False  # in strides, so that no element lies across two places
     holds = False  # whether an array must be kept until the work on it is done
 
     def view(self, name, array):
@@ -116,6 +117,8 @@ class Family:
 
 class Torch(Family):
     """PyTorch's CUDA tensors. Gradients do not flow through: a tensor is taken as if detached."""
+
+    counts_elements = True
 
     def __init__(self):
         self.torch = torch = sys.modules["torch"]

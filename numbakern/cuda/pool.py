@@ -6,6 +6,7 @@ CUDA array interface. DLPack is written out here, for cuda.core exports no bfloa
 
 import copy
 import ctypes
+import functools
 import math
 
 import numpy as np
@@ -77,6 +78,7 @@ def capsule(owner, pointer, shape, dtype, device):
     return _new(ctypes.addressof(managed), _NAME, _drop)
 
 
+@functools.lru_cache(maxsize=1024)
 def contiguous_strides(shape, itemsize):
     """Strides in bytes of a C-contiguous array."""
     strides = []
