@@ -104,6 +104,9 @@ class Emulator:
 
         def start(step, values, stream):
             kernel = plan.kernel_of(step.spec)
+            # cuda.core passes an int as 8 bytes and a float as a double, whatever a kernel expects.
+            wanted = [{"i8": int, "f8": float}[elem] for elem in kernel.args.values()]
+            assert [type(value) for value in values] == wanted
             memory = [*touched, words.array]
             emulate(kernel, step.grid, step.block, values, memory, step.shared, step.cluster)
 
