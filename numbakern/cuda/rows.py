@@ -23,6 +23,8 @@ from numbakern.cuda.softmax import Share, in_chunk, join_chunks, nothing_yet
 
 BLOCK = 128
 """Threads of a block whose teams are no larger than a warp."""
+LANE = 32
+"""Elements of a lane at most; half of that in the largest blocks, which leave 64 registers."""
 
 
 class Partition(NamedTuple):
@@ -55,21 +57,24 @@ def partition(classes, size):
     """The Partition of rows of `classes` elements of `size` bytes.
 
     Parts of a warp, a group each, up to a group for every lane of a warp; a warp with up to 8
-    groups a lane; blocks of 128 to 1024 lanes with 4; longer rows in chunks.
+    groups a lane; blocks of up to 1024 lanes with 4, of no more elements than registers hold beside
+    the sums; longer rows in chunks.
     """
     group = max(2, min(8, 16 // size))
-    lanes = 1
+    lanes = vectors = 1
     while lanes < WARP and lanes * group < classes:
         lanes *= 2
-    vectors = 1
-    while vectors < 8 and lanes * group * vectors < classes:
+    while group * vectors < LANE and lanes * group * vectors < classes:
         vectors *= 2
     if lanes * group * vectors >= classes:
         return Partition(lanes, vectors, group, False)
     lanes, vectors = 128, 4
-    while lanes < 1024 and lanes * group * vectors < classes:
+    most = 1024 if group * vectors <= LANE // 2 else 512
+    while lanes < most and lanes * group * vectors < classes:
         lanes *= 2
-    return Partition(lanes, vectors, group, lanes * group * vectors < classes)
+    if lanes * group * vectors >= classes:
+        return Partition(lanes, vectors, group, False)
+    return Partition(1024, min(4, LANE // 2 // group), group, True)
 
 
 class Rows:

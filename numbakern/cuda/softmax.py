@@ -59,7 +59,8 @@ def in_chunk(op, row, numbers, m):
         below = x < top
         e = scaled_exp(x, *params)
         rests.append(where(below, e, -0.0))
-        counts.append(where(x == top, constant(x, 1, "i4"), 0))
+        # What is not below is the maximum, unless there is none: then k is of no account.
+        counts.append(where(below, constant(x, 0, "i4"), 1))
         if op.linear:
             q = where(j < row.classes, op.target(row, y, w), 0.0)
             qs.append(q)
