@@ -106,6 +106,7 @@ class Emulator:
         self.number = self.blocks * threads + np.arange(threads) + 1  # of the thread, from 1
         self.time = 1  # phases between barriers
         self.cells: list[_Shared] = []
+        self.active = np.True_  # the threads that are not in another branch
 
     def argument(self, value, elem):
         return DTYPE[elem](value)
@@ -176,7 +177,12 @@ class Emulator:
     def block(self):
         return self.blocks
 
+    def _together(self, what):
+        if not np.all(self.active):
+            raise Fault(f"{what} in a branch that not all threads take")
+
     def _by_lane(self, word):
+        self._together("a shuffle")
         return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
 
     def shuffle_xor(self, word, offset):
@@ -189,9 +195,11 @@ class Emulator:
         return self._by_lane(word)[:, :, lanes].reshape(self.shape)
 
     def barrier(self):
+        self._together("a barrier")
         self.time += 1
 
     def repeat(self, count, body, state):
+        self._together("a loop")
         rounds = np.asarray(count.value)
         if rounds.size > 1 and np.any(rounds != rounds.flat[0]):
             raise Fault("a loop's count differs from thread to thread")
@@ -202,12 +210,20 @@ class Emulator:
                 raise Fault("a loop changes what its state is")
         return state
 
+    def when(self, mask, compute, otherwise):
+        before, self.active = self.active, np.logical_and(self.active, mask.value)
+        computed = compute()
+        self.active = before
+        pairs = zip(computed, otherwise, strict=True)
+        return [v.like(np.where(mask.value, v.value, o.value)) for v, o in pairs]
+
     # -- global memory
 
     def _places(self, address, mask):
         """Addresses of the threads that take part, and who they are."""
         address = np.broadcast_to(address, self.shape)
-        mask = np.broadcast_to(True if mask is None else mask, self.shape)
+        mask = self.active if mask is None else np.logical_and(self.active, mask)
+        mask = np.broadcast_to(mask, self.shape)
         return address[mask], mask
 
     def load(self, address, size, count, mask, fill, foreign):

@@ -70,7 +70,7 @@ def _arrays(operation, kind, classes, layout, elem):
     wide = {
         "whole": Layout(kind, (classes * size, size), True),
         "shifted": Layout(kind, (classes * size, size), False),
-        "columns": Layout(kind, (size, 1024 * size), True),
+        "columns": Layout(kind, (1024 * size, size), True),
     }[layout]
     result = Layout("f8" if elem == "f8" else "f4", (), True)
     x, y, out = ("x", wide), ("y", wide), ("out", wide)

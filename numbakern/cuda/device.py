@@ -319,6 +319,21 @@ def repeat(count, body, *state):
     return count.machine.repeat(count, body, state)
 
 
+def when(mask, compute, otherwise):
+    """What `compute()` gives where the mask holds, `otherwise` elsewhere.
+
+    A branch: lanes of a warp that all do without skip it. So `compute` must not shuffle or wait.
+
+    Parameters
+    ----------
+    compute : function () -> list of Value
+        May load and store.
+    otherwise : list of Value
+        As many, of the same kinds.
+    """
+    return mask.machine.when(mask, compute, otherwise)
+
+
 # ---------------------------------------------------------------- memory
 
 

@@ -153,6 +153,23 @@ class LLVM:
         b.position_at_end(after)
         return tuple(current)
 
+    def when(self, mask, compute, otherwise):
+        """See device.when."""
+        b, before = self.builder, self.builder.basic_block
+        inside, after = b.append_basic_block("when"), b.append_basic_block("after")
+        b.cbranch(mask.value, inside, after)
+        b.position_at_end(inside)
+        computed, last = compute(), b.basic_block
+        b.branch(after)
+        b.position_at_end(after)
+        result = []
+        for v, other in zip(computed, otherwise, strict=True):
+            phi = b.phi(v.value.type)
+            phi.add_incoming(v.value, last)
+            phi.add_incoming(other.value, before)
+            result.append(v.like(phi))
+        return result
+
     # -- memory
 
     def load(self, address, size, count, mask, fill, _foreign):

@@ -23,6 +23,7 @@ from numbakern.cuda.device import (
     shuffle_next,
     store,
     unpack_half,
+    when,
     where,
 )
 
@@ -187,12 +188,15 @@ class Shifted(Whole):
             bits = (offset & (word - 1)) << 3
             words = [funnel(a, b, bits) for a, b in zip(words, words[1:] + words[:1], strict=True)]
         words = words[:count]
-        single = [
-            load(address + i * fmt.size, fmt.size, 1, (j + i < classes) & ~inside, fmt.fill_single)
-            for i in range(self.group)
-        ]
-        ends = fmt.joined([one for (one,) in single])
-        words = [where(inside, a, b) for a, b in zip(words, ends, strict=True)]
+
+        def singly():
+            single = (
+                load(address + i * fmt.size, fmt.size, 1, j + i < classes, fmt.fill_single)[0]
+                for i in range(self.group)
+            )
+            return fmt.joined(list(single))
+
+        words = when(~inside, singly, words)
         return lambda: fmt.elements(words)
 
     def store(self, start, _step, j, classes, numbers, ok, near):
@@ -223,12 +227,17 @@ class Shifted(Whole):
             store(at, word, moved[i : i + self.per_chunk], mask)
         # What no aligned piece held: the head of the first group, the tail of the last.
         taken = full & has_before
-        for i, number in enumerate(numbers):
-            at = i * fmt.size
-            in_tail = own <= at + chunk - self.bytes
-            alone = ((own > at) & ~taken) | (in_tail & ~next_full) | ~full
-            alone = where(shifted, alone, ~full)
-            fmt.put(address + at, number, ok & (j + i < classes) & alone)
+
+        def singly():
+            for i, number in enumerate(numbers):
+                at = i * fmt.size
+                in_tail = own <= at + chunk - self.bytes
+                alone = ((own > at) & ~taken) | (in_tail & ~next_full) | ~full
+                alone = where(shifted, alone, ~full)
+                fmt.put(address + at, number, (j + i < classes) & alone)
+            return []
+
+        when(ok & (~full | (shifted & ~(taken & next_full))), singly, [])
 
 
 class Strided:
