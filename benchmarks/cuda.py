@@ -91,10 +91,12 @@ class Bench:
     """Arrays on the device, and what is timed on them."""
 
     def __init__(self, rounds: int) -> None:
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            raise SystemExit(f"needs PyTorch with CUDA: {error}") from None
         if not torch.cuda.is_available():
-            raise SystemExit("no GPU: PyTorch finds none")
+            raise SystemExit("needs a GPU: PyTorch finds none")
         self.torch, self.rounds = torch, rounds
         self._copy: dict[str, float] = {}
 

@@ -89,6 +89,9 @@ def torch_module():
         def is_neg(self):
             return False
 
+        def is_inference(self):
+            return False
+
         def reshape(self, shape):
             return Tensor(self._array.reshape(shape), self._device)
 

@@ -581,3 +581,44 @@ def test_a_cached_kernel_needs_no_numba(python, fake_driver, tmp_path):
     assert python(script, **environment).stdout.strip() == "True"
     environment["NUMBA_CACHE_DIR"] = str(entry)  # no folder can be made there
     assert python(script, **environment).stdout.strip() == "True"
+
+
+@needs_cuda_core
+@needs_numba_cuda
+def test_carried_kernels_need_no_compiler(python, fake_driver, tmp_path):
+    script = """
+        import sys
+        import numpy as np
+        from tests import mock_libraries
+        sys.modules["torch"] = torch = mock_libraries.torch_module()
+        if len(sys.argv) > 1:
+            sys.modules["numba"] = None
+        import numbakern
+        numbakern.softmax(torch.Tensor(np.zeros((4, 100), np.float32)))
+        """
+    environment = {"LD_LIBRARY_PATH": fake_driver, "NUMBAKERN_CUBINS": str(tmp_path)}
+    python(script, **environment)
+    python(script, "without Numba", **environment)
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+def test_the_report_of_the_benchmark():
+    from benchmarks import cuda
+
+    cases_ = list(cuda.cases(quick=False))
+    assert len(cases_) == len(set(cases_)) > 100
+    assert {c.op for c in cases_} == set(cuda.OPERATIONS)
+    case = cuda.Case("log_softmax", 32768, "float32")
+    assert case.rows * case.classes == 2**28
+    moved = 2 * 4 * 2**28
+    result = cuda.Result(case, 4e12, moved, {"numbakern": moved / 3.9e12, "torch": moved / 2e12})
+    assert result.share("numbakern") == pytest.approx(0.975) and result.share("quack") is None
+    assert cuda.verdict(result) == "goal"
+    line = cuda.report([result]).splitlines()[-1].split()
+    assert line[-5:] == ["float32", "3900", "0.975", "goal", "0.500"]
+    slow = cuda.Result(case, 4e12, moved, {"numbakern": moved / 2e12})
+    assert cuda.verdict(slow) == "MISSED"
+    assert cuda.verdict(cuda.Result(case, 4e12, moved)) == "FAILED"
+    assert cuda.as_json(result)["share_of_copy"]["torch"] == 0.5

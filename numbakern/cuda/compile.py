@@ -149,7 +149,17 @@ def versions():
 
 @cache
 def cache_folder():
-    """Folder of the cubins, or None where none can be written."""
+    """Folder of the cubins, or None where none can be written.
+
+    With NUMBAKERN_CUBINS, a folder that may have come from another machine: there, versions of
+    what compiles do not count.
+    """
+    carried = os.environ.get("NUMBAKERN_CUBINS")
+    if carried:
+        path = os.path.join(carried, f"numbakern-cuda-{disk_cache.fingerprint(())}")
+        with contextlib.suppress(OSError):
+            os.makedirs(path, exist_ok=True)
+        return path
     # Without the wheels, NVVM and nvJitLink are those of a toolkit.
     toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     settings = sorted((k, v) for k, v in os.environ.items() if k in _SETTINGS)

@@ -160,7 +160,9 @@ class Torch(Family):
         return self._current(device)
 
     def written(self, tensor):
-        if self._bump is not None:  # so that a backward that has saved it notices
+        if (
+            self._bump is not None and not tensor.is_inference()
+        ):  # so that a backward that has saved it notices
             self._bump(tensor)
 
 
