@@ -141,6 +141,8 @@ class Torch(Family):
                 f"or bool, got dtype {tensor.dtype}, layout {tensor.layout}"
             )
         if tensor.is_neg():  # a view that negates as it is read
+            if name == "out":
+                raise TypeError("out: expected a tensor, got a negated view of one")
             tensor = tensor.resolve_neg()
         size = dtype.itemsize
         strides = tuple([size * n for n in tensor.stride()])
@@ -160,9 +162,8 @@ class Torch(Family):
         return self._current(device)
 
     def written(self, tensor):
-        if (
-            self._bump is not None and not tensor.is_inference()
-        ):  # so that a backward that has saved it notices
+        # So that a backward that has saved it notices.
+        if self._bump is not None and not tensor.is_inference():
             self._bump(tensor)
 
 
@@ -378,11 +379,15 @@ def _number(handle):
     return int(getattr(handle, "value", handle) or 0)
 
 
+@functools.cache
+def _strided_memory_view():
+    return importlib.import_module("cuda.core.utils").StridedMemoryView
+
+
 def _memory_view(name, array, stream):
     launch.core()
-    view = importlib.import_module("cuda.core.utils").StridedMemoryView
     try:
-        return view.from_dlpack(array, stream)
+        return _strided_memory_view().from_dlpack(array, stream)
     except (BufferError, NotImplementedError) as error:
         raise TypeError(f"{name}: {type(array).__name__} gives no DLPack: {error}") from None
 

@@ -12,8 +12,7 @@ import math
 import numpy as np
 
 _CUDA = 2  # DLDeviceType
-_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode
-_BFLOAT = 4
+_CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "b": 6}  # DLDataTypeCode; V is bfloat16
 
 
 class _DLTensor(ctypes.Structure):
@@ -67,7 +66,7 @@ def _drop(capsule):
 
 def capsule(owner, pointer, shape, dtype, device):
     """A DLPack capsule of a contiguous array; `owner` lives until its consumer lets go."""
-    code = _BFLOAT if dtype.name == "bfloat16" else _CODES[dtype.kind]
+    code = _CODES[dtype.kind]
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
     managed = _DLManagedTensor()
     managed.dl_tensor = _DLTensor(
@@ -124,10 +123,9 @@ class Array:
 
     @property
     def __cuda_array_interface__(self):
-        bfloat = self.dtype.name == "bfloat16"
         return {
             "shape": self.shape,
-            "typestr": "<V2" if bfloat else self.dtype.str,
+            "typestr": self.dtype.str,  # of bfloat16 <V2
             "data": (self.pointer, False),
             "strides": None,
             "stream": self.stream.handle or 1,  # 0 is not allowed there: 1 is the default stream
