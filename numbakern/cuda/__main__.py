@@ -8,7 +8,7 @@ from numbakern.cuda import codegen
 def main(architectures):
     """Print the table of each architecture."""
     for arch in architectures or codegen.ARCHITECTURES:
-        print(codegen.table(arch=arch), flush=True)
+        print(codegen.table(codegen.cases(), arch), flush=True)
         print()
 
 

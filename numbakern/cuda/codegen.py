@@ -209,13 +209,13 @@ def figures(case: Case, arch: str) -> Figures:
     )
 
 
-def table(kinds=KINDS, arch="sm_90a") -> str:
-    """The Figures of every kernel that ships, as Markdown."""
+def table(shown, arch) -> str:
+    """The Figures of these Cases, as Markdown."""
     lines = [
         f"| {arch} | threads | registers | local | 16 B | narrower | calls | instr. | float64 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for one in cases(kinds=kinds):
+    for one in shown:
         f = figures(one, arch)
         lines.append(
             f"| {one.name} | {one.step.block} | {f.registers} | {f.local} | {f.wide} | "

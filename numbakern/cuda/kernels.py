@@ -278,6 +278,7 @@ class CrossEntropy(Operation):
     def begin(self, frame, row, at):
         """Read what there is one of a row."""
         row.keep, row.spread = frame.keep, frame.spread
+        row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
         row.at, zero = at, constant(frame.classes, 0.0, "f8")
         row.skip = row.bad = constant(frame.classes, False, "b1")
         row.x_label, row.w_label = zero, zero + 1.0
@@ -305,14 +306,17 @@ class CrossEntropy(Operation):
             row.scale = quotient(row.scale, divisor)
 
     def target(self, row, y, w):
-        """The target of a class as float64; of labels what does not depend on the label."""
-        q = formulas.smoothed_target(convert(y, "f8"), row.keep, row.spread) if self.soft else None
-        q = row.spread if q is None else q
-        return q * convert(w, "f8") if self.weighted else q
+        """The target of a class, of labels what does not depend on the label: (float64, elem)."""
+        if not self.soft:
+            q, own = row.spread, row.own_spread
+        else:
+            q = formulas.smoothed_target(convert(y, "f8"), row.keep, row.spread)
+            own = formulas.smoothed_target(y, row.own_keep, row.own_spread)
+        return (q * convert(w, "f8"), own * w) if self.weighted else (q, own)
 
     def term(self, row, _x, y, w):
         """What is summed where the log-sum-exp is given: the targets."""
-        return self.target(row, y, w)
+        return self.target(row, y, w)[0]
 
     def finish(self, row, reduced):
         """Write the row's loss and log-sum-exp; the parameters of the gradient."""
@@ -383,7 +387,7 @@ class CrossEntropy(Operation):
         else:
             single = (k == 1.0) & (rest < 1.0)
             peak = convert(where(single, m, math.nan), elem), convert(divide(rest, k + rest), elem)
-        own = (convert(v, elem) for v in (row.keep, row.spread))
+        own = row.own_keep, row.own_spread
         return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
 
     def value(self, params, j, i, x, y, w):

@@ -24,7 +24,8 @@ from numbakern.cuda.softmax import Share, in_chunk, join_chunks, nothing_yet
 BLOCK = 128
 """Threads of a block whose teams are no larger than a warp."""
 LANE = 32
-"""Elements of a lane at most; half of that in the largest blocks, which leave 64 registers."""
+"""Elements of a lane at most, half as many float64; half of that in the blocks of 1024 lanes that
+take chunks, which have 64 registers."""
 
 
 class Partition(NamedTuple):
@@ -56,25 +57,21 @@ class Partition(NamedTuple):
 def partition(classes, size):
     """The Partition of rows of `classes` elements of `size` bytes.
 
-    Parts of a warp, a group each, up to a group for every lane of a warp; a warp with up to 8
-    groups a lane; blocks of up to 1024 lanes with 4, of no more elements than registers hold beside
-    the sums; longer rows in chunks.
+    Parts of a warp, a group each, up to a group for every lane of a warp; then a warp, then blocks
+    of 128 to 512 lanes, with as many groups a lane as it takes; longer rows in chunks.
     """
     group = max(2, min(8, 16 // size))
-    lanes = vectors = 1
+    most = LANE // (2 if size == 8 else 1) // group
+    lanes = 1
     while lanes < WARP and lanes * group < classes:
         lanes *= 2
-    while group * vectors < LANE and lanes * group * vectors < classes:
-        vectors *= 2
-    if lanes * group * vectors >= classes:
-        return Partition(lanes, vectors, group, False)
-    lanes, vectors = 128, 4
-    most = 1024 if group * vectors <= LANE // 2 else 512
-    while lanes < most and lanes * group * vectors < classes:
+    if lanes * group * most < classes:
+        lanes = 128
+    while lanes < 512 and lanes > WARP and lanes * group * most < classes:
         lanes *= 2
-    if lanes * group * vectors >= classes:
-        return Partition(lanes, vectors, group, False)
-    return Partition(1024, min(4, LANE // 2 // group), group, True)
+    if lanes * group * most < classes:
+        return Partition(1024, most // 2, group, True)
+    return Partition(lanes, max(1, -(-classes // (lanes * group))), group, False)
 
 
 class Rows:

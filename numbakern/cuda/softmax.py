@@ -53,7 +53,7 @@ def in_chunk(op, row, numbers, m):
     """The Share of some elements, relative to a maximum that is no smaller than any of them."""
     elem = op.elem
     params, factor = exponentials(m, elem)
-    top = convert(m, elem)
+    top, subtracted = convert(m, elem), convert(safe(m), elem)
     rests, counts, qs, nlls = [], [], [], []
     for j, x, y, w in numbers:
         below = x < top
@@ -62,11 +62,13 @@ def in_chunk(op, row, numbers, m):
         # What is not below is the maximum, unless there is none: then k is of no account.
         counts.append(where(below, constant(x, 0, "i4"), 1))
         if op.linear:
-            q = where(j < row.classes, op.target(row, y, w), 0.0)
-            qs.append(q)
-            nlls.append(where(q == 0.0, 0.0, q * (safe(m) - convert(x, "f8"))))
+            there = j < row.classes
+            q, own = op.target(row, y, w)
+            qs.append(where(there, q, 0.0))
+            # A class that is no target adds nothing, not even where its logit is −inf.
+            nlls.append(where(there & (own != 0.0), own * (subtracted - x), 0.0))
     rest = convert(sum_tree(rests), "f8") * factor
-    linear = (sum_tree(qs), sum_tree(nlls)) if op.linear else ()
+    linear = (sum_tree(qs), convert(sum_tree(nlls), "f8")) if op.linear else ()
     return Share(sum_tree(counts), rest, *linear)
 
 
