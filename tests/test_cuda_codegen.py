@@ -1,8 +1,8 @@
 """The code that the CUDA kernels become, read from their machine code; no GPU is needed.
 
 The default run takes a kernel of every operation, of every type and of every way through a row,
-and some for all three architectures; ``-m "codegen and slow"`` takes every kernel that ships, for all.
-``python -m numbakern.cuda`` prints the figures.
+and some for all three architectures; ``-m "codegen and slow"`` takes every kernel that ships, for
+all of them. ``python -m numbakern.cuda`` prints the figures.
 """
 
 from __future__ import annotations

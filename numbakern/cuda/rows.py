@@ -57,13 +57,14 @@ class Partition(NamedTuple):
 def partition(classes, size):
     """The Partition of rows of `classes` elements of `size` bytes.
 
-    Parts of a warp, a group each, up to a group for every lane of a warp; then a warp, then blocks
-    of 128 to 512 lanes, with as many groups a lane as it takes; longer rows in chunks.
+    Parts of a warp, of so few lanes that what is done once a row is shared by several rows; then a
+    warp, then blocks of 128 to 512 lanes, with as many groups a lane as it takes; longer rows in
+    chunks.
     """
     group = max(2, min(8, 16 // size))
     most = LANE // (2 if size == 8 else 1) // group
     lanes = 1
-    while lanes < WARP and lanes * group < classes:
+    while lanes < WARP and lanes * group * (most // 2) < classes:
         lanes *= 2
     if lanes * group * most < classes:
         lanes = 128
