@@ -453,6 +453,7 @@ def test_mixed_targets_and_devices(mocked):
     elsewhere = mocked("torch", labels, device=1)
     check(lambda: numbakern.cross_entropy(on_gpu, elsewhere), TypeError, "labels", "cuda:1")
     check(lambda: numbakern.cross_entropy(on_gpu, 2), TypeError, "labels")
+    check(lambda: numbakern.cross_entropy(on_gpu, None), TypeError, "labels", "NoneType")
     check(lambda: numbakern.cross_entropy(on_gpu, t, weight=1.0), TypeError, "weight")
     assert not mocked.streams  # nothing was started
 

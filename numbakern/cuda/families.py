@@ -306,7 +306,9 @@ class Unknown(Family):
         )
 
     def _by_interface(self, name, array):
-        interface = array.__cuda_array_interface__
+        interface = getattr(array, "__cuda_array_interface__", None)
+        if interface is None:
+            raise TypeError(f"{name}: expected an array on the GPU, got {type(array).__name__}")
         if interface.get("mask") is not None:
             raise TypeError(f"{name}: expected an array without a mask")
         dtype = np.dtype(interface["typestr"])
