@@ -157,7 +157,8 @@ FILES = ["log_softmax", "softmax", "logsumexp", "nll_loss", "cross_entropy", "gr
 def test_the_tests_of_the_cpu(device, gpu):
     pytest.importorskip(device)
     files = [str(TESTS / f"test_{name}.py") for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "--device", device, "-n", "4", *files]
+    options = ["-q", "-n", "4", "-W", "default", "--device", device]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=TESTS.parent)
     print(done.stdout[-4000:])
     assert done.returncode == 0, done.stdout[-4000:]

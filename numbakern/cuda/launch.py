@@ -25,9 +25,10 @@ def core():
     except ImportError as error:
         raise RuntimeError(f"cuda-core cannot be imported ({error}): {compiler.INSTALL}") from error
     try:
-        count = len(module.Device.get_all_devices())
-    except Exception as error:  # cuda.core has its own, and RuntimeError where no libcuda is
-        raise RuntimeError(f"no NVIDIA driver: {error}") from error
+        _checked(driver().cuInit(0))
+        count = _checked(driver().cuDeviceGetCount())
+    except RuntimeError as error:  # also where there is no libcuda
+        raise RuntimeError(f"no NVIDIA driver that works: {error}") from error
     if not count:
         raise RuntimeError("no NVIDIA GPU that CUDA can see")
     return module
