@@ -1,0 +1,180 @@
+"""What CUDA threads compute with, densely, on the NumPy machine of `emulator`.
+
+exp and log are those of the CPU target (`numbakern.vmath`); here is what a GPU needs beside them,
+and that both see the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from numbakern import vmath
+from numbakern.cuda import device
+from numbakern.cuda.device import Value
+from numbakern.cuda.kernels import quotient
+from numbakern.cuda.softmax import exponentials, scaled_exp
+from tests import accuracy, cases
+from tests.cases import float32, float64
+from tests.emulator import Emulator, Fault, Memory
+
+WORK = np.longdouble
+THREADS = 1024
+
+
+@pytest.fixture
+def machine():
+    return Emulator(Memory([]), range(8), THREADS)
+
+
+def value(machine, array):
+    kinds = {"float32": "f4", "float64": "f8", "int32": "i4", "int64": "i8"}
+    return Value(machine, array.reshape(machine.shape), kinds[array.dtype.name])
+
+
+def count(machine):
+    return machine.shape[0] * machine.shape[1]
+
+
+def spread(machine, low, high, dtype=np.float64):
+    return np.linspace(low, high, count(machine)).astype(dtype)
+
+
+def test_reciprocal_and_division(machine):
+    with np.errstate(all="ignore"):
+        b = 2.0 ** spread(machine, -900.0, 900.0)
+        b = b * cases.generator(1).uniform(1, 2, b.shape)
+        a = cases.generator(2).normal(0, 1, b.shape)
+        r = device.reciprocal(value(machine, b)).value.ravel()
+        assert accuracy.errors(r, 1 / b.astype(WORK), float64).max() <= 1.0
+        b = cases.generator(3).uniform(1e-3, 1e7, b.shape)
+        q = device.divide(value(machine, a), value(machine, b)).value.ravel()
+        assert accuracy.errors(q, a.astype(WORK) / b, float64).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("b", [0.0, -0.0, 2.0, -2.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("a", [0.0, 3.0, -3.0, math.nan])
+def test_quotient_as_ieee_has_it(machine, a, b):
+    full = np.ones(count(machine))
+    with np.errstate(all="ignore"):
+        got = quotient(value(machine, a * full), value(machine, b * full)).value.flat[0]
+        want = np.float64(a) / np.abs(np.float64(b)) if b == 0 else np.float64(a) / np.float64(b)
+    np.testing.assert_equal(abs(got), abs(want))
+    if np.isfinite(want) and want:
+        assert got == want
+
+
+def test_positive_division(machine):
+    rng = cases.generator(4)
+    n = rng.integers(0, 2**50, count(machine))
+    for size in (1, 2, 3, 7, 97, 1000, 2**20 + 1, 2**33 + 5):
+        q, r = device.divmod_positive(value(machine, n), size, 1.0 / size)
+        np.testing.assert_array_equal(q.value.ravel(), n // size)
+        np.testing.assert_array_equal(r.value.ravel(), n % size)
+
+
+@pytest.mark.parametrize("m", [0.0, 1.5, -37.25, 300.0, 511.0, -513.0, 1e5, 3e7])
+@cases.dtypes(float32, float64)
+def test_exponentials_below_a_maximum(machine, dtype, m):
+    """exp(x − m) of every x down to where the type ends, without a subtraction that rounds."""
+    elem = {float32: "f4", float64: "f8"}[dtype]
+    m = float(dtype.type(m))
+    x = (m - spread(machine, 0.0, 80.0 if elem == "f4" else 700.0)).astype(dtype)
+    with np.errstate(all="ignore"):
+        params, factor = exponentials(value(machine, np.full(count(machine), m)), elem)
+        e = scaled_exp(value(machine, x), *params)
+        got = device.convert(e, "f8").value.ravel().astype(WORK) * factor.value.flat[0]
+        below = scaled_exp(value(machine, np.full_like(x, -np.inf)), *params)
+    want = np.exp(x.astype(WORK) - WORK(m))
+    # An ulp of the exponential, an ulp of the row's factor.
+    assert (np.abs(got - want) / accuracy.ulp(want, dtype)).max() <= 2.0
+    tiny = device.convert(below, "f8").value.flat[0] * WORK(factor.value.flat[0])
+    assert tiny < accuracy.smallest_normal(dtype) * WORK(2) ** -40
+
+
+@cases.dtypes(float32, float64)
+def test_exp(machine, dtype):
+    low, high = (-87.0, 88.0) if dtype == float32 else (-708.0, 709.0)
+    y = spread(machine, low, high, dtype)
+    with np.errstate(all="ignore"):
+        got = vmath.exp(value(machine, y)).value.ravel()
+    assert accuracy.errors(got, np.exp(y.astype(WORK)), dtype).max() <= 1.1
+
+
+def test_log_sum_of_a_confident_row(machine):
+    """log(1 + r) for r down to nothing."""
+    r = 2.0 ** spread(machine, -1000.0, 20.0)
+    one = np.ones(count(machine))
+    with np.errstate(all="ignore"):
+        got = vmath.log_sum(value(machine, one), value(machine, r), "f8").value.ravel()
+    assert accuracy.errors(got, np.log1p(r.astype(WORK)), float64).max() <= 2.0
+
+
+@pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])
+def test_every_half(machine, kind, dtype):
+    """Each of the 65536 halves is unpacked and packed again."""
+    bits = np.arange(65536, dtype=np.uint16)
+    halves = bits.view(dtype)
+    for part in np.array_split(bits, 65536 // count(machine)):
+        word = value(machine, part.astype(np.int32) | part.astype(np.int32) << 16)
+        low, high = (device.unpack_half(word, h, kind) for h in (False, True))
+        want = halves[part].astype(np.float32)
+        np.testing.assert_array_equal(low.value.ravel(), want)
+        np.testing.assert_array_equal(high.value.ravel(), want)
+        back = device.pack_halves(low, high, kind).value.ravel() & 0xFFFF
+        number = ~np.isnan(want)
+        np.testing.assert_array_equal(back[number], part[number])
+
+
+def test_a_float64_becomes_a_half_in_one_rounding(machine):
+    from numbakern.cuda.memory import Format
+
+    rng = cases.generator(5)
+    x = (
+        rng.integers(1024, 4096, count(machine)) / 2048.0
+        + rng.choice([0, 1, -1], count(machine)) * 2.0**-45
+    )
+    words = Format("f2", "f8").words([value(machine, x), value(machine, x)])
+    got = (words[0].value.ravel() & 0xFFFF).astype(np.uint16).view(np.float16)
+    np.testing.assert_array_equal(got, x.astype(np.float16))
+
+
+# --- what the machine refuses --------------------------------------------------------------------
+
+
+def test_no_branch_on_a_value(machine):
+    with pytest.raises(TypeError, match="do not branch"):
+        bool(value(machine, np.zeros(count(machine))) > 0)
+
+
+def test_loops_and_barriers_do_not_diverge(machine):
+    many = value(machine, np.arange(count(machine)))
+    with pytest.raises(Fault, match="count differs"):
+        device.repeat(many, lambda i: ())
+    some = many > 5
+    with pytest.raises(Fault, match="barrier in a branch"):
+        device.when(some, lambda: device.barrier(many) or [], [])
+    with pytest.raises(Fault, match="shuffle in a branch"):
+        device.when(some, lambda: [device.shuffle_xor(many, 1)], [many])
+
+
+def test_shared_memory_needs_barriers(machine):
+    thread = Value(machine, machine.thread(), "i4")
+    area = device.shared(thread, 8 * THREADS)
+    own, next_one = area + (thread << 3), area + (((thread + 1) & (THREADS - 1)) << 3)
+    v = device.convert(thread, "f8")
+    with pytest.raises(Fault, match="before it is written"):
+        device.shared_load(own)
+    device.shared_store(own, v, thread >= 0)
+    with pytest.raises(Fault, match="without a barrier"):
+        device.shared_load(next_one)
+    device.barrier(thread)
+    got = device.shared_load(next_one).value
+    np.testing.assert_array_equal(got[0], (np.arange(THREADS) + 1) % THREADS)
+    with pytest.raises(Fault, match="without a barrier"):
+        device.shared_store(own, v, thread >= 0)
+    with pytest.raises(Fault, match="out of bounds"):
+        device.shared_load(own + 8)
