@@ -103,7 +103,7 @@ def bound(dtype, full):
 def small_chunks(monkeypatch):
     """Rows in chunks of 128 float32 or 64 float64, by a team of one warp."""
 
-    def partition(classes, size):
+    def partition(classes, size, halved):
         group = max(2, min(8, 16 // size))
         return Partition(32, 1, group, True)
 

@@ -225,7 +225,7 @@ class _Planner:
         lead_size = _size(lead.kind)
         if self.elem == "f8" and lead.kind[0] in "iub":
             lead_size = 8
-        part = partition(self.classes, lead_size)
+        part = partition(self.classes, lead_size, self._halved())
         if self.operation == "nll":
             part = Partition(1, 1, part.group, False)
         walker, modes = self._walk(layouts, part)
@@ -242,6 +242,10 @@ class _Planner:
         threads = part.threads if walker == "rows" else Columns.threads
         rows = threads // part.lanes if walker == "rows" else threads
         self._step(Spec(self.operation, params), -(-self.rows // rows), threads)
+
+    def _halved(self):
+        """Whether every class has a target: its sums take registers."""
+        return bool(self.options.get("soft") or self.options.get("smooth"))
 
     def _kind(self, name):
         if name == "number":

@@ -24,8 +24,8 @@ from numbakern.cuda.softmax import Share, in_chunk, join_chunks, nothing_yet
 BLOCK = 128
 """Threads of a block whose teams are no larger than a warp."""
 LANE = 32
-"""Elements of a lane at most, half as many float64; half of that in the blocks of 1024 lanes that
-take chunks, which have 64 registers."""
+"""Elements of a lane at most, half as many float64; half of that where rows are taken in chunks,
+for there a lane keeps the sums of what it has seen beside them."""
 
 
 class Partition(NamedTuple):
@@ -54,15 +54,17 @@ class Partition(NamedTuple):
         return max(self.lanes, BLOCK)
 
 
-def partition(classes, size):
+def partition(classes, size, halved=False):
     """The Partition of rows of `classes` elements of `size` bytes.
+
+    `halved`: of half as many elements a lane, for an operation that holds more than the row.
 
     Parts of a warp, of so few lanes that what is done once a row is shared by several rows; then a
     warp, then blocks of 128 to 512 lanes, with as many groups a lane as it takes; longer rows in
     chunks.
     """
     group = max(2, min(8, 16 // size))
-    most = LANE // (2 if size == 8 else 1) // group
+    most = LANE // (2 if size == 8 else 1) // (2 if halved else 1) // group
     lanes = 1
     while lanes < WARP and lanes * group * (most // 2) < classes:
         lanes *= 2
@@ -71,7 +73,7 @@ def partition(classes, size):
     while lanes < 512 and lanes > WARP and lanes * group * most < classes:
         lanes *= 2
     if lanes * group * most < classes:
-        return Partition(1024, most // 2, group, True)
+        return Partition(512, max(1, LANE // (4 if size == 8 else 2) // group), group, True)
     return Partition(lanes, max(1, -(-classes // (lanes * group))), group, False)
 
 
