@@ -31,7 +31,6 @@ from numbakern.cpu.state import (
     put_rows,
 )
 from numbakern.cpu.vmath import (
-    EXP_RANGE,
     LN_2,
     exp,
     exp_nonpositive,
@@ -40,13 +39,26 @@ from numbakern.cpu.vmath import (
     is_finite,
 )
 
-S_X, S_Y, S_OUT, S_M, S_K, S_REST, S_LOG_SUM = (
-    SLOT[name] for name in ("x", "y", "out", "m", "k", "rest", "log_sum")
-)
+S_M, S_K, S_REST, S_LOG_SUM = (SLOT[name] for name in ("m", "k", "rest", "log_sum"))
 S_P1, S_P2, S_SKIP, S_ROW_SCALE = (SLOT[name] for name in ("p1", "p2", "skip", "row_scale"))
 S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL, S_LABEL_GRAD = (
     SLOT[name] for name in ("label", "x_label", "w_label", "q_label", "label_grad")
 )
+
+
+def each_batch(walker, work):
+    """The kernel that calls work(frame, state, p, count) for every batch of rows p … p+count−1."""
+    start, advance, begin = walker.start, walker.advance, walker.begin
+
+    def kernel(frame, first, last, state):
+        item = first
+        start(frame, state, last)
+        while item < last:
+            p, count, item = advance(frame, item, last)
+            begin(frame, state, p, count)
+            work(frame, state, p, count)
+
+    return kernel
 
 
 @device
@@ -56,19 +68,19 @@ def log_sum_exp(m, log_sum):
 
 
 def rest_and_count(x, _y, _w, params):
-    """The terms of the softmax reduction: exponentials below the maximum, count of the maximum."""
+    """The terms of the softmax reduction: exponentials below the maximum; which these are."""
     m, base, magic, floor = params
+    below = x < m
     h = x - base
-    e = exp_scaled(h, magic)
-    # −0 is what adds nothing at all, so LLVM turns these into masked additions.
-    return where((x < m) & (h > floor), e, -0.0), where(x == m, x.like(x.constant(1.0)), -0.0)
+    # What is clamped sums up to less than `finish` keeps, so no comparison has to mask it.
+    e = exp_scaled(where(h > floor, h, floor), magic)
+    return where(below, e, 0.0), below
 
 
 def probability(x, base, magic, floor, scale):
-    """exp(x − m) / Σ; 0 where h = x − base is below `floor`."""
+    """exp(x − m) / Σ; what is clamped rounds to 0, and a row without softmax has a NaN `scale`."""
     h = x - base
-    # Written so that a NaN in the parameters, a row without softmax, reaches every element.
-    return where(h <= floor, 0.0, exp_scaled(h, magic) * scale)
+    return exp_scaled(where(h > floor, h, floor), magic) * scale
 
 
 PROBABILITY = ("base", "magic", "floor", "scale")
@@ -80,13 +92,11 @@ def make_normalise(elem, given=False):
 
     Where `given`, slot m holds its log-sum-exp, and that is all there is.
     """
-    span = EXP_RANGE[elem]
     centre_on = make_centre_on("m", elem)
 
     def normalise(state):
-        floor = get(state, "floor") + (span.flush - span.floor)
         total = 1.0 if given else get(state, "k") + get(state, "rest")
-        put(state, floor=floor, scale=get(state, "factor") / total)
+        put(state, scale=get(state, "factor") / total)
 
     step = each_eight(normalise)
 
@@ -106,18 +116,13 @@ def log_softmax(walker):
 
     reduce = walker.softmax(rest_and_count)
     sweep = walker.map(value, ("m", "log_sum"))
-    start, advance, begin = walker.start, walker.advance, walker.begin
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def softmax(walker):
@@ -130,39 +135,29 @@ def softmax(walker):
     reduce = walker.softmax(rest_and_count)
     normalise = make_normalise(walker.elem)
     sweep = walker.map(value, PROBABILITY)
-    start, advance, begin = walker.start, walker.advance, walker.begin
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            normalise(state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        normalise(state, count)
+        sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def logsumexp(walker):
     """row_lse = log Σ exp(x)."""
     reduce = walker.softmax(rest_and_count)
-    start, advance, begin = walker.start, walker.advance, walker.begin
     row_lse = data("row_lse")
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            for i in range(count):
-                m, log_sum = get_f64(state + S_M + 8 * i), get_f64(state + S_LOG_SUM + 8 * i)
-                put_f64(row_lse(frame) + 8 * (p + i), log_sum_exp(m, log_sum))
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        for i in range(count):
+            m, log_sum = get_f64(state + S_M + 8 * i), get_f64(state + S_LOG_SUM + 8 * i)
+            put_f64(row_lse(frame) + 8 * (p + i), log_sum_exp(m, log_sum))
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def log_softmax_backward(walker):
@@ -205,19 +200,14 @@ def softmax_backward(walker):
 
 def _backward(walker, terms, total, value, names):
     reduce, sweep = walker.sums(terms, "f8", ()), walker.map(value, names)
-    start, advance, begin = walker.start, walker.advance, walker.begin
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            total(state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        total(state, count)
+        sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def make_element(access):
@@ -299,7 +289,6 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
         return where(skip != 0.0, 0.0, g)
 
-    start, advance, begin = walker.start, walker.advance, walker.begin
     classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
     out_step, ignored = integer("out_class"), integer("ignore_index")
     labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
@@ -310,6 +299,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     y_element = make_element(walker.y_access) if soft else None
     put_element = make_put_element(walker) if grad else None
     find = make_find(walker.x_access)
+    x_of, y_of, out_of = walker.x_of, walker.y_of, walker.out_of
 
     @device
     def prepare(frame, state, p, count):
@@ -331,7 +321,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                     t = -1
                     skip = 1.0
                 else:
-                    x = x_element(get_i64(at + S_X) + t * step)
+                    x = x_element(x_of(state, i) + t * step)
                     if weighted:
                         w = class_weight(weights(frame), t)
             put_i64(at + S_LABEL, t)
@@ -352,14 +342,14 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         n, step = classes(frame), x_step(frame)
         for i in range(count):
             at = state + 8 * i
-            m, x0, t = get_f64(at + S_M), get_i64(at + S_X), -1
+            m, x0, t = get_f64(at + S_M), x_of(state, i), -1
             if given:
                 t = find(x0, step, n, m - LN_2)
             elif get_f64(at + S_K) == 1.0 and get_f64(at + S_REST) < 1.0:
                 t = find(x0, step, n, m)
             put_i64(at + S_LABEL, t)
             if t >= 0:
-                q = y_element(get_i64(at + S_Y) + t * y_step(frame)) * keep_of(frame)
+                q = y_element(y_of(state, i) + t * y_step(frame)) * keep_of(frame)
                 q += spread_of(frame)
                 if weighted:
                     q *= class_weight(weights(frame), t)
@@ -418,8 +408,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         for i in range(count):
             t = get_i64(state + S_LABEL + 8 * i)
             if t >= 0:
-                out = get_i64(state + S_OUT + 8 * i) + t * step
-                put_element(out, get_f64(state + S_LABEL_GRAD + 8 * i))
+                put_element(out_of(state, i) + t * step, get_f64(state + S_LABEL_GRAD + 8 * i))
 
     reduce = add = sweep = normalise = None
     if not given:
@@ -431,78 +420,64 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         names = (*PROBABILITY, "p0", "p1", "p2", "skip")
         sweep = walker.map(value, names, packed=not given or summed)
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            prepare(frame, state, p, count)
-            if not given:
-                reduce(frame, state, count)
-            if summed:
-                add(frame, state, count)
-            if soft and grad:
-                find_peaks(frame, state, count)
-            settle(frame, state, p, count)
-            if grad:
-                normalise(state, count)
-                sweep(frame, state, count)
-                fix_labels(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        prepare(frame, state, p, count)
+        if not given:
+            reduce(frame, state, count)
+        if summed:
+            add(frame, state, count)
+        if soft and grad:
+            find_peaks(frame, state, count)
+        settle(frame, state, p, count)
+        if grad:
+            normalise(state, count)
+            sweep(frame, state, count)
+            fix_labels(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def nll(walker):
     """row_loss = −weight[t]·x[t], 0 for an ignored label t."""
     access, weighted, elem = walker.x_access, walker.weighted, walker.elem
     x_element, class_weight = make_element(access), make_class_weight(elem)
-    start, advance, begin = walker.start, walker.advance, walker.begin
     x_step = integer("x_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
-    row_loss = data("row_loss")
+    row_loss, x_of = data("row_loss"), walker.x_of
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            for i in range(count):
-                t = get_i64(labels(frame) + 8 * (p + i))
-                value = 0.0
-                if t != ignored(frame):
-                    value = -x_element(get_i64(state + S_X + 8 * i) + t * x_step(frame))
-                    if weighted:
-                        value *= class_weight(weights(frame), t)
-                put_f64(row_loss(frame) + 8 * (p + i), value)
+    @device
+    def work(frame, state, p, count):
+        for i in range(count):
+            t = get_i64(labels(frame) + 8 * (p + i))
+            value = 0.0
+            if t != ignored(frame):
+                value = -x_element(x_of(state, i) + t * x_step(frame))
+                if weighted:
+                    value *= class_weight(weights(frame), t)
+            put_f64(row_loss(frame) + 8 * (p + i), value)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def nll_backward(walker):
     """out[t] = −weight[t]·scale for a label t that is not ignored; the rest is not touched."""
     weighted, elem = walker.weighted, walker.elem
     put_element, class_weight = make_put_element(walker), make_class_weight(elem)
-    start, advance, begin = walker.start, walker.advance, walker.begin
     out_step = integer("out_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
-    row_scale, common_scale = data("row_scale"), real("scale")
+    row_scale, common_scale, out_of = data("row_scale"), real("scale"), walker.out_of
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            for i in range(count):
-                t = get_i64(labels(frame) + 8 * (p + i))
-                if t != ignored(frame):
-                    value = -common_scale(frame)
-                    if row_scale(frame) != 0:
-                        value *= get_f64(row_scale(frame) + 8 * (p + i))
-                    if weighted:
-                        value *= class_weight(weights(frame), t)
-                    put_element(get_i64(state + S_OUT + 8 * i) + t * out_step(frame), value)
+    @device
+    def work(frame, state, p, count):
+        for i in range(count):
+            t = get_i64(labels(frame) + 8 * (p + i))
+            if t != ignored(frame):
+                value = -common_scale(frame)
+                if row_scale(frame) != 0:
+                    value *= get_f64(row_scale(frame) + 8 * (p + i))
+                if weighted:
+                    value *= class_weight(weights(frame), t)
+                put_element(out_of(state, i) + t * out_step(frame), value)
 
-    return kernel
+    return each_batch(walker, work)

@@ -10,6 +10,7 @@ other; the lanes of a group are added in a tree; groups are added one after the 
 with the rounding errors kept; blocks are joined by `state.merge`.
 """
 
+import functools
 import math
 
 from numbakern.cpu.compile import device
@@ -120,13 +121,31 @@ class Operands:
         )
 
 
+def is_mask(b):
+    """Whether a term is to be counted instead of added."""
+    return b.elem == "b1"
+
+
+def count(total, mask):
+    """One more in the lanes of the mask."""
+    return where(mask, total + 1.0, total)
+
+
+def add_four(total, terms):
+    """total + ((t0 + t1) + (t2 + t3)); of masks, a count."""
+    if is_mask(terms[0]):
+        return functools.reduce(count, terms, total)
+    t0, t1, t2, t3 = terms
+    return total + ((t0 + t1) + (t2 + t3))
+
+
 def make_sums(terms, elem, x_access, y_access, w_access):
     """Sum two terms over a stretch of a row, in the canonical order.
 
     Parameters
     ----------
     terms : function (x, y, w, params) -> (a, b)
-        Vectors to be added up. Traced.
+        Vectors to be added up; b may be a mask, whose lanes are counted. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
 
@@ -142,7 +161,7 @@ def make_sums(terms, elem, x_access, y_access, w_access):
 
     def add(group_a, group_b, four):
         (a0, b0), (a1, b1), (a2, b2), (a3, b3) = four
-        return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
+        return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
 
     @traced
     def whole(group_a, group_b, operands, j, params):
@@ -155,7 +174,8 @@ def make_sums(terms, elem, x_access, y_access, w_access):
         for i in range(4):
             a, b = terms(*operands_at.part(operands, j + i * lanes, n), params)
             inside = first_lanes(n - (j + i * lanes), lanes)
-            four.append((where(inside, a, -0.0), where(inside, b, -0.0)))
+            b = b & inside if is_mask(b) else where(inside, b, -0.0)
+            four.append((where(inside, a, -0.0), b))
         return add(group_a, group_b, four)
 
     @traced
@@ -337,10 +357,15 @@ class Rows:
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
         @device
-        def start(state):
+        def start(frame, state, last):
             """To be called before the first batch."""
 
+        def make_address(slot):
+            """address(state, i): where row i of the batch lies."""
+            return device(lambda state, i: get_i64(state + slot + 8 * i))
+
         self.start, self.advance, self.begin = start, advance, begin
+        self.x_of, self.y_of, self.out_of = (make_address(s) for s in (s_x, s_y, s_out))
         self._operands = operands
 
     def _params(self, names, elem=None):
@@ -378,10 +403,10 @@ class Rows:
                 ahead = 0 if strided else count * length * size
                 for i in range(count):
                     x = get_i64(state + s_x + 8 * i) + j * step
-                    a, low, k = sums((x, step, x, step, x), length, ahead, params(state, i))
+                    a, low, below = sums((x, step, x, step, x), length, ahead, params(state, i))
                     put_f64(state + s_a + 8 * i, a)
                     put_f64(state + s_a_low + 8 * i, low)
-                    put_f64(state + s_b + 8 * i, k)
+                    put_f64(state + s_b + 8 * i, length - below)
                 if j == 0:
                     first_block(state, count)
                 else:

@@ -7,11 +7,12 @@ transposed copy of the array is made. Sums follow the order that `rows` describe
 the same.
 """
 
+import functools
 import math
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
-from numbakern.cpu.rows import BLOCK, STEPS, Access, row_offsets
+from numbakern.cpu.rows import BLOCK, STEPS, Access, add_four, count, row_offsets
 from numbakern.cpu.simd import (
     convert,
     load_scalar,
@@ -21,7 +22,6 @@ from numbakern.cpu.simd import (
     store_vector,
     traced,
     transpose,
-    unordered,
     vector_lanes,
     where,
     zeros,
@@ -39,19 +39,19 @@ from numbakern.cpu.state import (
 )
 from numbakern.cpu.vmath import two_sum
 
-_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
-_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
-_TILE = _PARAMS + 8 * 8 * MAX_ROWS
-_SIZES = {"f4": 4, "f8": 8}
-
-COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
-"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
-
-
 TILE_BYTES = 32 * 1024
 """Size of a tile that is aimed at: it stays in the first-level cache."""
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
+
+_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
+_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
+_MAXIMA = _PARAMS + 8 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
+_TILE = _MAXIMA + 8 * PANEL_ROWS
+_SIZES = {"f4": 4, "f8": 8}
+
+COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
+"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
 
 
 def columns_for(elem, classes, inputs):
@@ -109,73 +109,96 @@ class Tiles:
 
     def _make_walk(self):
         inner, columns, panel = integer("inner"), integer("columns"), integer("panel")
-        s_panel = SLOT["panel"]
+        s_panel, s_end = SLOT["panel"], SLOT["panel"] + 24
         x_row, y_row, out_row = integer("x_row"), integer("y_row"), integer("out_row")
         x_data, y_data, out_data = data("x"), data("y"), data("out")
         geometry = data("geometry")
         s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
         adjacent, lanes = self.layout == COLUMNS, self._lanes
-        x_size, y_size, out_size = (
-            a.size if a else 0 for a in (self.x_access, self.y_access, self.out_access)
-        )
+
+        @device
+        def row_of(frame, item):
+            """The first row of the tile `item`; tiles end with the innermost axis."""
+            length, width = inner(frame), columns(frame)
+            tiles = (length + width - 1) // width
+            return (item // tiles) * length + (item % tiles) * width
+
+        @device
+        def start(frame, state, last):
+            """To be called before the first tile: no panel is packed; items end before `last`."""
+            put_i64(state + s_panel, -1)
+            put_i64(state + s_end, row_of(frame, last))
 
         @device
         def advance(frame, item, last):
-            """The tile `item`: (first row, rows, next item); tiles end with the innermost axis."""
-            length, width = inner(frame), columns(frame)
-            tiles = (length + width - 1) // width
-            start = (item % tiles) * width
-            return (item // tiles) * length + start, min(width, length - start), item + 1
+            """The tile `item`: (first row, rows, next item)."""
+            p, length = row_of(frame, item), inner(frame)
+            return p, min(columns(frame), length - p % length), item + 1
 
         @device
-        def begin(frame, state, p, count):
-            """Set the addresses of rows p … p + count − 1.
-
-            The last vector of rows is filled up with the address of its first one.
-            """
+        def enter(frame, state, p):
+            """Find the panel that row p belongs to."""
             offset = (p % inner(frame)) % panel(frame)
             if get_i64(state + s_panel) != p - offset:
                 put_i64(state + s_panel, p - offset)
                 put_i64(state + s_panel + 8, -1)  # to be packed
             put_i64(state + s_panel + 16, offset)
-            shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
-            dx, dy, dout = x_row(frame), y_row(frame), out_row(frame)
-            if adjacent or shape == 0:
-                x, y, out = row_offsets(shape, p, dx, dy, dout)
-                if adjacent:
-                    dx, dy, dout = x_size, y_size, out_size
-                for i in range(count):
-                    put_i64(state + s_x + 8 * i, x0 + x + i * dx)
-                    put_i64(state + s_y + 8 * i, y0 + y + i * dy)
-                    put_i64(state + s_out + 8 * i, out0 + out + i * dout)
-            else:
-                for i in range(count):
-                    x, y, out = row_offsets(shape, p + i, dx, dy, dout)
-                    put_i64(state + s_x + 8 * i, x0 + x)
-                    put_i64(state + s_y + 8 * i, y0 + y)
-                    put_i64(state + s_out + 8 * i, out0 + out)
-            last = state + (count - 1) // lanes * lanes * 8
-            for i in range(count, (count + lanes - 1) // lanes * lanes):
-                put_i64(state + s_x + 8 * i, get_i64(last + s_x))
-                put_i64(state + s_y + 8 * i, get_i64(last + s_y))
-                put_i64(state + s_out + 8 * i, get_i64(last + s_out))
 
         @device
-        def start(state):
-            """To be called before the first tile: no panel is packed."""
-            put_i64(state + s_panel, -1)
+        def put_row(frame, state, i, p):
+            """Set the addresses of row p, which is the batch's row i."""
+            x, y, out = row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
+            put_i64(state + s_x + 8 * i, x_data(frame) + x)
+            put_i64(state + s_y + 8 * i, y_data(frame) + y)
+            put_i64(state + s_out + 8 * i, out_data(frame) + out)
+
+        if adjacent:
+
+            @device
+            def begin(frame, state, p, count):
+                """Set the addresses of row p, which those of the other rows follow from."""
+                enter(frame, state, p)
+                put_row(frame, state, 0, p)
+
+        else:
+
+            @device
+            def begin(frame, state, p, count):
+                """Set the addresses of rows p … p + count − 1.
+
+                The last vector of rows is filled up with the address of its first one.
+                """
+                enter(frame, state, p)
+                for i in range(count):
+                    put_row(frame, state, i, p + i)
+                last = state + (count - 1) // lanes * lanes * 8
+                for i in range(count, (count + lanes - 1) // lanes * lanes):
+                    put_i64(state + s_x + 8 * i, get_i64(last + s_x))
+                    put_i64(state + s_y + 8 * i, get_i64(last + s_y))
+                    put_i64(state + s_out + 8 * i, get_i64(last + s_out))
+
+        def make_address(slot, access):
+            """address(state, i): where row i of the batch lies."""
+            size = access.size if access else 0
+            if adjacent:
+                return device(lambda state, i: get_i64(state + slot) + i * size)
+            return device(lambda state, i: get_i64(state + slot + 8 * i))
 
         self.start, self.advance, self.begin = start, advance, begin
+        self.x_of = make_address(s_x, self.x_access)
+        self.y_of = make_address(s_y, self.y_access)
+        self.out_of = make_address(s_out, self.out_access)
 
     # -- into the tile
 
     def _make_pack(self):
+        """self._tiles, self._pack, self._pack_max, self._fetch."""
         classes, panel, inner = integer("classes"), integer("panel"), integer("inner")
         x_step, y_step = integer("x_class"), integer("y_class")
-        pack_x = self._packer(self.x_access, "x")
-        pack_y = self._packer(self.y_access, "y") if self.y_access else None
+        pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_panel = SLOT["panel"]
+        s_panel, s_x = SLOT["panel"], SLOT["x"]
+        x_size, adjacent = self.x_access.size, self.layout == COLUMNS
 
         @device
         def tiles(frame, state):
@@ -185,91 +208,143 @@ class Tiles:
             x = state + _TILE + get_i64(state + s_panel + 16) * size
             return x, x + length * pitch, pitch
 
+        def make_pack(pack_x):
+            @device
+            def pack(frame, state, count, j, n):
+                """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
+                if get_i64(state + s_panel + 8) == j and n == classes(frame):
+                    return
+                put_i64(state + s_panel + 8, j)
+                x, y, pitch = tiles(frame, state)
+                p, offset = get_i64(state + s_panel), get_i64(state + s_panel + 16)
+                width = min(panel(frame), inner(frame) - p % inner(frame))
+                pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
+                if has_y:
+                    pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
+
+            return pack
+
         @device
-        def pack(frame, state, count, j, n):
-            """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
-            if get_i64(state + s_panel + 8) == j and n == classes(frame):
-                return
-            put_i64(state + s_panel + 8, j)
-            x, y, pitch = tiles(frame, state)
-            p, offset = get_i64(state + s_panel), get_i64(state + s_panel + 16)
-            width = min(panel(frame), inner(frame) - p % inner(frame))
-            pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
-            if has_y:
-                pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
+        def fetch(frame, state, c, n):
+            """Ask for the next panel's part that lies ahead of the columns from c on."""
+            ahead = panel(frame)
+            next_p = get_i64(state + s_panel) + get_i64(state + s_panel + 16) + c + ahead
+            if next_p < get_i64(state + s_panel + 24):
+                at, step = get_i64(state + s_x) + (c + ahead) * x_size, x_step(frame)
+                for j in range(n):
+                    ask(at + j * step)
 
-        self._tiles, self._pack = tiles, pack
+        @device
+        def fetch_nothing(frame, state, c, n):
+            """Rows that are packed by the tile are fetched by the packer."""
 
-    def _packer(self, access, name):
+        ask = traced(lambda address: prefetch(address, level=2))
+        self._tiles, self._fetch = tiles, fetch if adjacent else fetch_nothing
+        self._pack = make_pack(self._packer(self.x_access, "x", False))
+        self._pack_max = make_pack(self._packer(self.x_access, "x", True))
+
+    def _packer(self, access, name, maxima):
         """pack(state, tile, pitch, width, offset, j0, n, step) for one input.
 
-        It packs a panel of `width` rows, of which the tile begins with row `offset`.
+        It packs a panel of `width` rows, of which the tile begins with row `offset`; with
+        `maxima` it leaves each row's maximum at _MAXIMA, NaN if one of its elements is.
         """
-        form, lanes, slot = access.format, self._lanes, SLOT[name]
+        form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
         size, width = self._size, lanes * self._size
+
+        def larger(v, m):
+            """The larger one; NaN once there was one."""
+            m = where(v > m, v, m)
+            return where(v == v, m, v)
+
+        def put(target, v, most):
+            store_vector(target, v)
+            if maxima:
+                store_vector(most, larger(v, load_vector(most, elem, lanes)))
+
+        @traced
+        def lowest(most):
+            store_vector(most, zeros(most, elem, lanes) - math.inf)
+
+        @device
+        def clear_maxima(state, count):
+            if maxima:
+                for c in range(0, count, lanes):
+                    lowest(state + _MAXIMA + c * size)
 
         if self.layout == COLUMNS:
             form_size, form_bytes = form.size, form.size * lanes
 
             @traced
-            def whole(tile, address):
-                store_vector(tile, form.load(address))
+            def whole(tile, most, address):
+                put(tile, form.load(address), most)
 
             @traced
-            def part(tile, address, count):
-                store_vector(tile, form.load_first(address, count, 0.0))
+            def part(tile, most, address, count):
+                put(tile, form.load_first(address, count, 0.0), most)
 
             @device
             def pack(state, tile, pitch, count, offset, j0, n, step):
                 first = get_i64(state + slot) - offset * form_size
                 tile -= offset * size
+                clear_maxima(state, count)
                 for j in range(n):
                     address, target = first + (j0 + j) * step, tile + j * pitch
+                    most = state + _MAXIMA
                     c = 0
                     while c + lanes <= count:
-                        whole(target, address)
+                        whole(target, most, address)
                         address += form_bytes
                         target += width
+                        most += width
                         c += lanes
                     if c < count:
-                        part(target, address, count - c)
+                        part(target, most, address, count - c)
 
         elif self.layout == ROWS:
             out_size = self.out_access.size if self.out_access else 0
 
             @traced
-            def block(state, tile, pitch, j0, j, n, ahead):
+            def block(state, tile, most, pitch, j0, j, n, ahead):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
-                    rows.append(form.load_first(address, n - j, 0.0))
+                    # No class is as low as what stands for the absent ones.
+                    rows.append(form.load_first(address, n - j, -math.inf if maxima else 0.0))
                     prefetch(address + ahead)  # the next tile's row
                     if name == "x" and out_size:
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
                         prefetch(out + (j0 + j) * out_size, to_write=True)
-                for r, column in enumerate(transpose(rows)):
+                columns = transpose(rows)
+                for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
+                if maxima:
+                    m = functools.reduce(lambda m, v: larger(v, m), columns)
+                    store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
             @device
             def pack(state, tile, pitch, count, offset, j0, n, step):
                 last = state + slot + 8 * (count - 1)
                 ahead = get_i64(last) - get_i64(state + slot)
+                clear_maxima(state, count)
                 for c in range(0, count, lanes):
+                    most = state + _MAXIMA + c * size
                     for j in range(0, n, lanes):
-                        block(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
+                        block(state + 8 * c, tile + c * size, most, pitch, j0, j, n, ahead)
 
         else:
 
             @traced
-            def single(state, tile, offset, count):
-                store_vector(tile, form.gather_at(state + slot, offset, count, 0.0))
+            def single(state, tile, most, offset, count):
+                put(tile, form.gather_at(state + slot, offset, count, 0.0), most)
 
             @device
             def pack(state, tile, pitch, count, offset, j0, n, step):
+                clear_maxima(state, count)
                 for j in range(n):
                     for c in range(0, count, lanes):
-                        target = tile + j * pitch + c * size
-                        single(state + 8 * c, target, (j0 + j) * step, count - c)
+                        target, most = tile + j * pitch + c * size, state + _MAXIMA + c * size
+                        single(state + 8 * c, target, most, (j0 + j) * step, count - c)
 
         return pack
 
@@ -303,7 +378,7 @@ class Tiles:
     def _make_column_sums(self, terms, elem, counts):
         """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64.
 
-        `counts` tells that the second term is a count, exact in any order.
+        `counts` tells that the second term is a mask: a count is exact in any order.
         """
         inputs, lanes = self._inputs_at(), self._lanes
         step, group = 4 * lanes, 4 * lanes * STEPS
@@ -321,29 +396,32 @@ class Tiles:
             b = None if counts else load_vector(at + (lane * line + 2 * area), elem, lanes)
             return a, b
 
+        def more(total, b):
+            return count(total, b) if counts else total
+
         @traced
         def four(group_a, group_b, operands, j, params):
             (a0, b0), (a1, b1), (a2, b2), (a3, b3) = (
                 terms(*inputs(operands, j + i * lanes), params) for i in range(4)
             )
-            return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
+            return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
 
         @traced
         def keep(at, lane, a, b):
             put(at, lane, a, b)
 
         @traced
-        def set_one(at, lane, operands, j, params, count):
+        def set_one(at, lane, operands, j, params, total):
             a, b = terms(*inputs(operands, j), params)
             put(at, lane, a, b)
-            return count + b
+            return more(total, b)
 
         @traced
-        def add_one(at, lane, operands, j, params, count):
+        def add_one(at, lane, operands, j, params, total):
             a, b = terms(*inputs(operands, j), params)
             old_a, old_b = load(at, lane)
             put(at, lane, old_a + a, None if counts else old_b + b)
-            return count + b
+            return more(total, b)
 
         @traced
         def add_area(at, other):
@@ -364,7 +442,7 @@ class Tiles:
             return a + b
 
         @traced
-        def close(a, a_low, b, work, count):
+        def close(a, a_low, b, work, total):
             """Add the lanes in a tree, and the group to the sums."""
             sums = [load(work, lane) for lane in range(lanes)]
             while len(sums) > 1:
@@ -373,19 +451,19 @@ class Tiles:
                 sums = [(a0 + a1, None if counts else b0 + b1) for (a0, b0), (a1, b1) in pairs]
             group_a, group_b = sums[0]
             a, e = two_sum(a, convert(group_a, "f8"))
-            return a, a_low + e, b + convert(count if counts else group_b, "f8")
+            return a, a_low + e, b + convert(total if counts else group_b, "f8")
 
         @device
-        def pair(at, operands, j, n, params, count):
+        def pair(at, operands, j, n, params, total):
             """v + w of a step that is not full, v from class j on, w the next vector; n classes."""
             nothing = zero(n)
             for lane in range(min(n, lanes)):
-                count = set_one(at, lane, operands, j + lane, params, count)
+                total = set_one(at, lane, operands, j + lane, params, total)
             for lane in range(n, lanes):
                 keep(at, lane, nothing, nothing)
             for lane in range(min(n - lanes, lanes)):
-                count = add_one(at, lane, operands, j + lanes + lane, params, count)
-            return count
+                total = add_one(at, lane, operands, j + lanes + lane, params, total)
+            return total
 
         @device
         def sums(operands, n, params, work):
@@ -394,25 +472,25 @@ class Tiles:
             while g < n:
                 end = min(g + group, n)
                 rest = end - (end - g) % step  # where the last step begins, if it is not full
-                count = zero(n)
+                total = zero(n)
                 if rest > g:
                     for lane in range(lanes):
                         lane_a = lane_b = zero(n)
                         for j in range(g, rest, step):
                             lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
                         keep(work, lane, lane_a, lane_b)
-                        count = plus(count, lane_b)
+                        total = plus(total, lane_b)
                 if rest < end:
                     at = work if rest == g else work + area
-                    count = pair(at, operands, rest, end - rest, params, count)
+                    total = pair(at, operands, rest, end - rest, params, total)
                     if rest + 2 * lanes < end:
                         half = rest + 2 * lanes
                         other = work + 4 * area
-                        count = pair(other, operands, half, end - half, params, count)
+                        total = pair(other, operands, half, end - half, params, total)
                         add_area(at, other)
                     if rest > g:
                         add_area(work, at)
-                a, a_low, b = close(a, a_low, b, work, count)
+                a, a_low, b = close(a, a_low, b, work, total)
                 g += group
             return a, a_low, b
 
@@ -428,41 +506,25 @@ class Tiles:
 
         return put_sums
 
-    def _make_column_max(self):
-        """column_max(state, c, tile, pitch, n): maxima of a vector of columns into block_m."""
-        elem, lanes = self.elem, self._lanes
-
-        @traced
-        def start(n):
-            lowest = zeros(n, elem, lanes) - math.inf
-            return lowest, unordered(lowest, lowest)
-
-        @traced
-        def step(m, bad, tile):
-            v = load_vector(tile, elem, lanes)
-            return where(v > m, v, m), bad | unordered(v, v)
-
-        @traced
-        def put(state, c, m, bad):
-            store_vector(state + (SLOT["block_m"] + 8 * c), convert(where(bad, math.nan, m), "f8"))
-
-        @device
-        def column_max(state, c, tile, pitch, n):
-            m, bad = start(n)
-            for j in range(n):
-                m, bad = step(m, bad, tile + j * pitch)
-            put(state, c, m, bad)
-
-        return column_max
-
     def softmax(self, rest_and_count):
         """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile."""
-        column_max, put_sums = self._make_column_max(), self._make_put_sums()
+        put_sums = self._make_put_sums()
         sums = self._make_column_sums(rest_and_count, self.elem, counts=True)
         params = self._params(("block_m", "base", "magic", "floor"), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        tiles, pack, classes = self._tiles, self._pack, integer("classes")
-        block, lanes, size = BLOCK[self.elem], self._lanes, self._size
+        tiles, pack, fetch = self._tiles, self._pack_max, self._fetch
+        classes, elem = integer("classes"), self.elem
+        block, lanes, size = BLOCK[elem], self._lanes, self._size
+        s_offset, s_block_m = SLOT["panel"] + 16, SLOT["block_m"]
+
+        @traced
+        def take_max(state, c, most):
+            v = load_vector(most + c * size, elem, lanes)
+            store_vector(state + (s_block_m + 8 * c), convert(v, "f8"))
+
+        @traced
+        def minus(length, below):
+            return convert(length, "f8") - below
 
         @device
         def reduce(frame, state, count):
@@ -472,13 +534,15 @@ class Tiles:
             while j == 0 or j < n:
                 length = min(n - j, block)
                 pack(frame, state, count, j, length)
+                most = state + _MAXIMA + get_i64(state + s_offset) * size
                 for c in range(0, count, lanes):
-                    column_max(state, c, x + c * size, pitch, length)
+                    take_max(state, c, most)
                 centre_on(state, count)
                 for c in range(0, count, lanes):
+                    fetch(frame, state, c, length)
                     operands = (x + c * size, x, x, pitch)
-                    a, low, k = sums(operands, length, params(state, c), state + _WORK)
-                    put_sums(state, c, a, low, k)
+                    a, low, below = sums(operands, length, params(state, c), state + _WORK)
+                    put_sums(state, c, a, low, minus(length, below))
                 if j == 0:
                     first_block(state, count)
                 else:
