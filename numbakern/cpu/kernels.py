@@ -31,6 +31,7 @@ from numbakern.cpu.state import (
     put_rows,
 )
 from numbakern.cpu.vmath import (
+    EXP_RANGE,
     LN_2,
     exp,
     exp_nonpositive,
@@ -72,15 +73,13 @@ def rest_and_count(x, _y, _w, params):
     m, base, magic, floor = params
     below = x < m
     h = x - base
-    # What is clamped sums up to less than `finish` keeps, so no comparison has to mask it.
-    e = exp_scaled(where(h > floor, h, floor), magic)
-    return where(below, e, 0.0), below
+    return where(below & (h > floor), exp_scaled(h, magic), 0.0), below
 
 
 def probability(x, base, magic, floor, scale):
-    """exp(x − m) / Σ; what is clamped rounds to 0, and a row without softmax has a NaN `scale`."""
+    """exp(x − m) / Σ; 0 where h = x − base is below `floor`, NaN where `scale` is."""
     h = x - base
-    return exp_scaled(where(h > floor, h, floor), magic) * scale
+    return where(h > floor, exp_scaled(h, magic), 0.0) * scale  # no product that underflows
 
 
 PROBABILITY = ("base", "magic", "floor", "scale")
@@ -92,11 +91,13 @@ def make_normalise(elem, given=False):
 
     Where `given`, slot m holds its log-sum-exp, and that is all there is.
     """
+    span = EXP_RANGE[elem]
     centre_on = make_centre_on("m", elem)
 
     def normalise(state):
+        floor = get(state, "floor") + (span.flush - span.floor)
         total = 1.0 if given else get(state, "k") + get(state, "rest")
-        put(state, scale=get(state, "factor") / total)
+        put(state, floor=floor, scale=get(state, "factor") / total)
 
     step = each_eight(normalise)
 

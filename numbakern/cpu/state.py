@@ -15,7 +15,7 @@ from numbakern.cpu.simd import (
     traced,
     where,
 )
-from numbakern.cpu.vmath import EXP_RANGE, centre, exp_nonpositive, is_finite, log_sum, two_sum
+from numbakern.cpu.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
 
 MAX_ROWS = 128
 """Rows of the largest batch."""
@@ -144,7 +144,6 @@ def make_finish(elem):
         m, k = get(state, "m"), get(state, "k")
         rest = get(state, "rest") + get(state, "rest_low")
         good = is_finite(m)
-        rest = where(rest >= EXP_RANGE[elem].tiny, rest, 0.0)  # NaN too, which is not good
         value = log_sum(where(good, k, 1.0), where(good, rest, 0.0), elem)
         put(state, rest=rest, log_sum=where(good, value, float("nan")))
 

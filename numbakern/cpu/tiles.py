@@ -145,12 +145,10 @@ class Tiles:
             put_i64(state + s_panel + 16, offset)
 
         @device
-        def put_row(frame, state, i, p):
-            """Set the addresses of row p, which is the batch's row i."""
-            x, y, out = row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
-            put_i64(state + s_x + 8 * i, x_data(frame) + x)
-            put_i64(state + s_y + 8 * i, y_data(frame) + y)
-            put_i64(state + s_out + 8 * i, out_data(frame) + out)
+        def put(state, i, x, y, out):
+            put_i64(state + s_x + 8 * i, x)
+            put_i64(state + s_y + 8 * i, y)
+            put_i64(state + s_out + 8 * i, out)
 
         if adjacent:
 
@@ -158,7 +156,10 @@ class Tiles:
             def begin(frame, state, p, count):
                 """Set the addresses of row p, which those of the other rows follow from."""
                 enter(frame, state, p)
-                put_row(frame, state, 0, p)
+                x, y, out = row_offsets(
+                    geometry(frame), p, x_row(frame), y_row(frame), out_row(frame)
+                )
+                put(state, 0, x_data(frame) + x, y_data(frame) + y, out_data(frame) + out)
 
         else:
 
@@ -169,13 +170,15 @@ class Tiles:
                 The last vector of rows is filled up with the address of its first one.
                 """
                 enter(frame, state, p)
+                shape, dx, dy, dout = geometry(frame), x_row(frame), y_row(frame), out_row(frame)
+                x0, y0, out0 = x_data(frame), y_data(frame), out_data(frame)
                 for i in range(count):
-                    put_row(frame, state, i, p + i)
+                    x, y, out = row_offsets(shape, p + i, dx, dy, dout)
+                    put(state, i, x0 + x, y0 + y, out0 + out)
                 last = state + (count - 1) // lanes * lanes * 8
+                x0, y0, out0 = get_i64(last + s_x), get_i64(last + s_y), get_i64(last + s_out)
                 for i in range(count, (count + lanes - 1) // lanes * lanes):
-                    put_i64(state + s_x + 8 * i, get_i64(last + s_x))
-                    put_i64(state + s_y + 8 * i, get_i64(last + s_y))
-                    put_i64(state + s_out + 8 * i, get_i64(last + s_out))
+                    put(state, i, x0, y0, out0)
 
         def make_address(slot, access):
             """address(state, i): where row i of the batch lies."""
@@ -192,13 +195,12 @@ class Tiles:
     # -- into the tile
 
     def _make_pack(self):
-        """self._tiles, self._pack, self._pack_max, self._fetch."""
+        """self._tiles, self._pack, self._pack_max."""
         classes, panel, inner = integer("classes"), integer("panel"), integer("inner")
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_panel, s_x = SLOT["panel"], SLOT["x"]
-        x_size, adjacent = self.x_access.size, self.layout == COLUMNS
+        s_panel = SLOT["panel"]
 
         @device
         def tiles(frame, state):
@@ -224,22 +226,7 @@ class Tiles:
 
             return pack
 
-        @device
-        def fetch(frame, state, c, n):
-            """Ask for the next panel's part that lies ahead of the columns from c on."""
-            ahead = panel(frame)
-            next_p = get_i64(state + s_panel) + get_i64(state + s_panel + 16) + c + ahead
-            if next_p < get_i64(state + s_panel + 24):
-                at, step = get_i64(state + s_x) + (c + ahead) * x_size, x_step(frame)
-                for j in range(n):
-                    ask(at + j * step)
-
-        @device
-        def fetch_nothing(frame, state, c, n):
-            """Rows that are packed by the tile are fetched by the packer."""
-
-        ask = traced(lambda address: prefetch(address, level=2))
-        self._tiles, self._fetch = tiles, fetch if adjacent else fetch_nothing
+        self._tiles = tiles
         self._pack = make_pack(self._packer(self.x_access, "x", False))
         self._pack_max = make_pack(self._packer(self.x_access, "x", True))
 
@@ -276,8 +263,9 @@ class Tiles:
             form_size, form_bytes = form.size, form.size * lanes
 
             @traced
-            def whole(tile, most, address):
+            def whole(tile, most, address, ahead):
                 put(tile, form.load(address), most)
+                prefetch(address + ahead)
 
             @traced
             def part(tile, most, address, count):
@@ -290,10 +278,12 @@ class Tiles:
                 clear_maxima(state, count)
                 for j in range(n):
                     address, target = first + (j0 + j) * step, tile + j * pitch
+                    # What comes next: the next class, in the end the next panel.
+                    ahead = step if j + 1 < n else count * form_size - j * step
                     most = state + _MAXIMA
                     c = 0
                     while c + lanes <= count:
-                        whole(target, most, address)
+                        whole(target, most, address, ahead)
                         address += form_bytes
                         target += width
                         most += width
@@ -512,7 +502,7 @@ class Tiles:
         sums = self._make_column_sums(rest_and_count, self.elem, counts=True)
         params = self._params(("block_m", "base", "magic", "floor"), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        tiles, pack, fetch = self._tiles, self._pack_max, self._fetch
+        tiles, pack = self._tiles, self._pack_max
         classes, elem = integer("classes"), self.elem
         block, lanes, size = BLOCK[elem], self._lanes, self._size
         s_offset, s_block_m = SLOT["panel"] + 16, SLOT["block_m"]
@@ -539,7 +529,6 @@ class Tiles:
                     take_max(state, c, most)
                 centre_on(state, count)
                 for c in range(0, count, lanes):
-                    fetch(frame, state, c, length)
                     operands = (x + c * size, x, x, pitch)
                     a, low, below = sums(operands, length, params(state, c), state + _WORK)
                     put_sums(state, c, a, low, minus(length, below))
