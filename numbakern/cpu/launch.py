@@ -87,9 +87,11 @@ def plan(
         inner = sizes[-1] if layout == tiles.COLUMNS else rows
         columns = tiles.columns_for(elem, classes, inputs)
         panel = tiles.panel_for(elem, classes, inputs) if layout == tiles.COLUMNS else columns
-        columns, panel = (min(n, -(-inner // lanes) * lanes) for n in (columns, panel))
-        unit = max(1, panel // columns) if columns else 1
-        items = (rows // inner) * -(-inner // columns) if rows else 0
+        if rows:
+            columns = min(columns, -(-inner // lanes) * lanes)
+            panel = min(panel, -(-inner // columns) * columns)
+            unit = panel // columns
+            items = (rows // inner) * tiles.tiles_for(elem, layout, inner, columns, panel)
         scratch = tiles.scratch_size(elem, classes, panel, inputs)
 
     def spread(values, absent):

@@ -70,6 +70,17 @@ def panel_for(elem, classes, inputs):
     return max(columns, fit // columns * columns)
 
 
+def tiles_for(elem, layout, length, columns, panel):
+    """How many tiles a run of adjacent rows is cut into, in whole panels; some may be empty."""
+    early = _most_early(elem, layout)
+    return -(-(length + early) // panel) * (panel // columns)
+
+
+def _most_early(elem, layout):
+    """Columns by which tiles may begin before a run."""
+    return vector_lanes(elem) - 1 if layout == COLUMNS else 0
+
+
 def scratch_size(elem, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
     return _TILE + inputs * _tile_size(elem, min(classes, BLOCK[elem]), panel)
@@ -109,40 +120,67 @@ class Tiles:
 
     def _make_walk(self):
         inner, columns, panel = integer("inner"), integer("columns"), integer("panel")
-        s_panel, s_end = SLOT["panel"], SLOT["panel"] + 24
+        s_panel = SLOT["panel"]
         x_row, y_row, out_row = integer("x_row"), integer("y_row"), integer("out_row")
         x_data, y_data, out_data = data("x"), data("y"), data("out")
         geometry = data("geometry")
         s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
         adjacent, lanes = self.layout == COLUMNS, self._lanes
+        early = _most_early(self.elem, self.layout)
+        x_size, out_size = (a.size if a else 0 for a in (self.x_access, self.out_access))
+
+        def offsets(frame, p):
+            return row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
+
+        offsets = device(offsets)
 
         @device
-        def row_of(frame, item):
-            """The first row of the tile `item`; tiles end with the innermost axis."""
+        def skew(frame, run):
+            """Columns by which the tiles of a run of adjacent rows begin before it.
+
+            So they end with a whole vector of what is written, or else read.
+            """
+            if not adjacent:
+                return 0
+            x, _, out = offsets(frame, run * inner(frame))
+            address = out_data(frame) + out if out_size else x_data(frame) + x
+            size = out_size if out_size else x_size
+            return address % (lanes * size) // size if address % size == 0 else 0
+
+        @device
+        def place(frame, item):
+            """Where a tile lies: (first row of its run, first column, columns)."""
             length, width = inner(frame), columns(frame)
-            tiles = (length + width - 1) // width
-            return (item // tiles) * length + (item % tiles) * width
+            whole = panel(frame)
+            tiles = (length + early + whole - 1) // whole * (whole // width)  # as `tiles_for`
+            run = item // tiles
+            at = item % tiles * width - skew(frame, run)
+            first = max(at, 0)
+            return run * length, first, max(min(at + width, length) - first, 0)
 
         @device
         def start(frame, state, last):
-            """To be called before the first tile: no panel is packed; items end before `last`."""
+            """To be called before the first tile: no panel is packed."""
             put_i64(state + s_panel, -1)
-            put_i64(state + s_end, row_of(frame, last))
 
         @device
         def advance(frame, item, last):
-            """The tile `item`: (first row, rows, next item)."""
-            p, length = row_of(frame, item), inner(frame)
-            return p, min(columns(frame), length - p % length), item + 1
+            """The tile `item`: (first row, rows, next item); tiles end with the innermost axis."""
+            p, first, count = place(frame, item)
+            return p + first, count, item + 1
 
         @device
         def enter(frame, state, p):
             """Find the panel that row p belongs to."""
-            offset = (p % inner(frame)) % panel(frame)
-            if get_i64(state + s_panel) != p - offset:
-                put_i64(state + s_panel, p - offset)
+            length, width = inner(frame), panel(frame)
+            column, before = p % length, skew(frame, p // length)
+            at = (column + before) // width * width - before
+            first = max(at, 0)
+            if get_i64(state + s_panel) != p - column + first:
+                put_i64(state + s_panel, p - column + first)
                 put_i64(state + s_panel + 8, -1)  # to be packed
-            put_i64(state + s_panel + 16, offset)
+            put_i64(state + s_panel + 16, column - first)
+            put_i64(state + s_panel + 24, min(at + width, length) - first)
 
         @device
         def put(state, i, x, y, out):
@@ -156,9 +194,7 @@ class Tiles:
             def begin(frame, state, p, count):
                 """Set the addresses of row p, which those of the other rows follow from."""
                 enter(frame, state, p)
-                x, y, out = row_offsets(
-                    geometry(frame), p, x_row(frame), y_row(frame), out_row(frame)
-                )
+                x, y, out = offsets(frame, p)
                 put(state, 0, x_data(frame) + x, y_data(frame) + y, out_data(frame) + out)
 
         else:
@@ -218,8 +254,7 @@ class Tiles:
                     return
                 put_i64(state + s_panel + 8, j)
                 x, y, pitch = tiles(frame, state)
-                p, offset = get_i64(state + s_panel), get_i64(state + s_panel + 16)
-                width = min(panel(frame), inner(frame) - p % inner(frame))
+                offset, width = get_i64(state + s_panel + 16), get_i64(state + s_panel + 24)
                 pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
                 if has_y:
                     pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
