@@ -10,6 +10,7 @@ import math
 from numbakern import formulas
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer, real
+from numbakern.cpu.rows import make_element, make_put_element
 from numbakern.cpu.simd import (
     any_lane,
     convert,
@@ -18,6 +19,7 @@ from numbakern.cpu.simd import (
     where,
 )
 from numbakern.cpu.state import (
+    CENTRED,
     LANES,
     SLOT,
     each_eight,
@@ -31,7 +33,6 @@ from numbakern.cpu.state import (
     put_rows,
 )
 from numbakern.cpu.vmath import (
-    EXP_RANGE,
     LN_2,
     exp,
     exp_nonpositive,
@@ -40,10 +41,10 @@ from numbakern.cpu.vmath import (
     is_finite,
 )
 
-S_M, S_K, S_REST, S_LOG_SUM = (SLOT[name] for name in ("m", "k", "rest", "log_sum"))
+S_M, S_K, S_REST = (SLOT[name] for name in ("m", "k", "rest"))
 S_P1, S_P2, S_SKIP, S_ROW_SCALE = (SLOT[name] for name in ("p1", "p2", "skip", "row_scale"))
-S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL, S_LABEL_GRAD = (
-    SLOT[name] for name in ("label", "x_label", "w_label", "q_label", "label_grad")
+S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL = (
+    SLOT[name] for name in ("label", "x_label", "w_label", "q_label")
 )
 
 
@@ -62,10 +63,24 @@ def each_batch(walker, work):
     return kernel
 
 
+@traced
+def put_eight_lse(state, i, count, values):
+    m, log_sum = get(state, "m"), get(state, "log_sum")
+    # An infinite maximum is the result itself.
+    put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
+
+
 @device
-def log_sum_exp(m, log_sum):
-    """m + log Σ exp(x − m); an infinite maximum is the result itself."""
-    return m if math.isinf(m) else m + log_sum
+def put_lse(state, count, values):
+    """Write m + log Σ exp(x − m) of every row."""
+    for i in range(0, count, LANES):
+        put_eight_lse(state + 8 * i, i, count, values)
+
+
+def exponential(x, base, magic, floor):
+    """exp(x − ref) up to the row's factor (see `vmath.centre`); 0 below `floor`."""
+    h = x - base
+    return where(h > floor, exp_scaled(h, magic), 0.0)
 
 
 def rest_and_count(x, _y, _w, params):
@@ -76,37 +91,11 @@ def rest_and_count(x, _y, _w, params):
     return where(below & (h > floor), exp_scaled(h, magic), 0.0), below
 
 
-def probability(x, base, magic, floor, scale):
-    """exp(x − m) / Σ; 0 where h = x − base is below `floor`, NaN where `scale` is."""
-    h = x - base
-    return where(h > floor, exp_scaled(h, magic), 0.0) * scale  # no product that underflows
-
-
-PROBABILITY = ("base", "magic", "floor", "scale")
-"""The slots of what `probability` needs."""
-
-
-def make_normalise(elem, given=False):
-    """Fill the slots of `probability`, from each row's maximum, count and rest.
-
-    Where `given`, slot m holds its log-sum-exp, and that is all there is.
-    """
-    span = EXP_RANGE[elem]
-    centre_on = make_centre_on("m", elem)
-
-    def normalise(state):
-        floor = get(state, "floor") + (span.flush - span.floor)
-        total = 1.0 if given else get(state, "k") + get(state, "rest")
-        put(state, floor=floor, scale=get(state, "factor") / total)
-
-    step = each_eight(normalise)
-
-    @device
-    def run(state, count):
-        centre_on(state, count)
-        step(state, count)
-
-    return run
+def rest_count_and_all(x, _y, _w, params):
+    """`rest_and_count`, and the exponentials of all elements to be kept for a map."""
+    m, *centred = params
+    below, e = x < m, exponential(x, *centred)
+    return where(below, e, 0.0), below, e
 
 
 def log_softmax(walker):
@@ -129,18 +118,16 @@ def log_softmax(walker):
 def softmax(walker):
     """out = softmax(x)."""
 
-    def value(x, _y, _w, params):
-        p = probability(x, *params)
+    def value(e, _y, _w, params):
+        p = e * params[0]
         return where(p > 1.0, 1.0, p)  # rounding may end one ulp above
 
-    reduce = walker.softmax(rest_and_count)
-    normalise = make_normalise(walker.elem)
-    sweep = walker.map(value, PROBABILITY)
+    reduce = walker.softmax(rest_count_and_all, keep=True)
+    sweep = walker.map_exp(value, exponential, ("scale",), kept=True)
 
     @device
     def work(frame, state, p, count):
         reduce(frame, state, count)
-        normalise(state, count)
         sweep(frame, state, count)
 
     return each_batch(walker, work)
@@ -154,9 +141,7 @@ def logsumexp(walker):
     @device
     def work(frame, state, p, count):
         reduce(frame, state, count)
-        for i in range(count):
-            m, log_sum = get_f64(state + S_M + 8 * i), get_f64(state + S_LOG_SUM + 8 * i)
-            put_f64(row_lse(frame) + 8 * (p + i), log_sum_exp(m, log_sum))
+        put_lse(state, count, row_lse(frame) + 8 * p)
 
     return each_batch(walker, work)
 
@@ -209,16 +194,6 @@ def _backward(walker, terms, total, value, names):
         sweep(frame, state, count)
 
     return each_batch(walker, work)
-
-
-def make_element(access):
-    """element(address): one element as float64."""
-    return traced(lambda address: convert(access.format.get(address), "f8"))
-
-
-def make_put_element(walker):
-    """put_element(address, value): write one element of the output, rounded once."""
-    return traced(lambda address, value: walker.out_access.format.put(address, value))
 
 
 def make_class_weight(elem):
@@ -283,29 +258,32 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         nll = -formulas.log_softmax_value(convert(x, "f8"), m, log_sum)
         return (q * nll if loss else q), q
 
-    def value(x, y, w, params):
-        base, magic, floor, scale, factor, keep, spread, skip = params
+    def value(e, y, w, params):
+        scale, factor, keep, spread, skip = params
+        p = e * scale
         q = target(y, w, keep, spread) if spread_out else 0.0
-        p = probability(x, base, magic, floor, scale)
         g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
         return where(skip != 0.0, 0.0, g)
 
+    def value_of_x(x, y, w, params):
+        base, magic, floor, *rest = params
+        return value(exponential(x, base, magic, floor), y, w, rest)
+
     classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
-    out_step, ignored = integer("out_class"), integer("ignore_index")
+    ignored = integer("ignore_index")
     labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
     row_lse, row_loss = data("row_lse"), data("row_loss")
     scale_of, keep_of, spread_of = real("scale"), real("keep"), real("spread")
     weight_sum = real("weight_sum")
     x_element, class_weight = make_element(walker.x_access), make_class_weight(elem)
     y_element = make_element(walker.y_access) if soft else None
-    put_element = make_put_element(walker) if grad else None
     find = make_find(walker.x_access)
-    x_of, y_of, out_of = walker.x_of, walker.y_of, walker.out_of
+    load, x_at, x_of, y_of = walker.load, walker.x_at, walker.x_of, walker.y_of
 
     @device
     def prepare(frame, state, p, count):
         """Each row's label, what is there, whether to skip the row, its log-sum-exp if given."""
-        step, ignore, targets = x_step(frame), ignored(frame), labels(frame)
+        ignore, targets = ignored(frame), labels(frame)
         keep, spread, lse, scales = (
             keep_of(frame),
             spread_of(frame),
@@ -322,7 +300,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                     t = -1
                     skip = 1.0
                 else:
-                    x = x_element(x_of(state, i) + t * step)
+                    x = x_at(frame, state, i, t)
                     if weighted:
                         w = class_weight(weights(frame), t)
             put_i64(at + S_LABEL, t)
@@ -388,41 +366,32 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             label_grad = scale * ((total - q) - total * others)
             put(state, p0=scale * total, p1=scale * keep, p2=scale * spread, label_grad=label_grad)
 
-    @traced
-    def put_lse(state, i, count, values):
-        m, log_sum = get(state, "m"), get(state, "log_sum")
-        put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
-
     @device
     def settle(frame, state, p, count):
         scale, keep, spread = scale_of(frame), keep_of(frame), spread_of(frame)
         total, losses, lse = weight_sum(frame), row_loss(frame) + 8 * p, row_lse(frame)
+        if not given and lse != 0:
+            put_lse(state, count, lse + 8 * p)
         for i in range(0, count, LANES):
-            if not given and lse != 0:
-                put_lse(state + 8 * i, i, count, lse + 8 * p)
             settle_eight(state + 8 * i, i, count, losses, scale, keep, spread, total)
 
-    @device
-    def fix_labels(frame, state, count):
-        """Overwrite the gradient where it is known better than the map knows it."""
-        step = out_step(frame)
-        for i in range(count):
-            t = get_i64(state + S_LABEL + 8 * i)
-            if t >= 0:
-                put_element(out_of(state, i) + t * step, get_f64(state + S_LABEL_GRAD + 8 * i))
-
-    reduce = add = sweep = normalise = None
+    reduce = add = sweep = centre_on = None
+    kept = grad and not given and not summed
     if not given:
-        reduce = walker.softmax(rest_and_count)
+        reduce = walker.softmax(rest_count_and_all if kept else rest_and_count, keep=kept)
     if summed:
         add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"))
-    if grad:
-        normalise = make_normalise(elem, given)
-        names = (*PROBABILITY, "p0", "p1", "p2", "skip")
-        sweep = walker.map(value, names, packed=not given or summed)
+    names = ("scale", "p0", "p1", "p2", "skip")
+    if grad and given:
+        centre_on = make_centre_on("m", elem)  # slot m holds the log-sum-exp
+        names = (*CENTRED, "factor", *names[1:])
+        sweep = walker.map(value_of_x, names, labelled=True)
+    elif grad:
+        sweep = walker.map_exp(value, exponential, names, kept, labelled=True)
 
     @device
     def work(frame, state, p, count):
+        load(frame, state, count)
         prepare(frame, state, p, count)
         if not given:
             reduce(frame, state, count)
@@ -432,9 +401,9 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             find_peaks(frame, state, count)
         settle(frame, state, p, count)
         if grad:
-            normalise(state, count)
+            if given:
+                centre_on(state, count)
             sweep(frame, state, count)
-            fix_labels(frame, state, count)
 
     return each_batch(walker, work)
 
@@ -464,7 +433,7 @@ def nll(walker):
 def nll_backward(walker):
     """out[t] = −weight[t]·scale for a label t that is not ignored; the rest is not touched."""
     weighted, elem = walker.weighted, walker.elem
-    put_element, class_weight = make_put_element(walker), make_class_weight(elem)
+    put_element, class_weight = make_put_element(walker.out_access), make_class_weight(elem)
     out_step = integer("out_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
     row_scale, common_scale, out_of = data("row_scale"), real("scale"), walker.out_of

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from numbakern.arrays import kind_of
-from numbakern.cpu import kernels, rowwise, state, threads, tiles
+from numbakern.cpu import kernels, rows as rows_walker, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows
 from numbakern.cpu.simd import Format, vector_lanes
@@ -81,7 +81,8 @@ def plan(
 
     rows = math.prod(sizes)
     inner = columns = panel = items = rows
-    scratch, work, unit = state.SIZE, rows * (_PER_ROW.get(operation) or classes), 1
+    scratch = rows_walker.scratch_size(elem, classes)
+    work, unit = rows * (_PER_ROW.get(operation) or classes), 1
     if layout not in _ROW_LAYOUTS:
         inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)
         inner = sizes[-1] if layout == tiles.COLUMNS else rows

@@ -12,7 +12,16 @@ import math
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
-from numbakern.cpu.rows import BLOCK, STEPS, Access, add_four, count, row_offsets
+from numbakern.cpu.rows import (
+    BLOCK,
+    SIZES,
+    STEPS,
+    Access,
+    add_four,
+    count,
+    make_element,
+    row_offsets,
+)
 from numbakern.cpu.simd import (
     convert,
     load_scalar,
@@ -27,14 +36,17 @@ from numbakern.cpu.simd import (
     zeros,
 )
 from numbakern.cpu.state import (
+    CENTRED,
     MAX_ROWS,
     SIZE,
     SLOT,
+    choose_ref,
     first_block,
     get_i64,
     join_block,
     make_centre_on,
     make_finish,
+    make_normalise,
     put_i64,
 )
 from numbakern.cpu.vmath import two_sum
@@ -46,9 +58,8 @@ PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 
 _WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
 _PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
-_MAXIMA = _PARAMS + 8 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
+_MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
 _TILE = _MAXIMA + 8 * PANEL_ROWS
-_SIZES = {"f4": 4, "f8": 8}
 
 COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 """Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
@@ -57,7 +68,7 @@ COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 def columns_for(elem, classes, inputs):
     """Rows in a tile of adjacent rows: as many as TILE_BYTES hold, at least one vector."""
     lanes, classes = vector_lanes(elem), min(max(1, classes), BLOCK[elem])
-    fit = min(TILE_BYTES // (classes * _SIZES[elem] * inputs), MAX_ROWS)
+    fit = min(TILE_BYTES // (classes * SIZES[elem] * inputs), MAX_ROWS)
     return max(lanes, fit // lanes * lanes)
 
 
@@ -66,7 +77,7 @@ def panel_for(elem, classes, inputs):
     columns = columns_for(elem, classes, inputs)
     if classes > BLOCK[elem]:
         return columns
-    fit = min(PANEL_BYTES // (max(1, classes) * _SIZES[elem] * inputs), PANEL_ROWS)
+    fit = min(PANEL_BYTES // (max(1, classes) * SIZES[elem] * inputs), PANEL_ROWS)
     return max(columns, fit // columns * columns)
 
 
@@ -88,7 +99,7 @@ def scratch_size(elem, classes, panel, inputs):
 
 def _tile_size(elem, classes, columns):
     lanes = vector_lanes(elem)
-    return -(-classes // lanes) * lanes * (columns * _SIZES[elem] + _PAD)
+    return -(-classes // lanes) * lanes * (columns * SIZES[elem] + _PAD)
 
 
 _PAD = 64  # between the classes of a tile: no power of two, which would fall into one cache set
@@ -112,7 +123,7 @@ class Tiles:
         self.x_access = Access(x_format, True)
         self.y_access = Access(y_format, True) if y_format else None
         self.out_access = Access(out_format, True) if out_format else None
-        self._lanes, self._size = vector_lanes(self.elem), _SIZES[self.elem]
+        self._lanes, self._size = vector_lanes(self.elem), SIZES[self.elem]
         self._make_walk()
         self._make_pack()
 
@@ -231,12 +242,12 @@ class Tiles:
     # -- into the tile
 
     def _make_pack(self):
-        """self._tiles, self._pack, self._pack_max."""
-        classes, panel, inner = integer("classes"), integer("panel"), integer("inner")
+        """self._tiles, self._pack, self._pack_max, self._take_maxima, self.load, self.x_at."""
+        classes, panel = integer("classes"), integer("panel")
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_panel = SLOT["panel"]
+        s_panel, s_block_m, elem = SLOT["panel"], SLOT["block_m"], self.elem
 
         @device
         def tiles(frame, state):
@@ -261,9 +272,39 @@ class Tiles:
 
             return pack
 
-        self._tiles = tiles
+        @traced
+        def take_max(state, c, most):
+            v = load_vector(most + c * size, elem, lanes)
+            store_vector(state + (s_block_m + 8 * c), convert(v, "f8"))
+
+        @device
+        def take_maxima(state, count):
+            """The maxima that packing has found, as float64 into block_m."""
+            most = state + _MAXIMA + get_i64(state + s_panel + 16) * size
+            for c in range(0, count, lanes):
+                take_max(state, c, most)
+
+        pack_max = make_pack(self._packer(self.x_access, "x", True))
+        x_element, x_of = make_element(self.x_access), self.x_of
+        packed_element = traced(lambda at: convert(load_scalar(at, elem), "f8"))
+
+        @device
+        def load(frame, state, count):
+            """Pack rows of a single block: to be called before `x_at`."""
+            if classes(frame) <= block:
+                pack_max(frame, state, count, 0, classes(frame))
+
+        @device
+        def x_at(frame, state, i, t):
+            """x of class t in row i of the batch, as float64."""
+            if classes(frame) <= block:
+                x, _, pitch = tiles(frame, state)
+                return packed_element(x + t * pitch + i * size)
+            return x_element(x_of(state, i) + t * x_step(frame))
+
+        self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
+        self.load, self.x_at = load, x_at
         self._pack = make_pack(self._packer(self.x_access, "x", False))
-        self._pack_max = make_pack(self._packer(self.x_access, "x", True))
 
     def _packer(self, access, name, maxima):
         """pack(state, tile, pitch, width, offset, j0, n, step) for one input.
@@ -403,11 +444,12 @@ class Tiles:
     def _make_column_sums(self, terms, elem, counts):
         """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64.
 
-        `counts` tells that the second term is a mask: a count is exact in any order.
+        `counts` tells that the second term is a mask: a count is exact in any order. A third term
+        replaces x in the tile.
         """
         inputs, lanes = self._inputs_at(), self._lanes
         step, group = 4 * lanes, 4 * lanes * STEPS
-        line = lanes * _SIZES[elem]  # work: a line a lane, for each term and then the pairs
+        line = lanes * SIZES[elem]  # work: a line a lane, for each term and then the pairs
         area = lanes * line
 
         def put(at, lane, a, b):
@@ -424,10 +466,17 @@ class Tiles:
         def more(total, b):
             return count(total, b) if counts else total
 
+        def take(operands, j, params):
+            a, b, *kept = terms(*inputs(operands, j), params)
+            if kept:
+                x, _, _, pitch = operands
+                store_vector(x + j * pitch, kept[0])
+            return a, b
+
         @traced
         def four(group_a, group_b, operands, j, params):
             (a0, b0), (a1, b1), (a2, b2), (a3, b3) = (
-                terms(*inputs(operands, j + i * lanes), params) for i in range(4)
+                take(operands, j + i * lanes, params) for i in range(4)
             )
             return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
 
@@ -437,13 +486,13 @@ class Tiles:
 
         @traced
         def set_one(at, lane, operands, j, params, total):
-            a, b = terms(*inputs(operands, j), params)
+            a, b = take(operands, j, params)
             put(at, lane, a, b)
             return more(total, b)
 
         @traced
         def add_one(at, lane, operands, j, params, total):
-            a, b = terms(*inputs(operands, j), params)
+            a, b = take(operands, j, params)
             old_a, old_b = load(at, lane)
             put(at, lane, old_a + a, None if counts else old_b + b)
             return more(total, b)
@@ -531,21 +580,18 @@ class Tiles:
 
         return put_sums
 
-    def softmax(self, rest_and_count):
-        """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile."""
+    def softmax(self, terms, keep=False):
+        """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile.
+
+        Where `keep`, the third of the `terms` is left for `map_exp`.
+        """
         put_sums = self._make_put_sums()
-        sums = self._make_column_sums(rest_and_count, self.elem, counts=True)
-        params = self._params(("block_m", "base", "magic", "floor"), self.elem)
+        sums = self._make_column_sums(terms, self.elem, counts=True)
+        params = self._params(("block_m", *CENTRED), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
         tiles, pack = self._tiles, self._pack_max
-        classes, elem = integer("classes"), self.elem
-        block, lanes, size = BLOCK[elem], self._lanes, self._size
-        s_offset, s_block_m = SLOT["panel"] + 16, SLOT["block_m"]
-
-        @traced
-        def take_max(state, c, most):
-            v = load_vector(most + c * size, elem, lanes)
-            store_vector(state + (s_block_m + 8 * c), convert(v, "f8"))
+        classes, take_maxima = integer("classes"), self._take_maxima
+        block, lanes, size = BLOCK[self.elem], self._lanes, self._size
 
         @traced
         def minus(length, below):
@@ -559,9 +605,7 @@ class Tiles:
             while j == 0 or j < n:
                 length = min(n - j, block)
                 pack(frame, state, count, j, length)
-                most = state + _MAXIMA + get_i64(state + s_offset) * size
-                for c in range(0, count, lanes):
-                    take_max(state, c, most)
+                take_maxima(state, count)
                 centre_on(state, count)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
@@ -614,49 +658,121 @@ class Tiles:
 
     # -- out of the tile
 
-    def map(self, value, names, packed=True):
+    def map(self, value, names, labelled=False):
         """sweep(frame, state, count): out = value(x, y, w, params), parameters in these slots.
 
-        `packed` tells that a reduction has left a tile of a single block in scratch.
+        Where `labelled`, slot label_grad is the result at the class in slot label.
         """
         tiles, pack = self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         out_step, flags = integer("out_class"), integer("flags")
         block, size = BLOCK[self.elem], self._size
-        narrow, unpack = self._narrower(names), self._unpacker(value, len(names))
+        narrow, unpack = self._make_unpack(value, names, labelled)
 
         @device
         def sweep(frame, state, count):
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             x, y, pitch = tiles(frame, state)
-            narrow(state, count)
             j = 0
             while j < n:
                 length = min(n - j, block)
-                if not packed or n > block:
-                    pack(frame, state, count, j, length)
+                pack(frame, state, count, j, length)
+                narrow(state, count, j, length)
                 operands = (x, y, weight(frame) + j * size, pitch)
                 unpack(state, operands, count, j, length, step, stream)
                 j += block
 
         return sweep
 
-    def _narrower(self, names):
-        """narrow(state, count): the slots' values in the type computed in, for `_map_params`."""
-        lanes, elem, pitch = self._lanes, self.elem, MAX_ROWS * self._size
+    def map_exp(self, value, exponential, names, kept, labelled=False):
+        """`map` of e = exp(x − ref), value(e, y, w, params); slot scale makes it a probability.
+
+        Parameters
+        ----------
+        exponential : function (x, base, magic, floor) -> e
+            Traced.
+        kept : bool
+            Whether `softmax` has left e in the tile; of several blocks none can be.
+        """
+        tiles, pack, take_maxima = self._tiles, self._pack_max, self._take_maxima
+        classes, weight = integer("classes"), data("weight")
+        out_step, flags = integer("out_class"), integer("flags")
+        block, size, lanes = BLOCK[self.elem], self._size, self._lanes
+        narrow, unpack = self._make_unpack(value, names, labelled)
+        normalise, params = make_normalise(self.elem), self._params(CENTRED, self.elem)
+        elem = self.elem
 
         @traced
-        def eight(state, at):
-            for i, name in enumerate(names):
+        def one(at, params):
+            store_vector(at, exponential(load_vector(at, elem, lanes), *params))
+
+        @device
+        def column(at, pitch, n, params):
+            for j in range(n):
+                one(at + j * pitch, params)
+
+        @device
+        def sweep(frame, state, count):
+            n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
+            x, y, pitch = tiles(frame, state)
+            j = 0
+            while j < n:
+                length = min(n - j, block)
+                if n > block:
+                    pack(frame, state, count, j, length)
+                    take_maxima(state, count)
+                choose_ref(state, count)
+                normalise(state, count)
+                if not kept or n > block:
+                    for c in range(0, count, lanes):
+                        column(x + c * size, pitch, length, params(state, c))
+                narrow(state, count, j, length)
+                operands = (x, y, weight(frame) + j * size, pitch)
+                unpack(state, operands, count, j, length, step, stream)
+                j += block
+
+        return sweep
+
+    def _make_unpack(self, value, names, labelled):
+        """(narrow, unpack) for `value`; with the labels' results in their places."""
+        if not labelled:
+            return self._narrower(names, False), self._unpacker(value, len(names))
+
+        def labelled_value(x, y, w, params, index):
+            *params, label, label_grad = params
+            return where(index == label, label_grad, value(x, y, w, params))
+
+        narrow = self._narrower((*names, "label_grad"), True)
+        return narrow, self._unpacker(labelled_value, len(names) + 2, indexed=True)
+
+    def _narrower(self, names, labelled):
+        """narrow(state, count, j, n): the slots' values in the type computed in, for `_map_params`.
+
+        Where `labelled`, slot label comes before the last, relative to class j; −1 for a label
+        that is not among classes j … j + n − 1.
+        """
+        lanes, elem, pitch, size = self._lanes, self.elem, MAX_ROWS * self._size, self._size
+        at_label = len(names) - 1
+        places = [i + (labelled and i == at_label) for i in range(len(names))]
+
+        @traced
+        def values(state, at):
+            for i, name in zip(places, names, strict=True):
                 v = convert(load_vector(state + SLOT[name], "f8", lanes), elem)
                 store_vector(at + i * pitch, v)
 
-        size = self._size
+        @traced
+        def labels(state, at, j, n):
+            label = convert(load_vector(state + SLOT["label"], "i8", lanes) - j, "f8")
+            inside = (label >= 0.0) & (label < convert(n, "f8"))
+            store_vector(at + at_label * pitch, convert(where(inside, label, -1.0), elem))
 
         @device
-        def narrow(state, count):
+        def narrow(state, count, j, n):
             for c in range(0, count, lanes):
-                eight(state + 8 * c, state + _PARAMS + c * size)
+                values(state + 8 * c, state + _PARAMS + c * size)
+                if labelled:
+                    labels(state + 8 * c, state + _PARAMS + c * size, j, n)
 
         return narrow
 
@@ -665,8 +781,11 @@ class Tiles:
         pitch, at = MAX_ROWS * self._size, state + _PARAMS + c * self._size
         return tuple(load_vector(at + i * pitch, self.elem, self._lanes) for i in range(count))
 
-    def _unpacker(self, value, count_of_params):
-        """unpack(state, operands, count, j0, n, step, stream)."""
+    def _unpacker(self, value, count_of_params, indexed=False):
+        """unpack(state, operands, count, j0, n, step, stream).
+
+        `indexed` tells that `value` takes the class too, counted from j0.
+        """
         inputs, lanes, form, slot = (
             self._inputs_at(),
             self._lanes,
@@ -679,7 +798,8 @@ class Tiles:
             """The result for class j and the columns from c on."""
             x, y, w, pitch = operands
             here = (x + c * size, y + c * size, w, pitch)
-            return value(*inputs(here, j), self._map_params(state, c, count_of_params))
+            index = (splat(j, self.elem, lanes),) if indexed else ()
+            return value(*inputs(here, j), self._map_params(state, c, count_of_params), *index)
 
         if self.layout == COLUMNS:
             line = form.size * lanes
