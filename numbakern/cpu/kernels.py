@@ -64,7 +64,7 @@ def each_batch(walker, work):
 
 
 @traced
-def put_eight_lse(state, i, count, values):
+def _put_eight_lse(state, i, count, values):
     m, log_sum = get(state, "m"), get(state, "log_sum")
     # An infinite maximum is the result itself.
     put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
@@ -74,7 +74,7 @@ def put_eight_lse(state, i, count, values):
 def put_lse(state, count, values):
     """Write m + log Σ exp(x − m) of every row."""
     for i in range(0, count, LANES):
-        put_eight_lse(state + 8 * i, i, count, values)
+        _put_eight_lse(state + 8 * i, i, count, values)
 
 
 def exponential(x, base, magic, floor):

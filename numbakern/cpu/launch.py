@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from numbakern.arrays import kind_of
-from numbakern.cpu import kernels, rows as rows_walker, rowwise, threads, tiles
+from numbakern.cpu import kernels, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
-from numbakern.cpu.rows import Rows
+from numbakern.cpu.rows import Rows, scratch_size
 from numbakern.cpu.simd import Format, vector_lanes
 
 FEW_CLASSES = 240
@@ -81,7 +81,7 @@ def plan(
 
     rows = math.prod(sizes)
     inner = columns = panel = items = rows
-    scratch = rows_walker.scratch_size(elem, classes)
+    scratch = scratch_size(elem, classes)
     work, unit = rows * (_PER_ROW.get(operation) or classes), 1
     if layout not in _ROW_LAYOUTS:
         inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)

@@ -435,7 +435,7 @@ class Rows:
     def softmax(self, terms, keep=False):
         """reduce(frame, state, count): m, k, rest and log_sum of every row.
 
-        Where `keep`, the third of the `terms` is left for `map_exp`.
+        Where `keep`, the third of the `terms` is left for `map_exp`, as are the blocks' maxima.
         """
         x_access = self.x_access
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
@@ -471,7 +471,7 @@ class Rows:
                     first_block(state, count)
                 else:
                     join_block(state, count)
-                if keep and n > block:
+                if n > block:
                     put_f64(state + _BLOCKS + j // block * 8, get_f64(state + s_block_m))
                 j += block
             finish(state, count)

@@ -190,8 +190,12 @@ class Tiles:
             if get_i64(state + s_panel) != p - column + first:
                 put_i64(state + s_panel, p - column + first)
                 put_i64(state + s_panel + 8, -1)  # to be packed
-            put_i64(state + s_panel + 16, column - first)
-            put_i64(state + s_panel + 24, min(at + width, length) - first)
+            # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
+            gap = first - at
+            put_i64(state + s_panel + 16, column - at if column > 0 else 0)
+            put_i64(state + s_panel + 24, column - first)
+            put_i64(state + s_panel + 32, min(at + width, length) - first)
+            put_i64(state + s_panel + 40, columns(frame) - gap if gap > 0 else width)
 
         @device
         def put(state, i, x, y, out):
@@ -265,10 +269,10 @@ class Tiles:
                     return
                 put_i64(state + s_panel + 8, j)
                 x, y, pitch = tiles(frame, state)
-                offset, width = get_i64(state + s_panel + 16), get_i64(state + s_panel + 24)
-                pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
+                offset, width = get_i64(state + s_panel + 16), get_i64(state + s_panel + 32)
+                pack_x(state, x - offset * size, pitch, width, j, n, x_step(frame))
                 if has_y:
-                    pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
+                    pack_y(state, y - offset * size, pitch, width, j, n, y_step(frame))
 
             return pack
 
@@ -307,13 +311,13 @@ class Tiles:
         self._pack = make_pack(self._packer(self.x_access, "x", False))
 
     def _packer(self, access, name, maxima):
-        """pack(state, tile, pitch, width, offset, j0, n, step) for one input.
+        """pack(state, panel, pitch, count, j0, n, step) for one input.
 
-        It packs a panel of `width` rows, of which the tile begins with row `offset`; with
-        `maxima` it leaves each row's maximum at _MAXIMA, NaN if one of its elements is.
+        It packs the tile's panel of `count` rows; with `maxima` it leaves each row's maximum at
+        _MAXIMA, NaN if one of its elements is.
         """
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
-        size, width = self._size, lanes * self._size
+        size, width, s_panel = self._size, lanes * self._size, SLOT["panel"]
 
         def larger(v, m):
             """The larger one; NaN once there was one."""
@@ -348,24 +352,32 @@ class Tiles:
                 put(tile, form.load_first(address, count, 0.0), most)
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
-                first = get_i64(state + slot) - offset * form_size
-                tile -= offset * size
-                clear_maxima(state, count)
+            def run(target, most, address, count, ahead):
+                c = 0
+                while c + lanes <= count:
+                    whole(target, most, address, ahead)
+                    address += form_bytes
+                    target += width
+                    most += width
+                    c += lanes
+                if c < count:
+                    part(target, most, address, count - c)
+
+            @device
+            def pack(state, panel, pitch, count, j0, n, step):
+                first = get_i64(state + slot) - get_i64(state + s_panel + 24) * form_size
+                head = min(get_i64(state + s_panel + 40), count)  # rows of a shorter first tile
+                place = -(-head // lanes) * width  # where the next one begins
+                clear_maxima(state, place // size + count - head)
                 for j in range(n):
-                    address, target = first + (j0 + j) * step, tile + j * pitch
+                    address, target = first + (j0 + j) * step, panel + j * pitch
+                    most = state + _MAXIMA
                     # What comes next: the next class, in the end the next panel.
                     ahead = step if j + 1 < n else count * form_size - j * step
-                    most = state + _MAXIMA
-                    c = 0
-                    while c + lanes <= count:
-                        whole(target, most, address, ahead)
-                        address += form_bytes
-                        target += width
-                        most += width
-                        c += lanes
-                    if c < count:
-                        part(target, most, address, count - c)
+                    run(target, most, address, head, ahead)
+                    if head < count:
+                        address += head * form_size
+                        run(target + place, most + place, address, count - head, ahead)
 
         elif self.layout == ROWS:
             out_size = self.out_access.size if self.out_access else 0
@@ -389,7 +401,7 @@ class Tiles:
                     store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
+            def pack(state, tile, pitch, count, j0, n, step):
                 last = state + slot + 8 * (count - 1)
                 ahead = get_i64(last) - get_i64(state + slot)
                 clear_maxima(state, count)
@@ -405,7 +417,7 @@ class Tiles:
                 put(tile, form.gather_at(state + slot, offset, count, 0.0), most)
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
+            def pack(state, tile, pitch, count, j0, n, step):
                 clear_maxima(state, count)
                 for j in range(n):
                     for c in range(0, count, lanes):
