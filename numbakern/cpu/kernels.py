@@ -15,6 +15,8 @@ from numbakern.cpu.simd import (
     any_lane,
     convert,
     load_scalar,
+    splat,
+    to_integer,
     traced,
     where,
 )
@@ -31,6 +33,8 @@ from numbakern.cpu.state import (
     put_f64,
     put_i64,
     put_rows,
+    take_labels,
+    take_rows,
 )
 from numbakern.cpu.vmath import (
     LN_2,
@@ -42,7 +46,6 @@ from numbakern.cpu.vmath import (
 )
 
 S_M, S_K, S_REST = (SLOT[name] for name in ("m", "k", "rest"))
-S_P1, S_P2, S_SKIP, S_ROW_SCALE = (SLOT[name] for name in ("p1", "p2", "skip", "row_scale"))
 S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL = (
     SLOT[name] for name in ("label", "x_label", "w_label", "q_label")
 )
@@ -278,42 +281,53 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     x_element, class_weight = make_element(walker.x_access), make_class_weight(elem)
     y_element = make_element(walker.y_access) if soft else None
     find = make_find(walker.x_access)
-    load, x_at, x_of, y_of = walker.load, walker.x_at, walker.x_of, walker.y_of
+    load, put_x_labels, x_of, y_of = walker.load, walker.put_x_labels, walker.x_of, walker.y_of
+
+    @traced
+    def prepare_eight(state, i, count, targets, ignore, keep, spread):
+        if soft:
+            nothing = get(state, "m").like(get(state, "m").constant(0.0))
+            put(state, skip=nothing)
+        else:
+            t = take_labels(targets, i, count)
+            skip = t == convert(ignore, "f8")
+            put(state, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
+        if summed:
+            put(state, p1=splat(keep, "f8", LANES), p2=splat(spread, "f8", LANES))
+
+    @traced
+    def take_lse(state, i, count, values):
+        put(state, m=take_rows(values, i, count))
+
+    @traced
+    def take_scale(state, i, count, values):
+        put(state, row_scale=take_rows(values, i, count))
+
+    @traced
+    def unit_scale(state):
+        put(state, row_scale=splat(state.like(state.constant(1)), "f8", LANES))
 
     @device
     def prepare(frame, state, p, count):
         """Each row's label, what is there, whether to skip the row, its log-sum-exp if given."""
-        ignore, targets = ignored(frame), labels(frame)
-        keep, spread, lse, scales = (
-            keep_of(frame),
-            spread_of(frame),
-            row_lse(frame),
-            row_scale(frame),
-        )
-        for i in range(count):
-            at, t = state + 8 * i, -1
-            skip = x = 0.0
-            w = 1.0
-            if not soft:
-                t = get_i64(targets + 8 * (p + i))
-                if t == ignore:
-                    t = -1
-                    skip = 1.0
-                else:
-                    x = x_at(frame, state, i, t)
-                    if weighted:
-                        w = class_weight(weights(frame), t)
-            put_i64(at + S_LABEL, t)
-            put_f64(at + S_SKIP, skip)
-            put_f64(at + S_X_LABEL, x)
-            put_f64(at + S_W_LABEL, w)
-            if summed:
-                put_f64(at + S_P1, keep)
-                put_f64(at + S_P2, spread)
+        keep, spread, lse, scales = keep_of(frame), spread_of(frame), row_lse(frame), 0
+        if grad:
+            scales = row_scale(frame)
+        for i in range(0, count, LANES):
+            at = state + 8 * i
+            prepare_eight(at, i, count, labels(frame) + 8 * p, ignored(frame), keep, spread)
             if given:
-                put_f64(at + S_M, get_f64(lse + 8 * (p + i)))
-            if grad:
-                put_f64(at + S_ROW_SCALE, 1.0 if scales == 0 else get_f64(scales + 8 * (p + i)))
+                take_lse(at, i, count, lse + 8 * p)
+            if grad and scales == 0:
+                unit_scale(at)
+            elif grad:
+                take_scale(at, i, count, scales + 8 * p)
+        if not soft:
+            put_x_labels(frame, state, count)
+            if weighted:
+                for i in range(count):
+                    t = get_i64(state + S_LABEL + 8 * i)
+                    put_f64(state + S_W_LABEL + 8 * i, class_weight(weights(frame), max(t, 0)))
 
     @device
     def find_peaks(frame, state, count):
@@ -355,7 +369,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         if soft:
             total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
         else:
-            w = get(state, "w_label")
+            w = get(state, "w_label") if weighted else 1.0
             total, q = w * keep + spread * weight_sum, w * (keep + spread)
             value = value - w * keep * log_p
         if loss:

@@ -302,6 +302,23 @@ def make_put_element(access):
     return traced(lambda address, value: access.format.put(address, value))
 
 
+def make_put_x_labels(walker):
+    """put_x_labels(frame, state, count): x at each row's label into x_label; 0 where it is −1."""
+    x_element, x_of, x_step = make_element(walker.x_access), walker.x_of, integer("x_class")
+    s_label, s_x_label = SLOT["label"], SLOT["x_label"]
+
+    @device
+    def put_x_labels(frame, state, count):
+        step = x_step(frame)
+        for i in range(count):
+            t, x = get_i64(state + s_label + 8 * i), 0.0
+            if t >= 0:
+                x = x_element(x_of(state, i) + t * step)
+            put_f64(state + s_x_label + 8 * i, x)
+
+    return put_x_labels
+
+
 def make_block_max(access, elem):
     """block_max(x, step, n): the largest of n elements as float64; NaN if one is NaN."""
     lanes = access.lanes
@@ -404,22 +421,15 @@ class Rows:
 
         @device
         def load(frame, state, count):
-            """To be called before `x_at`: rows are read where they lie."""
-
-        x_element = make_element(self.x_access)
-
-        @device
-        def x_at(frame, state, i, t):
-            """x of class t in row i of the batch, as float64."""
-            return x_element(get_i64(state + s_x + 8 * i) + t * x_step(frame))
+            """To be called before `put_x_labels`: rows are read where they lie."""
 
         def make_address(slot):
             """address(state, i): where row i of the batch lies."""
             return device(lambda state, i: get_i64(state + slot + 8 * i))
 
         self.start, self.advance, self.begin = start, advance, begin
-        self.load, self.x_at = load, x_at
         self.x_of, self.y_of, self.out_of = (make_address(s) for s in (s_x, s_y, s_out))
+        self.load, self.put_x_labels = load, make_put_x_labels(self)
         self._operands = operands
 
     def _params(self, names, elem=None):

@@ -78,12 +78,22 @@ def put(state, **values):
         store_vector(state + SLOT[name], value)
 
 
-_f8 = Format("f8", "f8")
+_f8, _i8 = Format("f8", "f8"), Format("i8", "f8")
 
 
 def put_rows(address, i, count, value):
     """Write eight rows' values to a float64 array with a value a row. Traced."""
     _f8.store_first(address + 8 * i, count - i, value)
+
+
+def take_rows(address, i, count):
+    """Eight rows' values of a float64 array with a value a row. Traced."""
+    return _f8.load_first(address + 8 * i, count - i, 0.0)
+
+
+def take_labels(address, i, count):
+    """Eight rows' labels as float64, which holds every class; 0 behind the last row. Traced."""
+    return _i8.load_first(address + 8 * i, count - i, 0.0)
 
 
 def each_eight(function):

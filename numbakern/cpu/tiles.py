@@ -19,15 +19,18 @@ from numbakern.cpu.rows import (
     Access,
     add_four,
     count,
-    make_element,
+    make_put_x_labels,
     row_offsets,
 )
 from numbakern.cpu.simd import (
     convert,
+    gather,
+    lane_numbers,
     load_scalar,
     load_vector,
     prefetch,
     splat,
+    spread,
     store_vector,
     traced,
     transpose,
@@ -37,6 +40,7 @@ from numbakern.cpu.simd import (
 )
 from numbakern.cpu.state import (
     CENTRED,
+    LANES,
     MAX_ROWS,
     SIZE,
     SLOT,
@@ -246,7 +250,7 @@ class Tiles:
     # -- into the tile
 
     def _make_pack(self):
-        """self._tiles, self._pack, self._pack_max, self._take_maxima, self.load, self.x_at."""
+        """What packs the tile, and what reads from it while it holds x."""
         classes, panel = integer("classes"), integer("panel")
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
@@ -289,25 +293,33 @@ class Tiles:
                 take_max(state, c, most)
 
         pack_max = make_pack(self._packer(self.x_access, "x", True))
-        x_element, x_of = make_element(self.x_access), self.x_of
-        packed_element = traced(lambda at: convert(load_scalar(at, elem), "f8"))
+        put_from_memory = make_put_x_labels(self)
+
+        @traced
+        def put_eight(state, x, pitch):
+            t = load_vector(state + SLOT["label"], "i8", LANES)
+            at = spread(x, t) + t * spread(pitch, t) + lane_numbers(t, size)
+            v = gather(at, elem, t >= t.like(t.constant(0, "i8")))
+            store_vector(state + SLOT["x_label"], convert(v, "f8"))
 
         @device
         def load(frame, state, count):
-            """Pack rows of a single block: to be called before `x_at`."""
+            """Pack rows of a single block: to be called before `put_x_labels`."""
             if classes(frame) <= block:
                 pack_max(frame, state, count, 0, classes(frame))
 
         @device
-        def x_at(frame, state, i, t):
-            """x of class t in row i of the batch, as float64."""
+        def put_x_labels(frame, state, count):
+            """`rows.make_put_x_labels`, from the tile where it holds all classes."""
             if classes(frame) <= block:
                 x, _, pitch = tiles(frame, state)
-                return packed_element(x + t * pitch + i * size)
-            return x_element(x_of(state, i) + t * x_step(frame))
+                for i in range(0, count, LANES):
+                    put_eight(state + 8 * i, x + i * size, pitch)
+            else:
+                put_from_memory(frame, state, count)
 
         self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
-        self.load, self.x_at = load, x_at
+        self.load, self.put_x_labels = load, put_x_labels
         self._pack = make_pack(self._packer(self.x_access, "x", False))
 
     def _packer(self, access, name, maxima):
