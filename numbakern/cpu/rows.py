@@ -75,17 +75,22 @@ def row_offsets(geometry, p, x_row, y_row, out_row):
     return x, y, out
 
 
-@device
-def _blocks(n, block):
+def _blocks_for(n, block):
     """How many blocks there are, rounded up to a cache line of values."""
     return (-(-n // block) + 7) // 8 * 8
+
+
+_blocks = device(_blocks_for)
 
 
 def scratch_size(elem, classes):
     """Bytes of scratch memory a worker needs."""
     block, step = BLOCK[elem], 4 * vector_lanes(elem)
-    kept = 2 * block + BATCH * step if classes <= block else (classes if classes <= KEPT else 0)
-    return _BLOCKS + (classes // block + 16) * 8 + (kept + step) * SIZES[elem]
+    if classes <= block:
+        kept = 2 * block + BATCH * step  # a batch
+    else:
+        kept = (classes if classes <= KEPT else block) + step  # a row, or one block of it
+    return _BLOCKS + _blocks_for(classes, block) * 8 + kept * SIZES[elem]
 
 
 class Access:
