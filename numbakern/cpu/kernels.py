@@ -10,14 +10,18 @@ import math
 from numbakern import formulas
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer, real
+from numbakern.cpu.rows import make_element, make_put_element
 from numbakern.cpu.simd import (
     any_lane,
     convert,
     load_scalar,
+    splat,
+    to_integer,
     traced,
     where,
 )
 from numbakern.cpu.state import (
+    CENTRED,
     LANES,
     SLOT,
     each_eight,
@@ -29,9 +33,10 @@ from numbakern.cpu.state import (
     put_f64,
     put_i64,
     put_rows,
+    take_labels,
+    take_rows,
 )
 from numbakern.vmath import (
-    EXP_RANGE,
     LN_2,
     exp,
     exp_nonpositive,
@@ -40,62 +45,60 @@ from numbakern.vmath import (
     is_finite,
 )
 
-S_X, S_Y, S_OUT, S_M, S_K, S_REST, S_LOG_SUM = (
-    SLOT[name] for name in ("x", "y", "out", "m", "k", "rest", "log_sum")
+S_M, S_K, S_REST = (SLOT[name] for name in ("m", "k", "rest"))
+S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL = (
+    SLOT[name] for name in ("label", "x_label", "w_label", "q_label")
 )
-S_P1, S_P2, S_SKIP, S_ROW_SCALE = (SLOT[name] for name in ("p1", "p2", "skip", "row_scale"))
-S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL, S_LABEL_GRAD = (
-    SLOT[name] for name in ("label", "x_label", "w_label", "q_label", "label_grad")
-)
+
+
+def each_batch(walker, work):
+    """The kernel that calls work(frame, state, p, count) for every batch of rows p … p+count−1."""
+    start, advance, begin = walker.start, walker.advance, walker.begin
+
+    def kernel(frame, first, last, state):
+        item = first
+        start(frame, state, last)
+        while item < last:
+            p, count, item = advance(frame, item, last)
+            begin(frame, state, p, count)
+            work(frame, state, p, count)
+
+    return kernel
+
+
+@traced
+def _put_eight_lse(state, i, count, values):
+    m, log_sum = get(state, "m"), get(state, "log_sum")
+    # An infinite maximum is the result itself.
+    put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
 
 
 @device
-def log_sum_exp(m, log_sum):
-    """m + log Σ exp(x − m); an infinite maximum is the result itself."""
-    return m if math.isinf(m) else m + log_sum
+def put_lse(state, count, values):
+    """Write m + log Σ exp(x − m) of every row."""
+    for i in range(0, count, LANES):
+        _put_eight_lse(state + 8 * i, i, count, values)
+
+
+def exponential(x, base, magic, floor):
+    """exp(x − ref) up to the row's factor (see `vmath.centre`); 0 below `floor`."""
+    h = x - base
+    return where(h > floor, exp_scaled(h, magic), 0.0)
 
 
 def rest_and_count(x, _y, _w, params):
-    """The terms of the softmax reduction: exponentials below the maximum, count of the maximum."""
+    """The terms of the softmax reduction: exponentials below the maximum; which these are."""
     m, base, magic, floor = params
+    below = x < m
     h = x - base
-    e = exp_scaled(h, magic)
-    # −0 is what adds nothing at all, so LLVM turns these into masked additions.
-    return where((x < m) & (h > floor), e, -0.0), where(x == m, x.like(x.constant(1.0)), -0.0)
+    return where(below & (h > floor), exp_scaled(h, magic), 0.0), below
 
 
-def probability(x, base, magic, floor, scale):
-    """exp(x − m) / Σ; 0 where h = x − base is below `floor`."""
-    h = x - base
-    # Written so that a NaN in the parameters, a row without softmax, reaches every element.
-    return where(h <= floor, 0.0, exp_scaled(h, magic) * scale)
-
-
-PROBABILITY = ("base", "magic", "floor", "scale")
-"""The slots of what `probability` needs."""
-
-
-def make_normalise(elem, given=False):
-    """Fill the slots of `probability`, from each row's maximum, count and rest.
-
-    Where `given`, slot m holds its log-sum-exp, and that is all there is.
-    """
-    span = EXP_RANGE[elem]
-    centre_on = make_centre_on("m", elem)
-
-    def normalise(state):
-        floor = get(state, "floor") + (span.flush - span.floor)
-        total = 1.0 if given else get(state, "k") + get(state, "rest")
-        put(state, floor=floor, scale=get(state, "factor") / total)
-
-    step = each_eight(normalise)
-
-    @device
-    def run(state, count):
-        centre_on(state, count)
-        step(state, count)
-
-    return run
+def rest_count_and_all(x, _y, _w, params):
+    """`rest_and_count`, and the exponentials of all elements to be kept for a map."""
+    m, *centred = params
+    below, e = x < m, exponential(x, *centred)
+    return where(below, e, 0.0), below, e
 
 
 def log_softmax(walker):
@@ -106,63 +109,44 @@ def log_softmax(walker):
 
     reduce = walker.softmax(rest_and_count)
     sweep = walker.map(value, ("m", "log_sum"))
-    start, advance, begin = walker.start, walker.advance, walker.begin
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def softmax(walker):
     """out = softmax(x)."""
 
-    def value(x, _y, _w, params):
-        p = probability(x, *params)
+    def value(e, _y, _w, params):
+        p = e * params[0]
         return where(p > 1.0, 1.0, p)  # rounding may end one ulp above
 
-    reduce = walker.softmax(rest_and_count)
-    normalise = make_normalise(walker.elem)
-    sweep = walker.map(value, PROBABILITY)
-    start, advance, begin = walker.start, walker.advance, walker.begin
+    reduce = walker.softmax(rest_count_and_all, keep=True)
+    sweep = walker.map_exp(value, exponential, ("scale",), kept=True)
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            normalise(state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def logsumexp(walker):
     """row_lse = log Σ exp(x)."""
     reduce = walker.softmax(rest_and_count)
-    start, advance, begin = walker.start, walker.advance, walker.begin
     row_lse = data("row_lse")
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            for i in range(count):
-                m, log_sum = get_f64(state + S_M + 8 * i), get_f64(state + S_LOG_SUM + 8 * i)
-                put_f64(row_lse(frame) + 8 * (p + i), log_sum_exp(m, log_sum))
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        put_lse(state, count, row_lse(frame) + 8 * p)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def log_softmax_backward(walker):
@@ -205,29 +189,14 @@ def softmax_backward(walker):
 
 def _backward(walker, terms, total, value, names):
     reduce, sweep = walker.sums(terms, "f8", ()), walker.map(value, names)
-    start, advance, begin = walker.start, walker.advance, walker.begin
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            reduce(frame, state, count)
-            total(state, count)
-            sweep(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        reduce(frame, state, count)
+        total(state, count)
+        sweep(frame, state, count)
 
-    return kernel
-
-
-def make_element(access):
-    """element(address): one element as float64."""
-    return traced(lambda address: convert(access.format.get(address), "f8"))
-
-
-def make_put_element(walker):
-    """put_element(address, value): write one element of the output, rounded once."""
-    return traced(lambda address, value: walker.out_access.format.put(address, value))
+    return each_batch(walker, work)
 
 
 def make_class_weight(elem):
@@ -292,59 +261,73 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         nll = -formulas.log_softmax_value(convert(x, "f8"), m, log_sum)
         return (q * nll if loss else q), q
 
-    def value(x, y, w, params):
-        base, magic, floor, scale, factor, keep, spread, skip = params
+    def value(e, y, w, params):
+        scale, factor, keep, spread, skip = params
+        p = e * scale
         q = target(y, w, keep, spread) if spread_out else 0.0
-        p = probability(x, base, magic, floor, scale)
         g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
         return where(skip != 0.0, 0.0, g)
 
-    start, advance, begin = walker.start, walker.advance, walker.begin
+    def value_of_x(x, y, w, params):
+        base, magic, floor, *rest = params
+        return value(exponential(x, base, magic, floor), y, w, rest)
+
     classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
-    out_step, ignored = integer("out_class"), integer("ignore_index")
+    ignored = integer("ignore_index")
     labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
     row_lse, row_loss = data("row_lse"), data("row_loss")
     scale_of, keep_of, spread_of = real("scale"), real("keep"), real("spread")
     weight_sum = real("weight_sum")
     x_element, class_weight = make_element(walker.x_access), make_class_weight(elem)
     y_element = make_element(walker.y_access) if soft else None
-    put_element = make_put_element(walker) if grad else None
     find = make_find(walker.x_access)
+    load, put_x_labels, x_of, y_of = walker.load, walker.put_x_labels, walker.x_of, walker.y_of
+
+    @traced
+    def prepare_eight(state, i, count, targets, ignore, keep, spread):
+        if soft:
+            nothing = get(state, "m").like(get(state, "m").constant(0.0))
+            put(state, skip=nothing)
+        else:
+            t = take_labels(targets, i, count)
+            skip = t == convert(ignore, "f8")
+            put(state, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
+        if summed:
+            put(state, p1=splat(keep, "f8", LANES), p2=splat(spread, "f8", LANES))
+
+    @traced
+    def take_lse(state, i, count, values):
+        put(state, m=take_rows(values, i, count))
+
+    @traced
+    def take_scale(state, i, count, values):
+        put(state, row_scale=take_rows(values, i, count))
+
+    @traced
+    def unit_scale(state):
+        put(state, row_scale=splat(state.like(state.constant(1)), "f8", LANES))
 
     @device
     def prepare(frame, state, p, count):
         """Each row's label, what is there, whether to skip the row, its log-sum-exp if given."""
-        step, ignore, targets = x_step(frame), ignored(frame), labels(frame)
-        keep, spread, lse, scales = (
-            keep_of(frame),
-            spread_of(frame),
-            row_lse(frame),
-            row_scale(frame),
-        )
-        for i in range(count):
-            at, t = state + 8 * i, -1
-            skip = x = 0.0
-            w = 1.0
-            if not soft:
-                t = get_i64(targets + 8 * (p + i))
-                if t == ignore:
-                    t = -1
-                    skip = 1.0
-                else:
-                    x = x_element(get_i64(at + S_X) + t * step)
-                    if weighted:
-                        w = class_weight(weights(frame), t)
-            put_i64(at + S_LABEL, t)
-            put_f64(at + S_SKIP, skip)
-            put_f64(at + S_X_LABEL, x)
-            put_f64(at + S_W_LABEL, w)
-            if summed:
-                put_f64(at + S_P1, keep)
-                put_f64(at + S_P2, spread)
+        keep, spread, lse, scales = keep_of(frame), spread_of(frame), row_lse(frame), 0
+        if grad:
+            scales = row_scale(frame)
+        for i in range(0, count, LANES):
+            at = state + 8 * i
+            prepare_eight(at, i, count, labels(frame) + 8 * p, ignored(frame), keep, spread)
             if given:
-                put_f64(at + S_M, get_f64(lse + 8 * (p + i)))
-            if grad:
-                put_f64(at + S_ROW_SCALE, 1.0 if scales == 0 else get_f64(scales + 8 * (p + i)))
+                take_lse(at, i, count, lse + 8 * p)
+            if grad and scales == 0:
+                unit_scale(at)
+            elif grad:
+                take_scale(at, i, count, scales + 8 * p)
+        if not soft:
+            put_x_labels(frame, state, count)
+            if weighted:
+                for i in range(count):
+                    t = get_i64(state + S_LABEL + 8 * i)
+                    put_f64(state + S_W_LABEL + 8 * i, class_weight(weights(frame), max(t, 0)))
 
     @device
     def find_peaks(frame, state, count):
@@ -352,14 +335,14 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         n, step = classes(frame), x_step(frame)
         for i in range(count):
             at = state + 8 * i
-            m, x0, t = get_f64(at + S_M), get_i64(at + S_X), -1
+            m, x0, t = get_f64(at + S_M), x_of(state, i), -1
             if given:
                 t = find(x0, step, n, m - LN_2)
             elif get_f64(at + S_K) == 1.0 and get_f64(at + S_REST) < 1.0:
                 t = find(x0, step, n, m)
             put_i64(at + S_LABEL, t)
             if t >= 0:
-                q = y_element(get_i64(at + S_Y) + t * y_step(frame)) * keep_of(frame)
+                q = y_element(y_of(state, i) + t * y_step(frame)) * keep_of(frame)
                 q += spread_of(frame)
                 if weighted:
                     q *= class_weight(weights(frame), t)
@@ -386,7 +369,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         if soft:
             total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
         else:
-            w = get(state, "w_label")
+            w = get(state, "w_label") if weighted else 1.0
             total, q = w * keep + spread * weight_sum, w * (keep + spread)
             value = value - w * keep * log_p
         if loss:
@@ -397,112 +380,88 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             label_grad = scale * ((total - q) - total * others)
             put(state, p0=scale * total, p1=scale * keep, p2=scale * spread, label_grad=label_grad)
 
-    @traced
-    def put_lse(state, i, count, values):
-        m, log_sum = get(state, "m"), get(state, "log_sum")
-        put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
-
     @device
     def settle(frame, state, p, count):
         scale, keep, spread = scale_of(frame), keep_of(frame), spread_of(frame)
         total, losses, lse = weight_sum(frame), row_loss(frame) + 8 * p, row_lse(frame)
+        if not given and lse != 0:
+            put_lse(state, count, lse + 8 * p)
         for i in range(0, count, LANES):
-            if not given and lse != 0:
-                put_lse(state + 8 * i, i, count, lse + 8 * p)
             settle_eight(state + 8 * i, i, count, losses, scale, keep, spread, total)
 
-    @device
-    def fix_labels(frame, state, count):
-        """Overwrite the gradient where it is known better than the map knows it."""
-        step = out_step(frame)
-        for i in range(count):
-            t = get_i64(state + S_LABEL + 8 * i)
-            if t >= 0:
-                out = get_i64(state + S_OUT + 8 * i) + t * step
-                put_element(out, get_f64(state + S_LABEL_GRAD + 8 * i))
-
-    reduce = add = sweep = normalise = None
+    reduce = add = sweep = centre_on = None
+    kept = grad and not given and not summed
     if not given:
-        reduce = walker.softmax(rest_and_count)
+        reduce = walker.softmax(rest_count_and_all if kept else rest_and_count, keep=kept)
     if summed:
         add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"))
-    if grad:
-        normalise = make_normalise(elem, given)
-        names = (*PROBABILITY, "p0", "p1", "p2", "skip")
-        sweep = walker.map(value, names, packed=not given or summed)
+    names = ("scale", "p0", "p1", "p2", "skip")
+    if grad and given:
+        centre_on = make_centre_on("m", elem)  # slot m holds the log-sum-exp
+        names = (*CENTRED, "factor", *names[1:])
+        sweep = walker.map(value_of_x, names, labelled=True)
+    elif grad:
+        sweep = walker.map_exp(value, exponential, names, kept, labelled=True)
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            prepare(frame, state, p, count)
-            if not given:
-                reduce(frame, state, count)
-            if summed:
-                add(frame, state, count)
-            if soft and grad:
-                find_peaks(frame, state, count)
-            settle(frame, state, p, count)
-            if grad:
-                normalise(state, count)
-                sweep(frame, state, count)
-                fix_labels(frame, state, count)
+    @device
+    def work(frame, state, p, count):
+        load(frame, state, count)
+        prepare(frame, state, p, count)
+        if not given:
+            reduce(frame, state, count)
+        if summed:
+            add(frame, state, count)
+        if soft and grad:
+            find_peaks(frame, state, count)
+        settle(frame, state, p, count)
+        if grad:
+            if given:
+                centre_on(state, count)
+            sweep(frame, state, count)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def nll(walker):
     """row_loss = −weight[t]·x[t], 0 for an ignored label t."""
     access, weighted, elem = walker.x_access, walker.weighted, walker.elem
     x_element, class_weight = make_element(access), make_class_weight(elem)
-    start, advance, begin = walker.start, walker.advance, walker.begin
     x_step = integer("x_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
-    row_loss = data("row_loss")
+    row_loss, x_of = data("row_loss"), walker.x_of
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            for i in range(count):
-                t = get_i64(labels(frame) + 8 * (p + i))
-                value = 0.0
-                if t != ignored(frame):
-                    value = -x_element(get_i64(state + S_X + 8 * i) + t * x_step(frame))
-                    if weighted:
-                        value *= class_weight(weights(frame), t)
-                put_f64(row_loss(frame) + 8 * (p + i), value)
+    @device
+    def work(frame, state, p, count):
+        for i in range(count):
+            t = get_i64(labels(frame) + 8 * (p + i))
+            value = 0.0
+            if t != ignored(frame):
+                value = -x_element(x_of(state, i) + t * x_step(frame))
+                if weighted:
+                    value *= class_weight(weights(frame), t)
+            put_f64(row_loss(frame) + 8 * (p + i), value)
 
-    return kernel
+    return each_batch(walker, work)
 
 
 def nll_backward(walker):
     """out[t] = −weight[t]·scale for a label t that is not ignored; the rest is not touched."""
     weighted, elem = walker.weighted, walker.elem
-    put_element, class_weight = make_put_element(walker), make_class_weight(elem)
-    start, advance, begin = walker.start, walker.advance, walker.begin
+    put_element, class_weight = make_put_element(walker.out_access), make_class_weight(elem)
     out_step = integer("out_class")
     labels, weights, ignored = data("labels"), data("weight"), integer("ignore_index")
-    row_scale, common_scale = data("row_scale"), real("scale")
+    row_scale, common_scale, out_of = data("row_scale"), real("scale"), walker.out_of
 
-    def kernel(frame, first, last, state):
-        item = first
-        start(state)
-        while item < last:
-            p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            for i in range(count):
-                t = get_i64(labels(frame) + 8 * (p + i))
-                if t != ignored(frame):
-                    value = -common_scale(frame)
-                    if row_scale(frame) != 0:
-                        value *= get_f64(row_scale(frame) + 8 * (p + i))
-                    if weighted:
-                        value *= class_weight(weights(frame), t)
-                    put_element(get_i64(state + S_OUT + 8 * i) + t * out_step(frame), value)
+    @device
+    def work(frame, state, p, count):
+        for i in range(count):
+            t = get_i64(labels(frame) + 8 * (p + i))
+            if t != ignored(frame):
+                value = -common_scale(frame)
+                if row_scale(frame) != 0:
+                    value *= get_f64(row_scale(frame) + 8 * (p + i))
+                if weighted:
+                    value *= class_weight(weights(frame), t)
+                put_element(out_of(state, i) + t * out_step(frame), value)
 
-    return kernel
+    return each_batch(walker, work)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from numbakern.arrays import kind_of
-from numbakern.cpu import kernels, rowwise, state, threads, tiles
+from numbakern.cpu import kernels, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
-from numbakern.cpu.rows import Rows
+from numbakern.cpu.rows import Rows, scratch_size
 from numbakern.cpu.simd import Format, vector_lanes
 
 FEW_CLASSES = 240
@@ -81,15 +81,18 @@ def plan(
 
     rows = math.prod(sizes)
     inner = columns = panel = items = rows
-    scratch, work, unit = state.SIZE, rows * (_PER_ROW.get(operation) or classes), 1
+    scratch = scratch_size(elem, classes)
+    work, unit = rows * (_PER_ROW.get(operation) or classes), 1
     if layout not in _ROW_LAYOUTS:
         inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)
         inner = sizes[-1] if layout == tiles.COLUMNS else rows
         columns = tiles.columns_for(elem, classes, inputs)
         panel = tiles.panel_for(elem, classes, inputs) if layout == tiles.COLUMNS else columns
-        columns, panel = (min(n, -(-inner // lanes) * lanes) for n in (columns, panel))
-        unit = max(1, panel // columns) if columns else 1
-        items = (rows // inner) * -(-inner // columns) if rows else 0
+        if rows:
+            columns = min(columns, -(-inner // lanes) * lanes)
+            panel = min(panel, -(-inner // columns) * columns)
+            unit = panel // columns
+            items = (rows // inner) * tiles.tiles_for(elem, layout, inner, columns, panel)
         scratch = tiles.scratch_size(elem, classes, panel, inputs)
 
     def spread(values, absent):

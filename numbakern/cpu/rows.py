@@ -10,6 +10,7 @@ other; the lanes of a group are added in a tree; groups are added one after the 
 with the rounding errors kept; blocks are joined by `state.merge`.
 """
 
+import functools
 import math
 
 from numbakern.cpu.compile import device
@@ -24,6 +25,7 @@ from numbakern.cpu.simd import (
     load_scalar,
     prefetch,
     splat,
+    store_vector,
     traced,
     unordered,
     vector_lanes,
@@ -31,12 +33,17 @@ from numbakern.cpu.simd import (
     zeros,
 )
 from numbakern.cpu.state import (
+    CENTRED,
+    SIZE,
     SLOT,
+    choose_ref,
     first_block,
+    get_f64,
     get_i64,
     join_block,
     make_centre_on,
     make_finish,
+    make_normalise,
     put_f64,
     put_i64,
 )
@@ -47,6 +54,10 @@ BLOCK = {"f4": 4096, "f8": 2048}
 STEPS = 4
 BATCH = 8
 """Rows in a batch at most; fewer when they would not stay in the first-level cache."""
+KEPT = 1 << 16
+"""Longest row whose exponentials are kept for the map: they stay in the second-level cache."""
+SIZES = {"f4": 4, "f8": 8}
+_BLOCKS = SIZE  # scratch memory: each block's maximum, then the exponentials
 
 
 @device
@@ -62,6 +73,24 @@ def row_offsets(geometry, p, x_row, y_row, out_row):
         y += i * get_i64(dimension - 8)
         out += i * get_i64(dimension)
     return x, y, out
+
+
+def _blocks_for(n, block):
+    """How many blocks there are, rounded up to a cache line of values."""
+    return (-(-n // block) + 7) // 8 * 8
+
+
+_blocks = device(_blocks_for)
+
+
+def scratch_size(elem, classes):
+    """Bytes of scratch memory a worker needs."""
+    block, step = BLOCK[elem], 4 * vector_lanes(elem)
+    if classes <= block:
+        kept = 2 * block + BATCH * step  # a batch
+    else:
+        kept = (classes if classes <= KEPT else block) + step  # a row, or one block of it
+    return _BLOCKS + _blocks_for(classes, block) * 8 + kept * SIZES[elem]
 
 
 class Access:
@@ -120,21 +149,40 @@ class Operands:
         )
 
 
+def is_mask(b):
+    """Whether a term is to be counted instead of added."""
+    return b.elem == "b1"
+
+
+def count(total, mask):
+    """One more in the lanes of the mask."""
+    return where(mask, total + 1.0, total)
+
+
+def add_four(total, terms):
+    """total + ((t0 + t1) + (t2 + t3)); of masks, a count."""
+    if is_mask(terms[0]):
+        return functools.reduce(count, terms, total)
+    t0, t1, t2, t3 = terms
+    return total + ((t0 + t1) + (t2 + t3))
+
+
 def make_sums(terms, elem, x_access, y_access, w_access):
     """Sum two terms over a stretch of a row, in the canonical order.
 
     Parameters
     ----------
-    terms : function (x, y, w, params) -> (a, b)
-        Vectors to be added up. Traced.
+    terms : function (x, y, w, params) -> (a, b) or (a, b, kept)
+        Vectors to be added up; b may be a mask, whose lanes are counted. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
 
     Returns
     -------
-    function (operands, n, ahead, params) -> (a, a_low, b)
+    function (operands, n, ahead, params, kept) -> (a, a_low, b)
         Σ of the first term is a + a_low, Σ of the second is b, float64. With each line another
-        one is fetched, `ahead` bytes behind it (0: none).
+        one is fetched, `ahead` bytes behind it (0: none). What is to be kept goes to the address
+        `kept`, up to the end of a step.
     """
     operands_at = Operands(x_access, y_access, w_access)
     lanes, size = x_access.lanes, x_access.size
@@ -142,20 +190,30 @@ def make_sums(terms, elem, x_access, y_access, w_access):
 
     def add(group_a, group_b, four):
         (a0, b0), (a1, b1), (a2, b2), (a3, b3) = four
-        return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
+        return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
+
+    def keep(v, kept, j):
+        if v:
+            store_vector(kept + j * SIZES[elem], v[0])
 
     @traced
-    def whole(group_a, group_b, operands, j, params):
-        at = (operands_at.whole(operands, j + i * lanes) for i in range(4))
-        return add(group_a, group_b, [terms(*values, params) for values in at])
-
-    @traced
-    def part(group_a, group_b, operands, j, n, params):
+    def whole(group_a, group_b, operands, j, params, kept):
         four = []
         for i in range(4):
-            a, b = terms(*operands_at.part(operands, j + i * lanes, n), params)
+            a, b, *v = terms(*operands_at.whole(operands, j + i * lanes), params)
+            keep(v, kept, j + i * lanes)
+            four.append((a, b))
+        return add(group_a, group_b, four)
+
+    @traced
+    def part(group_a, group_b, operands, j, n, params, kept):
+        four = []
+        for i in range(4):
+            a, b, *v = terms(*operands_at.part(operands, j + i * lanes, n), params)
+            keep(v, kept, j + i * lanes)
             inside = first_lanes(n - (j + i * lanes), lanes)
-            four.append((where(inside, a, -0.0), where(inside, b, -0.0)))
+            b = b & inside if is_mask(b) else where(inside, b, -0.0)
+            four.append((where(inside, a, -0.0), b))
         return add(group_a, group_b, four)
 
     @traced
@@ -173,19 +231,19 @@ def make_sums(terms, elem, x_access, y_access, w_access):
         return a, a_low + e, b + convert(lane_sum(group_b), "f8")
 
     @device
-    def sums(operands, n, ahead, params):
+    def sums(operands, n, ahead, params, kept):
         a = a_low = b = 0.0
         j = 0
         while j < n:
             group_a = group_b = zero(j)
             end = min(j + group, n)
             while j + step <= end:
-                group_a, group_b = whole(group_a, group_b, operands, j, params)
+                group_a, group_b = whole(group_a, group_b, operands, j, params, kept)
                 if ahead > 0:
                     fetch(operands, j, ahead)
                 j += step
             if j < end:
-                group_a, group_b = part(group_a, group_b, operands, j, n, params)
+                group_a, group_b = part(group_a, group_b, operands, j, n, params, kept)
                 j += step
             a, a_low, b = close(a, a_low, b, group_a, group_b)
         return a, a_low, b
@@ -237,6 +295,33 @@ def make_map(value, out_access, x_access, y_access, w_access):
             j += lanes
 
     return sweep
+
+
+def make_element(access):
+    """element(address): one element as float64."""
+    return traced(lambda address: convert(access.format.get(address), "f8"))
+
+
+def make_put_element(access):
+    """put_element(address, value): write one element, rounded once."""
+    return traced(lambda address, value: access.format.put(address, value))
+
+
+def make_put_x_labels(walker):
+    """put_x_labels(frame, state, count): x at each row's label into x_label; 0 where it is −1."""
+    x_element, x_of, x_step = make_element(walker.x_access), walker.x_of, integer("x_class")
+    s_label, s_x_label = SLOT["label"], SLOT["x_label"]
+
+    @device
+    def put_x_labels(frame, state, count):
+        step = x_step(frame)
+        for i in range(count):
+            t, x = get_i64(state + s_label + 8 * i), 0.0
+            if t >= 0:
+                x = x_element(x_of(state, i) + t * step)
+            put_f64(state + s_x_label + 8 * i, x)
+
+    return put_x_labels
 
 
 def make_block_max(access, elem):
@@ -295,8 +380,6 @@ class Rows:
         Whether the class axis of some array is not contiguous.
     """
 
-    scratch_per_column = 0
-
     def __init__(self, x_format, y_format, out_format, weighted, strided):
         self.elem = x_format.elem
         self.weighted = weighted
@@ -306,6 +389,7 @@ class Rows:
         w_access = Access(Format(self.elem, self.elem), False) if weighted else None
         self._inputs = (self.x_access, self.y_access, w_access)
         self._make_walk()
+        self._make_kept()
 
     def _make_walk(self):
         classes, x_step, y_step = integer("classes"), integer("x_class"), integer("y_class")
@@ -337,10 +421,20 @@ class Rows:
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
         @device
-        def start(state):
+        def start(frame, state, last):
             """To be called before the first batch."""
 
+        @device
+        def load(frame, state, count):
+            """To be called before `put_x_labels`: rows are read where they lie."""
+
+        def make_address(slot):
+            """address(state, i): where row i of the batch lies."""
+            return device(lambda state, i: get_i64(state + slot + 8 * i))
+
         self.start, self.advance, self.begin = start, advance, begin
+        self.x_of, self.y_of, self.out_of = (make_address(s) for s in (s_x, s_y, s_out))
+        self.load, self.put_x_labels = load, make_put_x_labels(self)
         self._operands = operands
 
     def _params(self, names, elem=None):
@@ -353,17 +447,21 @@ class Rows:
 
         return traced(params)
 
-    def softmax(self, rest_and_count):
-        """reduce(frame, state, count): m, k, rest and log_sum of every row."""
+    def softmax(self, terms, keep=False):
+        """reduce(frame, state, count): m, k, rest and log_sum of every row.
+
+        Where `keep`, the third of the `terms` is left for `map_exp`, as are the blocks' maxima.
+        """
         x_access = self.x_access
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
         block_max = make_block_max(x_access, self.elem)
-        sums = make_sums(rest_and_count, self.elem, x_access, None, None)
+        sums = make_sums(terms, self.elem, x_access, None, None)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        params = self._params(("block_m", "base", "magic", "floor"))
+        params = self._params(("block_m", *CENTRED))
         classes, x_step = integer("classes"), integer("x_class")
         s_x, s_block_m = SLOT["x"], SLOT["block_m"]
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
+        kept_at, elem_size = self._kept, SIZES[self.elem]
 
         @device
         def reduce(frame, state, count):
@@ -378,14 +476,18 @@ class Rows:
                 ahead = 0 if strided else count * length * size
                 for i in range(count):
                     x = get_i64(state + s_x + 8 * i) + j * step
-                    a, low, k = sums((x, step, x, step, x), length, ahead, params(state, i))
+                    kept = kept_at(frame, state, i) + (j * elem_size if n <= KEPT else 0)
+                    operands = (x, step, x, step, x)
+                    a, low, below = sums(operands, length, ahead, params(state, i), kept)
                     put_f64(state + s_a + 8 * i, a)
                     put_f64(state + s_a_low + 8 * i, low)
-                    put_f64(state + s_b + 8 * i, k)
+                    put_f64(state + s_b + 8 * i, length - below)
                 if j == 0:
                     first_block(state, count)
                 else:
                     join_block(state, count)
+                if n > block:
+                    put_f64(state + _BLOCKS + j // block * 8, get_f64(state + s_block_m))
                 j += block
             finish(state, count)
 
@@ -403,20 +505,20 @@ class Rows:
         @device
         def add(frame, state, count):
             for i in range(count):
-                a, low, b = sums(operands(frame, state, i), classes(frame), 0, params(state, i))
+                a, low, b = sums(operands(frame, state, i), classes(frame), 0, params(state, i), 0)
                 put_f64(state + s_a + 8 * i, a)
                 put_f64(state + s_a_low + 8 * i, low)
                 put_f64(state + s_b + 8 * i, b)
 
         return add
 
-    def map(self, value, names, packed=True):
+    def map(self, value, names, labelled=False):
         """sweep(frame, state, count): out = value(x, y, w, params), parameters in these slots.
 
-        `packed` matters to `tiles.Tiles` only: rows are read where they lie.
+        Where `labelled`, slot label_grad is the result at the class in slot label.
         """
         row = make_map(value, self.out_access, *self._inputs)
-        operands, params = self._operands, self._params(names)
+        operands, params, put_labels = self._operands, self._params(names), self._make_put_labels()
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
         s_out = SLOT["out"]
 
@@ -426,5 +528,89 @@ class Rows:
             for i in range(count):
                 out = get_i64(state + s_out + 8 * i)
                 row(operands(frame, state, i), out, step, n, stream, params(state, i))
+            if labelled:
+                put_labels(frame, state, count)
 
         return sweep
+
+    def map_exp(self, value, exponential, names, kept, labelled=False):
+        """`map` of e = exp(x − ref), value(e, y, w, params); slot scale makes it a probability.
+
+        Parameters
+        ----------
+        exponential : function (x, base, magic, floor) -> e
+            Traced.
+        kept : bool
+            Whether `softmax` has kept e, relative to each block's maximum.
+        """
+        _, y_access, w_access = self._inputs
+        e_access = Access(Format(self.elem, self.elem), False)
+        width = len(names)
+
+        def value_of_x(x, y, w, params):
+            return value(exponential(x, *params[width:]), y, w, params[:width])
+
+        row_of_e = make_map(value, self.out_access, e_access, y_access, w_access)
+        row_of_x = make_map(value_of_x, self.out_access, *self._inputs)
+        operands, put_labels = self._operands, self._make_put_labels()
+        params_of_e, params_of_x = self._params(names), self._params((*names, *CENTRED))
+        normalise = make_normalise(self.elem)
+        classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
+        s_out, s_block_m, s_ref = SLOT["out"], SLOT["block_m"], SLOT["ref"]
+        block, size, kept_at = BLOCK[self.elem], SIZES[self.elem], self._kept
+
+        @device
+        def sweep(frame, state, count):
+            n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
+            j = 0
+            while j < n:
+                length = min(n - j, block)
+                if n > block:  # of one row, then
+                    put_f64(state + s_block_m, get_f64(state + _BLOCKS + j // block * 8))
+                choose_ref(state, count)
+                normalise(state, count)
+                for i in range(count):
+                    x, x_step, y, y_step, w = operands(frame, state, i)
+                    y, w, out = y + j * y_step, w + j * size, get_i64(state + s_out + 8 * i)
+                    out += j * step
+                    own = get_f64(state + s_ref + 8 * i) == get_f64(state + s_block_m + 8 * i)
+                    if kept and n <= KEPT and own:
+                        at = (kept_at(frame, state, i) + j * size, 0, y, y_step, w)
+                        row_of_e(at, out, step, length, stream, params_of_e(state, i))
+                    else:
+                        at = (x + j * x_step, x_step, y, y_step, w)
+                        row_of_x(at, out, step, length, stream, params_of_x(state, i))
+                j += block
+            if labelled:
+                put_labels(frame, state, count)
+
+        return sweep
+
+    def _make_kept(self):
+        """self._kept(frame, state, i): where the exponentials of the batch's row i are."""
+        classes, block, size = integer("classes"), BLOCK[self.elem], SIZES[self.elem]
+        step = 4 * vector_lanes(self.elem)
+
+        @device
+        def kept(frame, state, i):
+            n = classes(frame)
+            return state + _BLOCKS + _blocks(n, block) * 8 + i * -(-n // step) * step * size
+
+        self._kept = kept
+
+    def _make_put_labels(self):
+        out_step, put_element = integer("out_class"), make_put_element(self.out_access)
+        s_label, s_grad, s_out = SLOT["label"], SLOT["label_grad"], SLOT["out"]
+
+        @device
+        def put_labels(frame, state, count):
+            """Overwrite the result where it is known better than the map knows it."""
+            step = out_step(frame)
+            for i in range(count):
+                t = get_i64(state + s_label + 8 * i)
+                if t >= 0:
+                    put_element(
+                        get_i64(state + s_out + 8 * i) + t * step, get_f64(state + s_grad + 8 * i)
+                    )
+
+        return put_labels

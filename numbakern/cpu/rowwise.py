@@ -2,23 +2,28 @@
 
 import functools
 
+from llvmlite import ir
 from numba import types
 
 from numbakern.cpu.compile import compile_function, compile_kernel
 from numbakern.cpu.frame import array_data, data, integer
 from numbakern.cpu.simd import (
     BYTES,
+    any_lane,
     clear,
     convert,
+    lane_sum,
     load_scalar,
     load_vector,
+    spread,
     store_vector,
     traced,
+    where,
     zeros,
 )
 from numbakern.vmath import two_sum
 
-_i64 = types.int64
+_i64, _i64_llvm = types.int64, ir.IntType(64)
 PAGE = 1 << 16
 """Bytes that `fill` clears as one item."""
 
@@ -33,16 +38,50 @@ def _label(labels, i):
     return load_scalar(labels + i * 8, "i8")
 
 
+_WIDE = 16
+
+
+def _all(t, number):
+    return t.like(t.constant(number, "i8"))
+
+
+@traced
+def _scan_vector(at, bad, counted, classes, ignored):
+    """Of 16 labels: whether one is neither a class nor ignored, how many are not ignored."""
+    t = load_vector(at, "i8", _WIDE)
+    live = t != spread(ignored, t)
+    outside = (t < _all(t, 0)) | (t >= spread(classes, t))
+    return bad | (live & outside), counted + where(live, _all(t, 1), _all(t, 0))
+
+
+@traced
+def _scan_start(at):
+    zero = at.like(ir.Constant(ir.VectorType(_i64_llvm, _WIDE), None), "i8", _WIDE)
+    return zero != zero, zero
+
+
+@traced
+def _scan_end(bad, counted):
+    return any_lane(bad), lane_sum(convert(counted, "f8"))
+
+
 def _scan(labels, n, classes, ignored):
     """(whether all labels are classes or ignored, how many are not ignored)."""
     at = _start(labels)
-    bad = counted = 0
-    for i in range(n):
+    bad_lanes, counted_lanes = _scan_start(at)
+    whole = n // _WIDE * _WIDE
+    for i in range(0, whole, _WIDE):
+        bad_lanes, counted_lanes = _scan_vector(
+            at + 8 * i, bad_lanes, counted_lanes, classes, ignored
+        )
+    found, counted = _scan_end(bad_lanes, counted_lanes)
+    bad, count = int(found), int(counted)
+    for i in range(whole, n):
         t = _label(at, i)
         live = t != ignored
-        counted += live
+        count += live
         bad |= live & ((t < 0) | (t >= classes))
-    return bad == 0, counted
+    return bad == 0, count
 
 
 def _weigh(labels, n, ignored, weight, single):

@@ -433,6 +433,27 @@ def store_vector(address, v):
     v.builder.store(v.value, _at(address, v.llvm())).align = _SIZE[v.elem]
 
 
+def gather(addresses, elem, mask):
+    """The native elements at these addresses, naturally aligned; 0 where the mask does not hold."""
+    b, lanes = addresses.builder, addresses.lanes
+    llvm = ir.VectorType(_ELEMENT[elem], lanes)
+    places = b.inttoptr(addresses.value, ir.VectorType(_byte_pointer, lanes))
+    args = [places, _i32(_SIZE[elem]), mask.value, ir.Constant(llvm, None)]
+    return addresses.like(
+        _call(b, "masked.gather", llvm, args, f"{_suffix(llvm)}.v{lanes}p0"), elem
+    )
+
+
+def lane_numbers(like, step):
+    """Multiples of an integer: 0, step, 2·step, …, of int64, as many lanes as `like` has."""
+    return like.like(ir.Constant(like.llvm("i8"), [i * step for i in range(like.lanes)]), "i8")
+
+
+def to_integer(v):
+    """float64 lanes that hold integers as int64."""
+    return v.like(v.builder.fptosi(v.value, v.llvm("i8")), "i8")
+
+
 def clear(address, size, past_caches=False):
     """Write `size` zero bytes at a multiple of `size`."""
     llvm = ir.VectorType(_i8, size)
@@ -442,9 +463,9 @@ def clear(address, size, past_caches=False):
         done.set_metadata("nontemporal", address.builder.module.add_metadata([_i32(1)]))
 
 
-def prefetch(address, to_write=False):
-    """Ask for the cache line at this address; harmless where nothing is mapped."""
-    args = [_at(address, _i8), _i32(int(to_write)), _i32(3), _i32(1)]
+def prefetch(address, to_write=False, level=1):
+    """Ask for the cache line at this address, into a cache; harmless where nothing is mapped."""
+    args = [_at(address, _i8), _i32(int(to_write)), _i32(4 - level), _i32(1)]
     _call(address.builder, "prefetch", ir.VoidType(), args, "p0")
 
 

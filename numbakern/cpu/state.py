@@ -26,7 +26,8 @@ _NAMES = (
     "m", "k", "rest", "rest_low",  # maximum, its count, Σ exp(x − m) over the others in two parts
     "log_sum",  # log(k + rest), NaN where there is no softmax
     "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
-    "block_m", "base", "magic", "floor", "factor",
+    "block_m", "ref",  # a block's maximum; what its exponentials are relative to
+    "base", "magic", "floor", "factor",
     "scale", "p0", "p1", "p2", "skip", "row_scale",  # parameters of a map
     "panel",  # of the batch alone: the first row of the packed panel; the tile's place in it
     "label",  # class whose gradient is known better than the map knows it; −1: none
@@ -36,6 +37,10 @@ _NAMES = (
 _PITCH = 8 * MAX_ROWS + 64  # no power of two: slots of one row fall into different cache sets
 SLOT = {name: _PITCH * i for i, name in enumerate(_NAMES)}
 SIZE = _PITCH * len(_NAMES)
+
+
+CENTRED = ("base", "magic", "floor")
+"""The slots that an exponential needs (see `vmath.centre`)."""
 
 
 @traced
@@ -73,12 +78,22 @@ def put(state, **values):
         store_vector(state + SLOT[name], value)
 
 
-_f8 = Format("f8", "f8")
+_f8, _i8 = Format("f8", "f8"), Format("i8", "f8")
 
 
 def put_rows(address, i, count, value):
     """Write eight rows' values to a float64 array with a value a row. Traced."""
     _f8.store_first(address + 8 * i, count - i, value)
+
+
+def take_rows(address, i, count):
+    """Eight rows' values of a float64 array with a value a row. Traced."""
+    return _f8.load_first(address + 8 * i, count - i, 0.0)
+
+
+def take_labels(address, i, count):
+    """Eight rows' labels as float64, which holds every class; 0 behind the last row. Traced."""
+    return _i8.load_first(address + 8 * i, count - i, 0.0)
 
 
 def each_eight(function):
@@ -135,6 +150,38 @@ def join_block(state):
     rest, e = two_sum(rest, block_rest)
     k = where(below, 0.0, k) + where(block_below, 0.0, block_k)
     put(state, m=top, k=k, rest=rest, rest_low=low + (block_low + e))
+
+
+_NEAR = 40.0
+
+
+@each_eight
+def choose_ref(state):
+    """What the exponentials of a block are relative to, for the map.
+
+    The block's maximum, for so they have been summed; but the row's where that is far above, since
+    the factor between them would leave the range of the type computed in.
+    """
+    m, block_m = get(state, "m"), get(state, "block_m")
+    put(state, ref=where(m - block_m <= _NEAR, block_m, m))
+
+
+def make_normalise(elem):
+    """Centre on the slot `ref` and set `scale`, which makes probabilities of exponentials."""
+    centre_on = make_centre_on("ref", elem)
+
+    @each_eight
+    def set_scale(state):
+        total = get(state, "k") + get(state, "rest")
+        factor = get(state, "factor") * exp_nonpositive(get(state, "ref") - get(state, "m"))
+        put(state, scale=factor / total)
+
+    @device
+    def normalise(state, count):
+        centre_on(state, count)
+        set_scale(state, count)
+
+    return normalise
 
 
 def make_finish(elem):

@@ -7,57 +7,72 @@ transposed copy of the array is made. Sums follow the order that `rows` describe
 the same.
 """
 
+import functools
 import math
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
-from numbakern.cpu.rows import BLOCK, STEPS, Access, row_offsets
+from numbakern.cpu.rows import (
+    BLOCK,
+    SIZES,
+    STEPS,
+    Access,
+    add_four,
+    count,
+    make_put_x_labels,
+    row_offsets,
+)
 from numbakern.cpu.simd import (
     convert,
+    gather,
+    lane_numbers,
     load_scalar,
     load_vector,
     prefetch,
     splat,
+    spread,
     store_vector,
     traced,
     transpose,
-    unordered,
     vector_lanes,
     where,
     zeros,
 )
 from numbakern.cpu.state import (
+    CENTRED,
+    LANES,
     MAX_ROWS,
     SIZE,
     SLOT,
+    choose_ref,
     first_block,
     get_i64,
     join_block,
     make_centre_on,
     make_finish,
+    make_normalise,
     put_i64,
 )
 from numbakern.vmath import two_sum
-
-_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
-_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
-_TILE = _PARAMS + 8 * 8 * MAX_ROWS
-_SIZES = {"f4": 4, "f8": 8}
-
-COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
-"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
-
 
 TILE_BYTES = 32 * 1024
 """Size of a tile that is aimed at: it stays in the first-level cache."""
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
 
+_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
+_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
+_MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
+_TILE = _MAXIMA + 8 * PANEL_ROWS
+
+COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
+"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
+
 
 def columns_for(elem, classes, inputs):
     """Rows in a tile of adjacent rows: as many as TILE_BYTES hold, at least one vector."""
     lanes, classes = vector_lanes(elem), min(max(1, classes), BLOCK[elem])
-    fit = min(TILE_BYTES // (classes * _SIZES[elem] * inputs), MAX_ROWS)
+    fit = min(TILE_BYTES // (classes * SIZES[elem] * inputs), MAX_ROWS)
     return max(lanes, fit // lanes * lanes)
 
 
@@ -66,8 +81,19 @@ def panel_for(elem, classes, inputs):
     columns = columns_for(elem, classes, inputs)
     if classes > BLOCK[elem]:
         return columns
-    fit = min(PANEL_BYTES // (max(1, classes) * _SIZES[elem] * inputs), PANEL_ROWS)
+    fit = min(PANEL_BYTES // (max(1, classes) * SIZES[elem] * inputs), PANEL_ROWS)
     return max(columns, fit // columns * columns)
+
+
+def tiles_for(elem, layout, length, columns, panel):
+    """How many tiles a run of adjacent rows is cut into, in whole panels; some may be empty."""
+    early = _most_early(elem, layout)
+    return -(-(length + early) // panel) * (panel // columns)
+
+
+def _most_early(elem, layout):
+    """Columns by which tiles may begin before a run."""
+    return vector_lanes(elem) - 1 if layout == COLUMNS else 0
 
 
 def scratch_size(elem, classes, panel, inputs):
@@ -77,7 +103,7 @@ def scratch_size(elem, classes, panel, inputs):
 
 def _tile_size(elem, classes, columns):
     lanes = vector_lanes(elem)
-    return -(-classes // lanes) * lanes * (columns * _SIZES[elem] + _PAD)
+    return -(-classes // lanes) * lanes * (columns * SIZES[elem] + _PAD)
 
 
 _PAD = 64  # between the classes of a tile: no power of two, which would fall into one cache set
@@ -101,7 +127,7 @@ class Tiles:
         self.x_access = Access(x_format, True)
         self.y_access = Access(y_format, True) if y_format else None
         self.out_access = Access(out_format, True) if out_format else None
-        self._lanes, self._size = vector_lanes(self.elem), _SIZES[self.elem]
+        self._lanes, self._size = vector_lanes(self.elem), SIZES[self.elem]
         self._make_walk()
         self._make_pack()
 
@@ -115,67 +141,121 @@ class Tiles:
         geometry = data("geometry")
         s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
         adjacent, lanes = self.layout == COLUMNS, self._lanes
-        x_size, y_size, out_size = (
-            a.size if a else 0 for a in (self.x_access, self.y_access, self.out_access)
-        )
+        early = _most_early(self.elem, self.layout)
+        x_size, out_size = (a.size if a else 0 for a in (self.x_access, self.out_access))
+
+        def offsets(frame, p):
+            return row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
+
+        offsets = device(offsets)
+
+        @device
+        def skew(frame, run):
+            """Columns by which the tiles of a run of adjacent rows begin before it.
+
+            So they end with a whole vector of what is written, or else read.
+            """
+            if not adjacent:
+                return 0
+            x, _, out = offsets(frame, run * inner(frame))
+            address = out_data(frame) + out if out_size else x_data(frame) + x
+            size = out_size if out_size else x_size
+            return address % (lanes * size) // size if address % size == 0 else 0
+
+        @device
+        def place(frame, item):
+            """Where a tile lies: (first row of its run, first column, columns)."""
+            length, width = inner(frame), columns(frame)
+            whole = panel(frame)
+            tiles = (length + early + whole - 1) // whole * (whole // width)  # as `tiles_for`
+            run = item // tiles
+            at = item % tiles * width - skew(frame, run)
+            first = max(at, 0)
+            return run * length, first, max(min(at + width, length) - first, 0)
+
+        @device
+        def start(frame, state, last):
+            """To be called before the first tile: no panel is packed."""
+            put_i64(state + s_panel, -1)
 
         @device
         def advance(frame, item, last):
             """The tile `item`: (first row, rows, next item); tiles end with the innermost axis."""
-            length, width = inner(frame), columns(frame)
-            tiles = (length + width - 1) // width
-            start = (item % tiles) * width
-            return (item // tiles) * length + start, min(width, length - start), item + 1
+            p, first, count = place(frame, item)
+            return p + first, count, item + 1
 
         @device
-        def begin(frame, state, p, count):
-            """Set the addresses of rows p … p + count − 1.
-
-            The last vector of rows is filled up with the address of its first one.
-            """
-            offset = (p % inner(frame)) % panel(frame)
-            if get_i64(state + s_panel) != p - offset:
-                put_i64(state + s_panel, p - offset)
+        def enter(frame, state, p):
+            """Find the panel that row p belongs to."""
+            length, width = inner(frame), panel(frame)
+            column, before = p % length, skew(frame, p // length)
+            at = (column + before) // width * width - before
+            first = max(at, 0)
+            if get_i64(state + s_panel) != p - column + first:
+                put_i64(state + s_panel, p - column + first)
                 put_i64(state + s_panel + 8, -1)  # to be packed
-            put_i64(state + s_panel + 16, offset)
-            shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
-            dx, dy, dout = x_row(frame), y_row(frame), out_row(frame)
-            if adjacent or shape == 0:
-                x, y, out = row_offsets(shape, p, dx, dy, dout)
-                if adjacent:
-                    dx, dy, dout = x_size, y_size, out_size
-                for i in range(count):
-                    put_i64(state + s_x + 8 * i, x0 + x + i * dx)
-                    put_i64(state + s_y + 8 * i, y0 + y + i * dy)
-                    put_i64(state + s_out + 8 * i, out0 + out + i * dout)
-            else:
+            # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
+            gap = first - at
+            put_i64(state + s_panel + 16, column - at if column > 0 else 0)
+            put_i64(state + s_panel + 24, column - first)
+            put_i64(state + s_panel + 32, min(at + width, length) - first)
+            put_i64(state + s_panel + 40, columns(frame) - gap if gap > 0 else width)
+
+        @device
+        def put(state, i, x, y, out):
+            put_i64(state + s_x + 8 * i, x)
+            put_i64(state + s_y + 8 * i, y)
+            put_i64(state + s_out + 8 * i, out)
+
+        if adjacent:
+
+            @device
+            def begin(frame, state, p, count):
+                """Set the addresses of row p, which those of the other rows follow from."""
+                enter(frame, state, p)
+                x, y, out = offsets(frame, p)
+                put(state, 0, x_data(frame) + x, y_data(frame) + y, out_data(frame) + out)
+
+        else:
+
+            @device
+            def begin(frame, state, p, count):
+                """Set the addresses of rows p … p + count − 1.
+
+                The last vector of rows is filled up with the address of its first one.
+                """
+                enter(frame, state, p)
+                shape, dx, dy, dout = geometry(frame), x_row(frame), y_row(frame), out_row(frame)
+                x0, y0, out0 = x_data(frame), y_data(frame), out_data(frame)
                 for i in range(count):
                     x, y, out = row_offsets(shape, p + i, dx, dy, dout)
-                    put_i64(state + s_x + 8 * i, x0 + x)
-                    put_i64(state + s_y + 8 * i, y0 + y)
-                    put_i64(state + s_out + 8 * i, out0 + out)
-            last = state + (count - 1) // lanes * lanes * 8
-            for i in range(count, (count + lanes - 1) // lanes * lanes):
-                put_i64(state + s_x + 8 * i, get_i64(last + s_x))
-                put_i64(state + s_y + 8 * i, get_i64(last + s_y))
-                put_i64(state + s_out + 8 * i, get_i64(last + s_out))
+                    put(state, i, x0 + x, y0 + y, out0 + out)
+                last = state + (count - 1) // lanes * lanes * 8
+                x0, y0, out0 = get_i64(last + s_x), get_i64(last + s_y), get_i64(last + s_out)
+                for i in range(count, (count + lanes - 1) // lanes * lanes):
+                    put(state, i, x0, y0, out0)
 
-        @device
-        def start(state):
-            """To be called before the first tile: no panel is packed."""
-            put_i64(state + s_panel, -1)
+        def make_address(slot, access):
+            """address(state, i): where row i of the batch lies."""
+            size = access.size if access else 0
+            if adjacent:
+                return device(lambda state, i: get_i64(state + slot) + i * size)
+            return device(lambda state, i: get_i64(state + slot + 8 * i))
 
         self.start, self.advance, self.begin = start, advance, begin
+        self.x_of = make_address(s_x, self.x_access)
+        self.y_of = make_address(s_y, self.y_access)
+        self.out_of = make_address(s_out, self.out_access)
 
     # -- into the tile
 
     def _make_pack(self):
-        classes, panel, inner = integer("classes"), integer("panel"), integer("inner")
+        """What packs the tile, and what reads from it while it holds x."""
+        classes, panel = integer("classes"), integer("panel")
         x_step, y_step = integer("x_class"), integer("y_class")
-        pack_x = self._packer(self.x_access, "x")
-        pack_y = self._packer(self.y_access, "y") if self.y_access else None
+        pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_panel = SLOT["panel"]
+        s_panel, s_block_m, elem = SLOT["panel"], SLOT["block_m"], self.elem
 
         @device
         def tiles(frame, state):
@@ -185,91 +265,176 @@ class Tiles:
             x = state + _TILE + get_i64(state + s_panel + 16) * size
             return x, x + length * pitch, pitch
 
+        def make_pack(pack_x):
+            @device
+            def pack(frame, state, count, j, n):
+                """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
+                if get_i64(state + s_panel + 8) == j and n == classes(frame):
+                    return
+                put_i64(state + s_panel + 8, j)
+                x, y, pitch = tiles(frame, state)
+                offset, width = get_i64(state + s_panel + 16), get_i64(state + s_panel + 32)
+                pack_x(state, x - offset * size, pitch, width, j, n, x_step(frame))
+                if has_y:
+                    pack_y(state, y - offset * size, pitch, width, j, n, y_step(frame))
+
+            return pack
+
+        @traced
+        def take_max(state, c, most):
+            v = load_vector(most + c * size, elem, lanes)
+            store_vector(state + (s_block_m + 8 * c), convert(v, "f8"))
+
         @device
-        def pack(frame, state, count, j, n):
-            """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
-            if get_i64(state + s_panel + 8) == j and n == classes(frame):
-                return
-            put_i64(state + s_panel + 8, j)
-            x, y, pitch = tiles(frame, state)
-            p, offset = get_i64(state + s_panel), get_i64(state + s_panel + 16)
-            width = min(panel(frame), inner(frame) - p % inner(frame))
-            pack_x(state, x, pitch, width, offset, j, n, x_step(frame))
-            if has_y:
-                pack_y(state, y, pitch, width, offset, j, n, y_step(frame))
+        def take_maxima(state, count):
+            """The maxima that packing has found, as float64 into block_m."""
+            most = state + _MAXIMA + get_i64(state + s_panel + 16) * size
+            for c in range(0, count, lanes):
+                take_max(state, c, most)
 
-        self._tiles, self._pack = tiles, pack
+        pack_max = make_pack(self._packer(self.x_access, "x", True))
+        put_from_memory = make_put_x_labels(self)
 
-    def _packer(self, access, name):
-        """pack(state, tile, pitch, width, offset, j0, n, step) for one input.
+        @traced
+        def put_eight(state, x, pitch):
+            t = load_vector(state + SLOT["label"], "i8", LANES)
+            at = spread(x, t) + t * spread(pitch, t) + lane_numbers(t, size)
+            v = gather(at, elem, t >= t.like(t.constant(0, "i8")))
+            store_vector(state + SLOT["x_label"], convert(v, "f8"))
 
-        It packs a panel of `width` rows, of which the tile begins with row `offset`.
+        @device
+        def load(frame, state, count):
+            """Pack rows of a single block: to be called before `put_x_labels`."""
+            if classes(frame) <= block:
+                pack_max(frame, state, count, 0, classes(frame))
+
+        @device
+        def put_x_labels(frame, state, count):
+            """`rows.make_put_x_labels`, from the tile where it holds all classes."""
+            if classes(frame) <= block:
+                x, _, pitch = tiles(frame, state)
+                for i in range(0, count, LANES):
+                    put_eight(state + 8 * i, x + i * size, pitch)
+            else:
+                put_from_memory(frame, state, count)
+
+        self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
+        self.load, self.put_x_labels = load, put_x_labels
+        self._pack = make_pack(self._packer(self.x_access, "x", False))
+
+    def _packer(self, access, name, maxima):
+        """pack(state, panel, pitch, count, j0, n, step) for one input.
+
+        It packs the tile's panel of `count` rows; with `maxima` it leaves each row's maximum at
+        _MAXIMA, NaN if one of its elements is.
         """
-        form, lanes, slot = access.format, self._lanes, SLOT[name]
-        size, width = self._size, lanes * self._size
+        form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
+        size, width, s_panel = self._size, lanes * self._size, SLOT["panel"]
+
+        def larger(v, m):
+            """The larger one; NaN once there was one."""
+            m = where(v > m, v, m)
+            return where(v == v, m, v)
+
+        def put(target, v, most):
+            store_vector(target, v)
+            if maxima:
+                store_vector(most, larger(v, load_vector(most, elem, lanes)))
+
+        @traced
+        def lowest(most):
+            store_vector(most, zeros(most, elem, lanes) - math.inf)
+
+        @device
+        def clear_maxima(state, count):
+            if maxima:
+                for c in range(0, count, lanes):
+                    lowest(state + _MAXIMA + c * size)
 
         if self.layout == COLUMNS:
             form_size, form_bytes = form.size, form.size * lanes
 
             @traced
-            def whole(tile, address):
-                store_vector(tile, form.load(address))
+            def whole(tile, most, address, ahead):
+                put(tile, form.load(address), most)
+                prefetch(address + ahead)
 
             @traced
-            def part(tile, address, count):
-                store_vector(tile, form.load_first(address, count, 0.0))
+            def part(tile, most, address, count):
+                put(tile, form.load_first(address, count, 0.0), most)
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
-                first = get_i64(state + slot) - offset * form_size
-                tile -= offset * size
+            def run(target, most, address, count, ahead):
+                c = 0
+                while c + lanes <= count:
+                    whole(target, most, address, ahead)
+                    address += form_bytes
+                    target += width
+                    most += width
+                    c += lanes
+                if c < count:
+                    part(target, most, address, count - c)
+
+            @device
+            def pack(state, panel, pitch, count, j0, n, step):
+                first = get_i64(state + slot) - get_i64(state + s_panel + 24) * form_size
+                head = min(get_i64(state + s_panel + 40), count)  # rows of a shorter first tile
+                place = -(-head // lanes) * width  # where the next one begins
+                clear_maxima(state, place // size + count - head)
                 for j in range(n):
-                    address, target = first + (j0 + j) * step, tile + j * pitch
-                    c = 0
-                    while c + lanes <= count:
-                        whole(target, address)
-                        address += form_bytes
-                        target += width
-                        c += lanes
-                    if c < count:
-                        part(target, address, count - c)
+                    address, target = first + (j0 + j) * step, panel + j * pitch
+                    most = state + _MAXIMA
+                    # What comes next: the next class, in the end the next panel.
+                    ahead = step if j + 1 < n else count * form_size - j * step
+                    run(target, most, address, head, ahead)
+                    if head < count:
+                        address += head * form_size
+                        run(target + place, most + place, address, count - head, ahead)
 
         elif self.layout == ROWS:
             out_size = self.out_access.size if self.out_access else 0
 
             @traced
-            def block(state, tile, pitch, j0, j, n, ahead):
+            def block(state, tile, most, pitch, j0, j, n, ahead):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
-                    rows.append(form.load_first(address, n - j, 0.0))
+                    # No class is as low as what stands for the absent ones.
+                    rows.append(form.load_first(address, n - j, -math.inf if maxima else 0.0))
                     prefetch(address + ahead)  # the next tile's row
                     if name == "x" and out_size:
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
                         prefetch(out + (j0 + j) * out_size, to_write=True)
-                for r, column in enumerate(transpose(rows)):
+                columns = transpose(rows)
+                for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
+                if maxima:
+                    m = functools.reduce(lambda m, v: larger(v, m), columns)
+                    store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
+            def pack(state, tile, pitch, count, j0, n, step):
                 last = state + slot + 8 * (count - 1)
                 ahead = get_i64(last) - get_i64(state + slot)
+                clear_maxima(state, count)
                 for c in range(0, count, lanes):
+                    most = state + _MAXIMA + c * size
                     for j in range(0, n, lanes):
-                        block(state + 8 * c, tile + c * size, pitch, j0, j, n, ahead)
+                        block(state + 8 * c, tile + c * size, most, pitch, j0, j, n, ahead)
 
         else:
 
             @traced
-            def single(state, tile, offset, count):
-                store_vector(tile, form.gather_at(state + slot, offset, count, 0.0))
+            def single(state, tile, most, offset, count):
+                put(tile, form.gather_at(state + slot, offset, count, 0.0), most)
 
             @device
-            def pack(state, tile, pitch, count, offset, j0, n, step):
+            def pack(state, tile, pitch, count, j0, n, step):
+                clear_maxima(state, count)
                 for j in range(n):
                     for c in range(0, count, lanes):
-                        target = tile + j * pitch + c * size
-                        single(state + 8 * c, target, (j0 + j) * step, count - c)
+                        target, most = tile + j * pitch + c * size, state + _MAXIMA + c * size
+                        single(state + 8 * c, target, most, (j0 + j) * step, count - c)
 
         return pack
 
@@ -303,11 +468,12 @@ class Tiles:
     def _make_column_sums(self, terms, elem, counts):
         """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64.
 
-        `counts` tells that the second term is a count, exact in any order.
+        `counts` tells that the second term is a mask: a count is exact in any order. A third term
+        replaces x in the tile.
         """
         inputs, lanes = self._inputs_at(), self._lanes
         step, group = 4 * lanes, 4 * lanes * STEPS
-        line = lanes * _SIZES[elem]  # work: a line a lane, for each term and then the pairs
+        line = lanes * SIZES[elem]  # work: a line a lane, for each term and then the pairs
         area = lanes * line
 
         def put(at, lane, a, b):
@@ -321,29 +487,39 @@ class Tiles:
             b = None if counts else load_vector(at + (lane * line + 2 * area), elem, lanes)
             return a, b
 
+        def more(total, b):
+            return count(total, b) if counts else total
+
+        def take(operands, j, params):
+            a, b, *kept = terms(*inputs(operands, j), params)
+            if kept:
+                x, _, _, pitch = operands
+                store_vector(x + j * pitch, kept[0])
+            return a, b
+
         @traced
         def four(group_a, group_b, operands, j, params):
             (a0, b0), (a1, b1), (a2, b2), (a3, b3) = (
-                terms(*inputs(operands, j + i * lanes), params) for i in range(4)
+                take(operands, j + i * lanes, params) for i in range(4)
             )
-            return group_a + ((a0 + a1) + (a2 + a3)), group_b + ((b0 + b1) + (b2 + b3))
+            return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
 
         @traced
         def keep(at, lane, a, b):
             put(at, lane, a, b)
 
         @traced
-        def set_one(at, lane, operands, j, params, count):
-            a, b = terms(*inputs(operands, j), params)
+        def set_one(at, lane, operands, j, params, total):
+            a, b = take(operands, j, params)
             put(at, lane, a, b)
-            return count + b
+            return more(total, b)
 
         @traced
-        def add_one(at, lane, operands, j, params, count):
-            a, b = terms(*inputs(operands, j), params)
+        def add_one(at, lane, operands, j, params, total):
+            a, b = take(operands, j, params)
             old_a, old_b = load(at, lane)
             put(at, lane, old_a + a, None if counts else old_b + b)
-            return count + b
+            return more(total, b)
 
         @traced
         def add_area(at, other):
@@ -364,7 +540,7 @@ class Tiles:
             return a + b
 
         @traced
-        def close(a, a_low, b, work, count):
+        def close(a, a_low, b, work, total):
             """Add the lanes in a tree, and the group to the sums."""
             sums = [load(work, lane) for lane in range(lanes)]
             while len(sums) > 1:
@@ -373,19 +549,19 @@ class Tiles:
                 sums = [(a0 + a1, None if counts else b0 + b1) for (a0, b0), (a1, b1) in pairs]
             group_a, group_b = sums[0]
             a, e = two_sum(a, convert(group_a, "f8"))
-            return a, a_low + e, b + convert(count if counts else group_b, "f8")
+            return a, a_low + e, b + convert(total if counts else group_b, "f8")
 
         @device
-        def pair(at, operands, j, n, params, count):
+        def pair(at, operands, j, n, params, total):
             """v + w of a step that is not full, v from class j on, w the next vector; n classes."""
             nothing = zero(n)
             for lane in range(min(n, lanes)):
-                count = set_one(at, lane, operands, j + lane, params, count)
+                total = set_one(at, lane, operands, j + lane, params, total)
             for lane in range(n, lanes):
                 keep(at, lane, nothing, nothing)
             for lane in range(min(n - lanes, lanes)):
-                count = add_one(at, lane, operands, j + lanes + lane, params, count)
-            return count
+                total = add_one(at, lane, operands, j + lanes + lane, params, total)
+            return total
 
         @device
         def sums(operands, n, params, work):
@@ -394,25 +570,25 @@ class Tiles:
             while g < n:
                 end = min(g + group, n)
                 rest = end - (end - g) % step  # where the last step begins, if it is not full
-                count = zero(n)
+                total = zero(n)
                 if rest > g:
                     for lane in range(lanes):
                         lane_a = lane_b = zero(n)
                         for j in range(g, rest, step):
                             lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
                         keep(work, lane, lane_a, lane_b)
-                        count = plus(count, lane_b)
+                        total = plus(total, lane_b)
                 if rest < end:
                     at = work if rest == g else work + area
-                    count = pair(at, operands, rest, end - rest, params, count)
+                    total = pair(at, operands, rest, end - rest, params, total)
                     if rest + 2 * lanes < end:
                         half = rest + 2 * lanes
                         other = work + 4 * area
-                        count = pair(other, operands, half, end - half, params, count)
+                        total = pair(other, operands, half, end - half, params, total)
                         add_area(at, other)
                     if rest > g:
                         add_area(work, at)
-                a, a_low, b = close(a, a_low, b, work, count)
+                a, a_low, b = close(a, a_low, b, work, total)
                 g += group
             return a, a_low, b
 
@@ -428,41 +604,22 @@ class Tiles:
 
         return put_sums
 
-    def _make_column_max(self):
-        """column_max(state, c, tile, pitch, n): maxima of a vector of columns into block_m."""
-        elem, lanes = self.elem, self._lanes
+    def softmax(self, terms, keep=False):
+        """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile.
 
-        @traced
-        def start(n):
-            lowest = zeros(n, elem, lanes) - math.inf
-            return lowest, unordered(lowest, lowest)
-
-        @traced
-        def step(m, bad, tile):
-            v = load_vector(tile, elem, lanes)
-            return where(v > m, v, m), bad | unordered(v, v)
-
-        @traced
-        def put(state, c, m, bad):
-            store_vector(state + (SLOT["block_m"] + 8 * c), convert(where(bad, math.nan, m), "f8"))
-
-        @device
-        def column_max(state, c, tile, pitch, n):
-            m, bad = start(n)
-            for j in range(n):
-                m, bad = step(m, bad, tile + j * pitch)
-            put(state, c, m, bad)
-
-        return column_max
-
-    def softmax(self, rest_and_count):
-        """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile."""
-        column_max, put_sums = self._make_column_max(), self._make_put_sums()
-        sums = self._make_column_sums(rest_and_count, self.elem, counts=True)
-        params = self._params(("block_m", "base", "magic", "floor"), self.elem)
+        Where `keep`, the third of the `terms` is left for `map_exp`.
+        """
+        put_sums = self._make_put_sums()
+        sums = self._make_column_sums(terms, self.elem, counts=True)
+        params = self._params(("block_m", *CENTRED), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        tiles, pack, classes = self._tiles, self._pack, integer("classes")
+        tiles, pack = self._tiles, self._pack_max
+        classes, take_maxima = integer("classes"), self._take_maxima
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
+
+        @traced
+        def minus(length, below):
+            return convert(length, "f8") - below
 
         @device
         def reduce(frame, state, count):
@@ -472,13 +629,12 @@ class Tiles:
             while j == 0 or j < n:
                 length = min(n - j, block)
                 pack(frame, state, count, j, length)
-                for c in range(0, count, lanes):
-                    column_max(state, c, x + c * size, pitch, length)
+                take_maxima(state, count)
                 centre_on(state, count)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
-                    a, low, k = sums(operands, length, params(state, c), state + _WORK)
-                    put_sums(state, c, a, low, k)
+                    a, low, below = sums(operands, length, params(state, c), state + _WORK)
+                    put_sums(state, c, a, low, minus(length, below))
                 if j == 0:
                     first_block(state, count)
                 else:
@@ -526,49 +682,121 @@ class Tiles:
 
     # -- out of the tile
 
-    def map(self, value, names, packed=True):
+    def map(self, value, names, labelled=False):
         """sweep(frame, state, count): out = value(x, y, w, params), parameters in these slots.
 
-        `packed` tells that a reduction has left a tile of a single block in scratch.
+        Where `labelled`, slot label_grad is the result at the class in slot label.
         """
         tiles, pack = self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         out_step, flags = integer("out_class"), integer("flags")
         block, size = BLOCK[self.elem], self._size
-        narrow, unpack = self._narrower(names), self._unpacker(value, len(names))
+        narrow, unpack = self._make_unpack(value, names, labelled)
 
         @device
         def sweep(frame, state, count):
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             x, y, pitch = tiles(frame, state)
-            narrow(state, count)
             j = 0
             while j < n:
                 length = min(n - j, block)
-                if not packed or n > block:
-                    pack(frame, state, count, j, length)
+                pack(frame, state, count, j, length)
+                narrow(state, count, j, length)
                 operands = (x, y, weight(frame) + j * size, pitch)
                 unpack(state, operands, count, j, length, step, stream)
                 j += block
 
         return sweep
 
-    def _narrower(self, names):
-        """narrow(state, count): the slots' values in the type computed in, for `_map_params`."""
-        lanes, elem, pitch = self._lanes, self.elem, MAX_ROWS * self._size
+    def map_exp(self, value, exponential, names, kept, labelled=False):
+        """`map` of e = exp(x − ref), value(e, y, w, params); slot scale makes it a probability.
+
+        Parameters
+        ----------
+        exponential : function (x, base, magic, floor) -> e
+            Traced.
+        kept : bool
+            Whether `softmax` has left e in the tile; of several blocks none can be.
+        """
+        tiles, pack, take_maxima = self._tiles, self._pack_max, self._take_maxima
+        classes, weight = integer("classes"), data("weight")
+        out_step, flags = integer("out_class"), integer("flags")
+        block, size, lanes = BLOCK[self.elem], self._size, self._lanes
+        narrow, unpack = self._make_unpack(value, names, labelled)
+        normalise, params = make_normalise(self.elem), self._params(CENTRED, self.elem)
+        elem = self.elem
 
         @traced
-        def eight(state, at):
-            for i, name in enumerate(names):
+        def one(at, params):
+            store_vector(at, exponential(load_vector(at, elem, lanes), *params))
+
+        @device
+        def column(at, pitch, n, params):
+            for j in range(n):
+                one(at + j * pitch, params)
+
+        @device
+        def sweep(frame, state, count):
+            n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
+            x, y, pitch = tiles(frame, state)
+            j = 0
+            while j < n:
+                length = min(n - j, block)
+                if n > block:
+                    pack(frame, state, count, j, length)
+                    take_maxima(state, count)
+                choose_ref(state, count)
+                normalise(state, count)
+                if not kept or n > block:
+                    for c in range(0, count, lanes):
+                        column(x + c * size, pitch, length, params(state, c))
+                narrow(state, count, j, length)
+                operands = (x, y, weight(frame) + j * size, pitch)
+                unpack(state, operands, count, j, length, step, stream)
+                j += block
+
+        return sweep
+
+    def _make_unpack(self, value, names, labelled):
+        """(narrow, unpack) for `value`; with the labels' results in their places."""
+        if not labelled:
+            return self._narrower(names, False), self._unpacker(value, len(names))
+
+        def labelled_value(x, y, w, params, index):
+            *params, label, label_grad = params
+            return where(index == label, label_grad, value(x, y, w, params))
+
+        narrow = self._narrower((*names, "label_grad"), True)
+        return narrow, self._unpacker(labelled_value, len(names) + 2, indexed=True)
+
+    def _narrower(self, names, labelled):
+        """narrow(state, count, j, n): the slots' values in the type computed in, for `_map_params`.
+
+        Where `labelled`, slot label comes before the last, relative to class j; −1 for a label
+        that is not among classes j … j + n − 1.
+        """
+        lanes, elem, pitch, size = self._lanes, self.elem, MAX_ROWS * self._size, self._size
+        at_label = len(names) - 1
+        places = [i + (labelled and i == at_label) for i in range(len(names))]
+
+        @traced
+        def values(state, at):
+            for i, name in zip(places, names, strict=True):
                 v = convert(load_vector(state + SLOT[name], "f8", lanes), elem)
                 store_vector(at + i * pitch, v)
 
-        size = self._size
+        @traced
+        def labels(state, at, j, n):
+            label = convert(load_vector(state + SLOT["label"], "i8", lanes) - j, "f8")
+            inside = (label >= 0.0) & (label < convert(n, "f8"))
+            store_vector(at + at_label * pitch, convert(where(inside, label, -1.0), elem))
 
         @device
-        def narrow(state, count):
+        def narrow(state, count, j, n):
             for c in range(0, count, lanes):
-                eight(state + 8 * c, state + _PARAMS + c * size)
+                values(state + 8 * c, state + _PARAMS + c * size)
+                if labelled:
+                    labels(state + 8 * c, state + _PARAMS + c * size, j, n)
 
         return narrow
 
@@ -577,8 +805,11 @@ class Tiles:
         pitch, at = MAX_ROWS * self._size, state + _PARAMS + c * self._size
         return tuple(load_vector(at + i * pitch, self.elem, self._lanes) for i in range(count))
 
-    def _unpacker(self, value, count_of_params):
-        """unpack(state, operands, count, j0, n, step, stream)."""
+    def _unpacker(self, value, count_of_params, indexed=False):
+        """unpack(state, operands, count, j0, n, step, stream).
+
+        `indexed` tells that `value` takes the class too, counted from j0.
+        """
         inputs, lanes, form, slot = (
             self._inputs_at(),
             self._lanes,
@@ -591,7 +822,8 @@ class Tiles:
             """The result for class j and the columns from c on."""
             x, y, w, pitch = operands
             here = (x + c * size, y + c * size, w, pitch)
-            return value(*inputs(here, j), self._map_params(state, c, count_of_params))
+            index = (splat(j, self.elem, lanes),) if indexed else ()
+            return value(*inputs(here, j), self._map_params(state, c, count_of_params), *index)
 
         if self.layout == COLUMNS:
             line = form.size * lanes
