@@ -20,9 +20,12 @@ _CASES = {
 
 class _Cpu(suite.Measured):
     threads = 0
+    peers_when_small = False  # importing and compiling the peers is what takes long then
 
     def bench(self, case: Case, *key: Any) -> Bench:
         names = self.params[0][1:]  # type: ignore[attr-defined]
+        if suite.SMALL:
+            names = ["scipy", "torch", "jax"] if self.peers_when_small else []
         peers = [CPU_PEERS[name] for name in names]
         threads = self.threads or suite.available_threads()
         rounds, seconds = (1, 0.01) if suite.SMALL else (15, 2.0)
@@ -32,6 +35,7 @@ class _Cpu(suite.Measured):
 class Speed(_Cpu):
     """The calls that a release is judged by, with cold caches."""
 
+    peers_when_small = True
     params = [
         IMPLEMENTATIONS,
         list(TITLES),

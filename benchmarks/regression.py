@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import ROOT, bounds, suite
 from benchmarks.bring_home import git
-from numbakern._roofline import NUMBAKERN, Arrays, Case, check, copies, interleave, table
+from numbakern._roofline import NUMBAKERN, Arrays, Case, check, interleave, numpy_copies, table
 
 THRESHOLD = 1.15
 ATTEMPTS = 3
@@ -105,9 +105,9 @@ def work(pipe_in: Iterable[str], pipe_out: Any) -> None:
                 arrays = attach(case, Path(asked["folder"]))
                 call = NUMBAKERN.build(case, arrays)
                 assert call is not None
-                arrays.out.fill(1)
+                arrays.out[...] = 1
                 answer: Any = check(case, arrays, call())
-                anchors = copies(arrays, threads, pool)
+                anchors = numpy_copies(arrays, threads, pool)
                 times = interleave(anchors, rounds=3)
                 fastest = min(anchors, key=lambda name: median(times[name]))
                 calls = {"copy": anchors[fastest], "call": call}
@@ -144,9 +144,10 @@ class Version:
 
     def end(self) -> None:
         """Stop the process."""
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[Compared]:
@@ -177,12 +178,17 @@ def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[
 
 
 def verdicts(
-    base: Path, tree: Path, cases: Sequence[Case], threshold: float, rounds: int = ROUNDS
+    base: Path,
+    tree: Path,
+    cases: Sequence[Case],
+    threshold: float,
+    rounds: int = ROUNDS,
+    attempts: int = ATTEMPTS,
 ) -> list[tuple[Compared, bool]]:
     """Each case's last measurement, and whether every attempt found it slower."""
     last: dict[Case, Compared] = {}
     suspects = list(cases)
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         if not suspects:
             break
         for compared in compare(base, tree, suspects, rounds):

@@ -112,8 +112,8 @@ class Measured(ABC):
         if case is None:
             raise NotImplementedError("not among the cases")
         self.result = self._measured(shrunk(case) if SMALL else case, key)
-        if implementation in self.result.notes:
-            refuse(self.result.notes[implementation])
+        if implementation not in self.result.seconds:
+            refuse(self.result.notes.get(implementation, NOT_INSTALLED))
 
     def _measured(self, case: Case, key: Sequence[Any]) -> Result:
         def fields() -> dict[str, Any]:

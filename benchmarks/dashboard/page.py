@@ -87,14 +87,14 @@ def speed_table(rows: list[Row], target: str) -> str:
         names = ("function", "shape" if target == "cpu" else "classes", "dtype")
         address = graph(f"{target}.Speed.track_x_copy", **dict(zip(names, shape, strict=True)))
         cells = [
-            f'<a href="{html.escape(address)}">{html.escape(row.call)}</a>'
+            f'<a href="{html.escape(address)}">{row.call.replace("_", "_<wbr>")}</a>'
             f"<small>{html.escape(row.array)}</small>",
-            report.short(row.seconds),
-            report.digits(row.gigabytes),
             f'<span class="{row.verdict}">{report.digits(row.ours, unit)}</span>',
             f"{row.bound.must:.3g}{unit}",
             f"{row.bound.goal:.3g}{unit}",
             f'<span class="{row.verdict}">{row.verdict}</span>',
+            report.short(row.seconds),
+            report.digits(row.gigabytes),
             *(report.digits(row.ratio(peer)) for peer in peers),
         ]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -62,7 +62,7 @@ def roofline(rows: Sequence[Row], target: str, folder: Path, name: str) -> None:
         return
     for mode in MODES:
         plt = _pyplot(mode)
-        figure, axes = plt.subplots(figsize=(5.6, 1.3 + 0.42 * len(rows)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.6, 1.3 + 0.4 * len(rows)), layout="constrained")
         ink = plt.rcParams["text.color"]
         for library in reversed(implementations(target)):
             points = [(r.figures[library], i) for i, r in enumerate(rows) if library in r.figures]
