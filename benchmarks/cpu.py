@@ -20,6 +20,7 @@ _CASES = {
 
 class _Cpu(suite.Measured):
     threads = 0
+    effort = 3, 0.5  # rounds, and seconds after which a call has had enough of them
     peers_when_small = False  # importing and compiling the peers is what takes long then
 
     def bench(self, case: Case, *key: Any) -> Bench:
@@ -28,13 +29,14 @@ class _Cpu(suite.Measured):
             names = ["scipy", "torch", "jax"] if self.peers_when_small else []
         peers = [CPU_PEERS[name] for name in names]
         threads = self.threads or suite.available_threads()
-        rounds, seconds = (1, 0.01) if suite.SMALL else (15, 2.0)
+        rounds, seconds = (1, 0.01) if suite.SMALL else self.effort
         return Bench(peers, threads, rounds=rounds, seconds=seconds)
 
 
 class Speed(_Cpu):
     """The calls that a release is judged by, with cold caches."""
 
+    effort = 15, 2.0
     peers_when_small = True
     params = [
         IMPLEMENTATIONS,
