@@ -63,7 +63,9 @@ def bring_home(measured: dict[str, Any], commit: str, results: Path, root: Path 
     from asv.runner import BenchmarkResult
 
     found, machine = measured["environment"], measured["machine"]
-    versions = {name: found["versions"].get(name, "") for name in ("numba", "numpy")}
+    # torch, for its copy may be the yardstick: with and without it are two series.
+    names = [name for name in ("numba", "numpy", "torch") if name in found["versions"]]
+    versions = {name: found["versions"][name] for name in names}
     env_name = f"measured-py{found['python']}" + "".join(f"-{n}{v}" for n, v in versions.items())
     date = int(git("log", "-1", "--format=%ct", commit, root=root)) * 1000
     params = {"machine": machine, "python": found["python"], **versions}

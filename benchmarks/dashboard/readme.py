@@ -36,4 +36,5 @@ def write(folder: Path, readme: Path = ROOT / "README.md", docs: Path = ROOT / "
     readme.write_text(new, encoding="utf-8")
     machine = next(m for m in results.machines(folder) if m.name == MACHINE)
     if found := machine.table("cpu"):
+        docs.mkdir(exist_ok=True)
         plots.roofline(found[1], "cpu", docs, "roofline")

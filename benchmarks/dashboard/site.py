@@ -34,7 +34,7 @@ SCRIPTS = {
 }
 
 # What becomes a choice in asv's sidebar; every other field would split the series of a machine.
-FACETS = ("machine", "python", "numba", "numpy")
+FACETS = ("machine", "python", "numba", "numpy", "torch")
 
 
 def build(folder: Path, results: Path, scripts: Path | None = None) -> None:
@@ -58,7 +58,7 @@ def stage(results: Path, staged: Path) -> Path:
         if path.name == "machine.json":
             content = {"machine": content["machine"], "version": 1}
         else:
-            content["params"] = {name: content["params"].get(name, "") for name in FACETS}
+            content["params"] = {name: content["params"].get(name, "-") for name in FACETS}
             content["env_vars"] = {}
         target = staged / path.relative_to(results)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,20 +113,22 @@ def publish(staged: Path, folder: Path, work: Path) -> None:
 
 
 def show_what_is_missing(staged: Path) -> None:
-    """Give every benchmark that a machine never ran an n/a in one file: asv's pages ask for it."""
+    """Give each series an n/a for every benchmark that it never ran: asv's pages ask for it."""
     benchmarks = json.loads((staged / "benchmarks.json").read_text(encoding="utf-8"))
-    for folder in sorted(path.parent for path in staged.glob("*/machine.json")):
-        paths = sorted(path for path in folder.glob("*.json") if path.name != "machine.json")
-        contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        run = {name for content in contents for name in content["results"]}
-        for content, path in list(zip(contents, paths, strict=True))[:1]:
-            content["result_columns"] = list(content["result_columns"])
-            for name, benchmark in benchmarks.items():
-                if name != "version" and name not in run:
-                    count = math.prod(map(len, benchmark["params"]))
-                    row = [[math.nan] * count, benchmark["params"], benchmark["version"]]
-                    content["results"][name] = row
-            path.write_text(json.dumps(content))
+    del benchmarks["version"]
+    paths = sorted(path for path in staged.glob("*/*.json") if path.name != "machine.json")
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    series: dict[str, list[Path]] = {}
+    for path, content in contents.items():
+        series.setdefault(json.dumps(content["params"]), []).append(path)
+    for paths in series.values():
+        run = {name for path in paths for name in contents[path]["results"]}
+        for name in set(benchmarks) - run:
+            benchmark = benchmarks[name]
+            nothing = [math.nan] * math.prod(map(len, benchmark["params"]))
+            row = [nothing, benchmark["params"], benchmark["version"]]
+            contents[paths[0]]["results"][name] = row
+        paths[0].write_text(json.dumps(contents[paths[0]]))
 
 
 def fetch(folder: Path) -> Path:
