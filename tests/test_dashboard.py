@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from benchmarks import ROOT, runner
+from benchmarks import ROOT, bounds, report, runner
 
 for name in ("asv", "matplotlib"):
     pytest.importorskip(name)
@@ -90,6 +90,17 @@ def test_a_script_of_another_asv_is_noticed(tmp_path, no_scripts):
     (folder / "index.html").write_text('<head><script src="https://a.b/new.js"></script></head>')
     with pytest.raises(SystemExit, match=r"not listed: https://a\.b/new\.js"):
         site.vendor(folder, no_scripts)
+
+
+def test_the_columns_of_the_table():
+    row = report.Row(bounds.CPU[0], 0.002, 130.0, {"numbakern": 1.1, "torch": 2.2})
+    text = page.speed_table([row], "cpu")
+    head = re.findall("<th>(.*?)</th>", text)
+    cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", text)]
+    shown = dict(zip(head, cells, strict=True))
+    assert shown.pop("call").startswith("log_softmax(out=)(1024, 32000) float32")
+    expected = {"× copy": "1.10", "must": "1.25", "goal": "1.05", "met": "must"}
+    assert shown == expected | {"time": "2 ms", "GB/s": "130", "torch ÷ ours": "2.00"}
 
 
 def test_addresses_of_graphs():

@@ -70,16 +70,8 @@ def picture(name: str, caption: str, kind: str = "") -> str:
 def speed_table(rows: list[Row], target: str) -> str:
     """One line a case; the other libraries as multiples of numbakern's time."""
     peers = report.peers_of(rows, target)
-    head = [
-        "call",
-        "time",
-        "GB/s",
-        "× copy",
-        "must",
-        "goal",
-        "met",
-        *(f"{p} ÷ ours" for p in peers),
-    ]
+    head = ["call", "× copy", "must", "goal", "met", "time", "GB/s"]
+    head += [f"{peer} ÷ ours" for peer in peers]
     lines = []
     for row in rows:
         unit = " µs" if row.bound.unit == "us" else ""
