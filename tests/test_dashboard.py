@@ -206,10 +206,6 @@ def test_the_pages_in_a_browser(chromium):
         assert front.evaluate("document.documentElement.scrollWidth") <= width
         ground = front.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
-        # The pictures load when they are scrolled to.
-        for image in front.locator("img").all():
-            image.scroll_into_view_if_needed()
-        front.wait_for_load_state("networkidle")
         assert front.evaluate(
             "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
         )

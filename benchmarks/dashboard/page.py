@@ -63,7 +63,7 @@ def picture(name: str, caption: str, kind: str = "") -> str:
     return (
         f'<figure class="{kind}"><figcaption>{text}</figcaption><picture>'
         f'<source srcset="{quote(name)}-dark.svg" media="(prefers-color-scheme: dark)">'
-        f'<img src="{quote(name)}-light.svg" alt="{text}" loading="lazy"></picture></figure>'
+        f'<img src="{quote(name)}-light.svg" alt="{text}"></picture></figure>'
     )
 
 

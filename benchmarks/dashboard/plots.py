@@ -87,7 +87,7 @@ def roofline(rows: Sequence[Row], target: str, folder: Path, name: str) -> None:
         axes.grid(axis="x", which="both")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("time in copies of the same array (1: as fast as copying it)")
+        axes.set_xlabel("time in copies of the same array")
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], names[::-1], loc="outside upper center", ncols=4)
         _save(plt, figure, folder / f"{name}-{mode}.svg")
@@ -141,6 +141,8 @@ def _sweep(libraries: Any, parameter: str, logarithmic: bool, mode: str, path: P
     axes.yaxis.set_minor_formatter("")
     if logarithmic:
         axes.set_xscale("log", base=2 if parameter == "classes" else 10)
+        if parameter == "classes":
+            axes.set_xticks([2, 16, 128, 1024, 8192, 65536])
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xticks(ticks)

@@ -33,6 +33,22 @@ SCRIPTS = {
     "bootstrap.min.css": ("bootstrap", "3.1.1", "dist/css/bootstrap.min.css"),
 }
 
+# (file, a line of it, what has to follow that line).
+CORRECTIONS = (
+    # The length of the axis is no number where a text parameter is the axis: no bars.
+    (
+        "vendor/jquery.flot.orderBars.js",
+        "var AxeSize = minMaxValues[1] - minMaxValues[0];",
+        " if (isNaN(AxeSize)) { AxeSize = plot.getData()[0].data.length; }",
+    ),
+    # A series without any point has no last one.
+    (
+        "asv.js",
+        "time_idx = raw_series.length - 1;",
+        " if (time_idx < 0) { return []; }",
+    ),
+)
+
 # What becomes a choice in asv's sidebar; every other field would split the series of a machine.
 FACETS = ("machine", "python", "numba", "numpy", "torch")
 
@@ -172,14 +188,11 @@ def vendor(folder: Path, node_modules: Path) -> None:
     head = '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     head += '<link href="extra.css" rel="stylesheet" type="text/css">\n</head>'
     index.write_text(text.replace("</head>", head, 1), encoding="utf-8")
-    # orderBars measures the axis as a number, which that of a text parameter is not: no bars.
-    bars = folder / "vendor/jquery.flot.orderBars.js"
-    script = bars.read_text(encoding="utf-8")
-    line = "var AxeSize = minMaxValues[1] - minMaxValues[0];"
-    if script.count(line) != 1:
-        raise SystemExit("flot-orderbars has changed: look at its correction again")
-    counted = " if (isNaN(AxeSize)) { AxeSize = plot.getData()[0].data.length; }"
-    bars.write_text(script.replace(line, line + counted), encoding="utf-8")
+    for name, line, added in CORRECTIONS:
+        script = (folder / name).read_text(encoding="utf-8")
+        if script.count(line) != 1:
+            raise SystemExit(f"{name} has changed: look at its correction again")
+        (folder / name).write_text(script.replace(line, line + added), encoding="utf-8")
 
 
 def write_commits(folder: Path, results: Path) -> None:
