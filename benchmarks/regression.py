@@ -2,8 +2,8 @@
 
 Both versions of the package run side by side, each in a process of its own, and take turns on the
 very same memory: call by call, so that a noisy neighbour hits both alike. A case is slower if the
-ratio of the lowest deciles of their times is above the threshold, and if that happens twice again in
-fresh processes. Then the status is 1.
+ratio of the lowest deciles of their times is above the threshold, and is so twice again in fresh
+processes. Then the status is 1.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """How many times as long the tree takes: by the lowest decile, which noise hardly reaches."""
+        """How many times as long the tree takes, by lowest deciles: noise hardly reaches them."""
         return float(np.quantile(self.tree, 0.1) / np.quantile(self.base, 0.1))
 
     def x_copy(self, times: Sequence[float]) -> float:
