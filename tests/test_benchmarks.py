@@ -395,19 +395,19 @@ def test_the_ratio_bears_noise():
 def test_a_planted_slowdown_is_caught(tmp_path):
     for name in ("base", "slow"):
         shutil.copytree(PACKAGE, tmp_path / name / "numbakern")
-    plant(tmp_path / "slow", times=8)
+    plant(tmp_path / "slow")
     base, slow = tmp_path / "base", tmp_path / "slow"
     case = Case("log_softmax", (256, 4000))
-    ((compared, slower),) = regression.verdicts(base, slow, [case], 1.3, rounds=8, attempts=1)
+    ((compared, slower),) = regression.verdicts(base, slow, [case], 1.3, rounds=6, attempts=2)
     assert slower and compared.ratio > 1.3
     untouched = dataclasses.replace(compared, tree=compared.base)
     assert untouched.ratio == 1.0
 
 
-def plant(folder, times):
-    """Make log_softmax compute its result so many times."""
+def plant(folder):
+    """Make log_softmax wait: other tests on the same cores cannot hide that."""
     file = folder / "numbakern/functional/log_softmax.py"
     text = file.read_text()
     line = '    target.softmax("log_softmax", x, axes, kind.compute, result)\n'
     assert text.count(line) == 1
-    file.write_text(text.replace(line, line * times))
+    file.write_text(text.replace(line, line + '    __import__("time").sleep(0.05)\n'))
