@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+
+from benchmarks import suite
+
+REPEATS = 1 if suite.SMALL else 5
 
 _IMPORT = """
 import time, numpy
@@ -23,58 +26,81 @@ import json, time
 import numpy as np, numbakern
 x = np.zeros((256, 4096), np.float32)
 labels = np.zeros(256, np.int64)
+{prepare}
 start = time.perf_counter()
 import numba
 imported = time.perf_counter()
 {call}
+{wait}
 print(json.dumps([imported - start, time.perf_counter() - imported]))
 """
 
-FIRST_CALLS = {
+_CUDA = """
+import torch
+x, labels = torch.from_numpy(x).cuda(), torch.from_numpy(labels).cuda()
+torch.cuda.synchronize()
+"""
+
+CALLS = {
     "log_softmax": "numbakern.log_softmax(x)",
-    "cross_entropy_value_and_grad": "numbakern.cross_entropy_value_and_grad(x, labels)",
+    "value_and_grad": "numbakern.cross_entropy_value_and_grad(x, labels)",
 }
 
 
-@dataclass(frozen=True)
-class StartupResult:
-    """One figure of a fresh process, in milliseconds, and its bound."""
+def run(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, which finds the package where this one does."""
+    import numbakern
 
-    name: str
-    milliseconds: float
-    must: float
-    goal: float | None = None
-
-
-def _run(code: str, **environment: str) -> str:
+    package = str(Path(numbakern.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        check=True,
+        env={**os.environ, "PYTHONPATH": package, **environment},
         capture_output=True,
         text=True,
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return done.stdout
 
 
-def import_seconds(repeats: int = 7) -> float:
+class Import:
     """`import numbakern` in an interpreter that has NumPy already."""
-    _run(_IMPORT)  # writes the bytecode
-    return median(float(_run(_IMPORT)) for _ in range(repeats))
+
+    version = "1"
+    timeout = 120
+
+    def track_seconds(self) -> float:
+        run(_IMPORT)  # writes the bytecode
+        return median(float(run(_IMPORT)) for _ in range(REPEATS))
+
+    track_seconds.unit = "seconds"  # type: ignore[attr-defined]
 
 
-def first_call_seconds(name: str, cache: str) -> float:
-    """The first call of a fresh process with this cache folder, beyond Numba's own import."""
-    code = _FIRST_CALL.format(call=FIRST_CALLS[name])
-    return float(json.loads(_run(code, NUMBA_CACHE_DIR=cache))[1])
+class FirstCall:
+    """The first call of a process, beyond Numba's own import: compiling, or loading from disk."""
 
+    version = "1"
+    timeout = 300
+    params = [["cpu", "cuda"], list(CALLS), ["cold", "warm"]]
+    param_names = ["target", "function", "cache"]
 
-def measure(repeats: int = 5) -> Iterator[StartupResult]:
-    """Every figure in turn."""
-    yield StartupResult("import numbakern, beyond NumPy", import_seconds(repeats) * 1e3, 60)
-    for name in FIRST_CALLS:
-        with tempfile.TemporaryDirectory() as cache:
-            cold = first_call_seconds(name, cache)
-            warm = median(first_call_seconds(name, cache) for _ in range(repeats))
-        yield StartupResult(f"first {name}, cold cache", cold * 1e3, 2500)
-        yield StartupResult(f"first {name}, warm cache", warm * 1e3, 500)
+    def setup(self, target: str, function: str, cache: str) -> None:
+        if target == "cuda":
+            from benchmarks.device import require_cuda
+
+            require_cuda()
+        self.code = _FIRST_CALL.format(
+            call=CALLS[function],
+            prepare=_CUDA if target == "cuda" else "",
+            wait="torch.cuda.synchronize()" if target == "cuda" else "",
+        )
+
+    def track_seconds(self, target: str, function: str, cache: str) -> float:
+        def seconds() -> float:
+            return float(json.loads(run(self.code, NUMBA_CACHE_DIR=folder))[1])
+
+        with tempfile.TemporaryDirectory() as folder:
+            cold = seconds()
+            return cold if cache == "cold" else median(seconds() for _ in range(REPEATS))
+
+    track_seconds.unit = "seconds"  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ import numpy as np
 import numbakern
 
 Call = Callable[[], Any]
+Times = tuple[dict[str, list[float]], dict[str, list[float]]]  # of the copies, of the calls
 
 # Array-sized streams that a call must read or write at least, in elements N·C.
 STREAMS = {
@@ -59,6 +60,10 @@ TITLES = {
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 LABEL_BYTES = 8
+
+# Why a library has no figure: not a fault, unlike every other note of a result.
+NOT_INSTALLED = "not installed"
+DOES_NOT_APPLY = "does not apply"
 
 
 def bytes_moved(op: str, rows: int, classes: int, itemsize: int) -> int:
@@ -169,10 +174,23 @@ class Arrays:
         out.fill(1)
         return out
 
-    def as_rows(self, array: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+    def as_rows(self, array: Any, rows: slice = slice(None)) -> np.ndarray:
         """`array` as (rows, classes), a copy where the class axis is not the last."""
+        array = self.host(array)
         classes = array.shape[self.axis]
         return np.moveaxis(array, self.axis, -1).reshape(-1, classes)[rows]
+
+    def host(self, array: Any) -> np.ndarray:
+        """An array or tensor as a NumPy array; bfloat16 tensors as float32."""
+        if hasattr(array, "detach"):
+            array = array.detach().cpu()
+            array = array.float() if str(array.dtype) == "torch.bfloat16" else array
+        return np.asarray(array)
+
+    def at_labels(self, array: np.ndarray) -> np.ndarray:
+        """The value at the label of each row, flat, in float64."""
+        labels = np.expand_dims(self.labels, self.axis)
+        return np.take_along_axis(array, labels, axis=self.axis).astype(np.float64).reshape(-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,54 +204,42 @@ def _sample(n: int) -> slice:
 def reference(case: Case, arrays: Arrays) -> tuple[float | None, np.ndarray | None]:
     """Loss and sampled rows of the array result in float64; None for what the op does not give."""
     some = _sample(case.rows)
-    labels = arrays.labels.reshape(-1)
+    labels, lse = arrays.host(arrays.labels).reshape(-1), arrays.host(arrays.lse).reshape(-1)
 
-    def rows(array: np.ndarray) -> np.ndarray:
+    def rows(array: Any) -> np.ndarray:
         return arrays.as_rows(array, some).astype(np.float64)
 
-    def mean_loss(array: np.ndarray, lse: np.ndarray | float) -> float:
-        at_label = np.take_along_axis(
-            array, np.expand_dims(arrays.labels, arrays.axis), axis=arrays.axis
-        ).astype(np.float64)
-        return float(np.mean(lse - at_label.reshape(-1)))
-
     if case.op in ("log_softmax", "log_softmax_fresh"):
-        return None, rows(arrays.logits) - arrays.lse.reshape(-1)[some, None]
+        return None, rows(arrays.logits) - lse[some, None]
     if case.op == "log_softmax_backward":
         grad = rows(arrays.grad_output)
         return None, grad - np.exp(rows(arrays.log_probs)) * grad.sum(axis=1, keepdims=True)
     if case.op == "nll_loss":
-        return mean_loss(arrays.log_probs, 0.0), None
+        return -float(np.mean(arrays.at_labels(arrays.log_probs))), None
     one_hot = (labels[some, None] == np.arange(case.classes)).astype(np.float64)
     if case.op == "nll_loss_backward":
         return None, -one_hot / case.rows
-    loss = mean_loss(arrays.logits, arrays.lse.reshape(-1))
+    loss = float(np.mean(lse - arrays.at_labels(arrays.logits)))
     if case.op == "cross_entropy":
         return loss, None
-    grad = (np.exp(rows(arrays.logits) - arrays.lse.reshape(-1)[some, None]) - one_hot) / case.rows
+    grad = (np.exp(rows(arrays.logits) - lse[some, None]) - one_hot) / case.rows
     return (None if case.op == "cross_entropy_backward" else loss), grad
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        value = value.detach()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-        value = value.numpy()
-    return np.asarray(value)
 
 
 def check(case: Case, arrays: Arrays, result: Any) -> str | None:
     """What is wrong with the result of a call, in words, or None."""
-    parts = [_to_numpy(part) for part in (result if isinstance(result, tuple) else (result,))]
+    parts = result if isinstance(result, tuple) else (result,)
     loss, rows = reference(case, arrays)
     expected = [part for part in (loss, rows) if part is not None]
     if len(parts) != len(expected):
         return f"{len(parts)} results where {len(expected)} were expected"
     for part, want in zip(parts, expected, strict=True):
-        if part.ndim:
-            if part.shape != case.shape:
-                return f"shape {part.shape} where {case.shape} was expected"
+        if shape := tuple(np.shape(part)):
+            if shape != case.shape:
+                return f"shape {shape} where {case.shape} was expected"
             part = arrays.as_rows(part, _sample(case.rows))
+        else:
+            part = arrays.host(part)
         error = np.max(np.abs(part.astype(np.float64) - want)) / np.max(np.abs(want))
         if not error <= TOLERANCE[case.dtype]:
             return f"relative error {error:.1e}"
@@ -348,10 +354,12 @@ SCIPY = Peer(
 )
 
 
-def as_tensor(array: np.ndarray) -> Any:
-    """A torch tensor on the array's own memory."""
+def as_tensor(array: Any) -> Any:
+    """A torch tensor on the array's own memory; a tensor as it is."""
     import torch
 
+    if isinstance(array, torch.Tensor):
+        return array
     if array.dtype.name == "bfloat16":  # torch.from_numpy does not know it
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -395,9 +403,7 @@ def _torch_loss(loss: str, array: str) -> Builder:
         import torch.nn.functional
 
         function = getattr(torch.nn.functional, loss)
-        return partial(
-            function, _class_axis_second(a, getattr(a, array)), torch.from_numpy(a.labels)
-        )
+        return partial(function, _class_axis_second(a, getattr(a, array)), as_tensor(a.labels))
 
     return build
 
@@ -407,7 +413,7 @@ def _torch_loss_backward(loss: str, array: str) -> Builder:
         import torch
 
         leaf = _class_axis_second(a, getattr(a, array)).requires_grad_()
-        value = getattr(torch.nn.functional, loss)(leaf, torch.from_numpy(a.labels))
+        value = getattr(torch.nn.functional, loss)(leaf, as_tensor(a.labels))
         return lambda: torch.autograd.grad(value, leaf, retain_graph=True)[0].movedim(1, a.axis)
 
     return build
@@ -418,7 +424,7 @@ def torch_value_and_grad(a: Arrays, cross_entropy: Any) -> Call:
     import torch
 
     leaf = _class_axis_second(a, a.logits).requires_grad_()
-    labels = torch.from_numpy(a.labels)
+    labels = as_tensor(a.labels)
 
     def call() -> Any:
         loss = cross_entropy(leaf, labels)
@@ -465,14 +471,20 @@ def limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def copies(arrays: Arrays, threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
-    """Every way of copying the logits to the output that may turn out the fastest."""
+def numpy_copies(arrays: Arrays, threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
+    """NumPy's copy of the logits to the output, by one thread and by all."""
     bits = np.dtype(f"u{arrays.dtype.itemsize}")
     source, target = arrays.logits.view(bits).reshape(-1), arrays.out.view(bits).reshape(-1)
     calls: dict[str, Call] = {"numpy.copyto": partial(np.copyto, target, source)}
     if threads > 1:
         parts = np.array_split(target, threads), np.array_split(source, threads)
         calls[f"numpy.copyto, {threads} threads"] = lambda: list(pool.map(np.copyto, *parts))
+    return calls
+
+
+def copies(arrays: Arrays, threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
+    """Every way of copying the logits to the output that may turn out the fastest."""
+    calls = numpy_copies(arrays, threads, pool)
     if TORCH.installed:
         calls["torch.copy_"] = partial(as_tensor(arrays.out).copy_, as_tensor(arrays.logits))
     return calls
@@ -570,31 +582,15 @@ class Bench:
         key = case.shape, case.dtype, case.axis
         if self._arrays is None or key != self._key:
             self._arrays = None  # freed before the next ones are made
-            self._key, self._arrays = key, Arrays(*key)
+            self._key, self._arrays = key, self.make(*key)
         return self._arrays
 
-    def measure(self, case: Case) -> Result:
-        """Check and time one case; what fails, numbakern's own call included, ends in the notes."""
-        arrays = self.arrays(case)
-        calls: dict[str, Call] = {}
-        notes: dict[str, str] = {}
-        for library in (NUMBAKERN, *self.peers):
-            if not library.installed:
-                notes[library.name] = "not installed"
-                continue
-            try:
-                call = library.build(case, arrays)
-                arrays.out.fill(1)  # an earlier result in it would pass the check
-                wrong = None if call is None else check(case, arrays, call())
-            except Exception as error:
-                notes[library.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                continue
-            if call is None:
-                notes[library.name] = "does not apply"
-            elif wrong:
-                notes[library.name] = f"wrong result: {wrong}"
-            else:
-                calls[library.name] = call
+    def make(self, shape: tuple[int, ...], dtype: str, axis: int) -> Arrays:
+        """Fresh arrays."""
+        return Arrays(shape, dtype, axis)
+
+    def time(self, case: Case, arrays: Arrays, calls: Mapping[str, Call]) -> Times:
+        """Seconds of every call and of every copy."""
         with ThreadPoolExecutor(self.threads) as pool:
             anchors = copies(arrays, self.threads, pool)
             times = interleave(
@@ -604,10 +600,38 @@ class Bench:
                 seconds=self.seconds,
                 warm=self.warm or case.nbytes < 2**16,
             )
-        medians = {name: median(values) for name, values in times.items()}
-        fastest = min(anchors, key=lambda name: medians[name])
+        return {name: times[name] for name in anchors}, {name: times[name] for name in calls}
+
+    def measure(self, case: Case) -> Result:
+        """Check and time one case; what fails, numbakern's own call included, ends in the notes."""
+        arrays = self.arrays(case)
+        calls: dict[str, Call] = {}
+        notes: dict[str, str] = {}
+        for library in (NUMBAKERN, *self.peers):
+            if not library.installed:
+                notes[library.name] = NOT_INSTALLED
+                continue
+            try:
+                call = library.build(case, arrays)
+                arrays.out[...] = 1  # an earlier result in it would pass the check
+                wrong = None if call is None else check(case, arrays, call())
+            except Exception as error:
+                notes[library.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+            if call is None:
+                notes[library.name] = DOES_NOT_APPLY
+            elif wrong:
+                notes[library.name] = f"wrong result: {wrong}"
+            else:
+                calls[library.name] = call
+        copy_times, times = self.time(case, arrays, calls)
+        fastest = min(copy_times, key=lambda name: median(copy_times[name]))
         return Result(
-            case, medians[fastest], fastest, {name: medians[name] for name in calls}, notes
+            case,
+            median(copy_times[fastest]),
+            fastest,
+            {name: median(values) for name, values in times.items()},
+            notes,
         )
 
 

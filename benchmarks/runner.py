@@ -1,0 +1,137 @@
+"""Finds the benchmarks of the suite and runs them as asv would, without it."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+from benchmarks import suite
+
+SECTIONS = ("cpu", "cuda", "startup", "numerics")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One figure of one class, as asv names it."""
+
+    section: str
+    cls: str
+    method: str
+    params: list[list[Any]]
+    unit: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """What asv calls it."""
+        return f"{self.section}.{self.cls}.{self.method}"
+
+    def selected(self, patterns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The parameters that a pattern matches, as `asv run -b` would select them."""
+        for params in itertools.product(*self.params):
+            text = f"{self.name}({', '.join(map(repr, params))})" if params else self.name
+            if not patterns or any(re.search(pattern, text) for pattern in patterns):
+                yield params
+
+
+def discover() -> list[Benchmark]:
+    """Every benchmark of the suite."""
+    found = []
+    units = {"time": "seconds", "peakmem": "bytes"}
+    for section in SECTIONS:
+        module = importlib.import_module(f"benchmarks.{section}")
+        for name, cls in vars(module).items():
+            if not isinstance(cls, type) or name.startswith("_"):
+                continue
+            for method in dir(cls):
+                kind, _, rest = method.partition("_")
+                if rest and kind in ("time", "track", "peakmem"):
+                    unit = units.get(kind) or getattr(cls, method).unit
+                    params, version = getattr(cls, "params", []), getattr(cls, "version", "")
+                    found.append(Benchmark(section, name, method, params, unit, version))
+    return found
+
+
+def _figure(instance: Any, method: str, params: Sequence[Any]) -> float:
+    call = getattr(instance, method)
+    if method.startswith("time_"):
+        for _ in range(3):
+            call(*params)
+        samples = []
+        for _ in range(1 if suite.SMALL else 15):
+            start = time.perf_counter()
+            for _ in range(instance.number):
+                call(*params)
+            samples.append((time.perf_counter() - start) / instance.number)
+        return median(samples)
+    value = call(*params)
+    if method.startswith("peakmem_"):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    return float(value)
+
+
+def _work(section: str, name: str, jobs: Sequence[tuple[Any, ...]], results: Connection) -> None:
+    """Send (method, parameters, figure or None, note) for every job of a class."""
+    cls = getattr(importlib.import_module(f"benchmarks.{section}"), name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for params, methods in itertools.groupby(jobs, key=lambda job: job[1]):
+            instance, note, value = cls(), "", None
+            try:
+                if hasattr(instance, "setup"):
+                    instance.setup(*params)
+            except NotImplementedError as error:
+                value, note = math.nan, str(error)
+            except Exception as error:
+                note = f"{type(error).__name__}: {error}"
+            for method, _ in methods:
+                if not note:
+                    try:
+                        value = _figure(instance, method, params)
+                    except Exception as error:
+                        value, note = None, f"{type(error).__name__}: {error}"
+                results.send((method, params, value, note))
+            instance = None
+        os.chdir("/")
+
+
+def run(benchmarks: Sequence[Benchmark], patterns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Give (benchmark, parameters, figure, note) one after the other; n/a is NaN, failed None."""
+    context = multiprocessing.get_context("spawn")
+    by_class = itertools.groupby(benchmarks, key=lambda b: (b.section, b.cls))
+    for (section, cls), group in by_class:
+        methods = {benchmark.method: benchmark for benchmark in group}
+        jobs = [(m, params) for m, b in methods.items() for params in b.selected(patterns)]
+        order = {job: place for place, job in enumerate(dict.fromkeys(p for _, p in jobs))}
+        jobs.sort(key=lambda job: order[job[1]])
+        # Peak memory is that of a process: each parameter has its own.
+        alone = any(method.startswith("peakmem_") for method in methods)
+        for batch in [[job] for job in jobs] if alone else [jobs] if jobs else []:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(section, cls, batch, sender))
+            process.start()
+            sender.close()
+            done = 0
+            try:
+                while True:
+                    method, params, value, note = receiver.recv()
+                    done += 1
+                    yield methods[method], params, value, note
+            except EOFError:
+                process.join()
+            for method, params in batch[done:]:
+                yield methods[method], params, None, f"the process ended: {process.exitcode}"
