@@ -599,26 +599,3 @@ def test_a_cached_kernel_needs_no_numba(python, fake_driver, tmp_path):
     environment = {"LD_LIBRARY_PATH": fake_driver, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert python(script, **environment).stdout.strip() == "True"
     assert python(script, **environment).stdout.strip() == "False"
-
-
-# --- the benchmark -------------------------------------------------------------------------------
-
-
-def test_the_report_of_the_benchmark():
-    from benchmarks import cuda
-
-    cases_ = list(cuda.cases(quick=False))
-    assert len(cases_) == len(set(cases_)) > 100
-    assert {c.op for c in cases_} == set(cuda.OPERATIONS)
-    case = cuda.Case("log_softmax", 32768, "float32")
-    assert case.rows * case.classes == 2**28
-    moved = 2 * 4 * 2**28
-    result = cuda.Result(case, 4e12, moved, {"numbakern": moved / 3.9e12, "torch": moved / 2e12})
-    assert result.share("numbakern") == pytest.approx(0.975) and result.share("quack") is None
-    assert cuda.verdict(result) == "goal"
-    line = cuda.report([result]).splitlines()[-1].split()
-    assert line[-5:] == ["float32", "3900", "0.975", "goal", "0.500"]
-    slow = cuda.Result(case, 4e12, moved, {"numbakern": moved / 2e12})
-    assert cuda.verdict(slow) == "MISSED"
-    assert cuda.verdict(cuda.Result(case, 4e12, moved)) == "FAILED"
-    assert cuda.as_json(result)["share_of_copy"]["torch"] == 0.5

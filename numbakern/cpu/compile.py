@@ -1,18 +1,15 @@
 """The one place where kernels are compiled and cached on disk.
 
 Numba's own cache watches the one file a function stands in, so an edited helper elsewhere would
-serve stale machine code. Here an entry lies in a folder named after a fingerprint of every source
+serve stale machine code. Here an entry lies in a folder (see `disk_cache`) named after every source
 file of the package, Numba, llvmlite, Python and the CPU.
 """
 
-import hashlib
 import os
 import pickle
 import platform
 import sys
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import llvmlite
 import llvmlite.binding
@@ -23,57 +20,24 @@ from numba.core.dispatcher import _FunctionCompiler  # type: ignore[attr-defined
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
+from numbakern import disk_cache
+
 _KERNEL = (types.int64, types.int64, types.int64, types.int64)  # frame, first, last, scratch
 
 
 @cache
-def fingerprint():
-    """Digest of all that decides the machine code of a kernel."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+def cache_folder():
+    """Folder of this CPU's and these versions' kernels, or None where none can be written."""
     cpu = llvmlite.binding
     features = cpu.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, sys.version, platform.machine())
     settings = sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_CPU"))
-    for part in (*versions, cpu.get_host_cpu_name(), features, settings, numba.config.OPT):
-        digest.update(repr(part).encode() + b"\0")
-    return digest.hexdigest()[:24]
-
-
-@cache
-def cache_folder():
-    """Folder of this fingerprint's cache entries, or None where none can be written."""
-    base = _cache_base()
-    if base is None:
-        return None
-    folder = base / f"numbakern-{fingerprint()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
-    except OSError:
-        return None
-    return str(folder) if usable else None
-
-
-def _cache_base():
-    """NUMBA_CACHE_DIR, else the user's cache folder; None for a user without a home."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local) / "numbakern" if local else None
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    if chosen:
-        return Path(chosen) / "numbakern"
-    home = os.environ.get("HOME", os.path.expanduser("~"))
-    return Path(home) / ".cache" / "numbakern" if home else None
+    parts = (*versions, cpu.get_host_cpu_name(), features, settings, numba.config.OPT)
+    return disk_cache.folder(f"numbakern-{disk_cache.fingerprint(parts)}")
 
 
 class _DiskCache:
-    """What Numba asks of a function's cache, one file a kernel; a broken file is no error."""
+    """What Numba asks of a function's cache, one file a kernel."""
 
     def __init__(self, name):
         self._name = name
@@ -85,32 +49,19 @@ class _DiskCache:
     def load_overload(self, sig, target_context):
         target_context.refresh()
         folder = cache_folder()
-        if folder is None:
+        content = None if folder is None else disk_cache.read(folder, self._name)
+        if content is None:
             return None
         try:
-            entry = (Path(folder) / self._name).read_bytes()
-            digest, content = entry[:32], entry[32:]
-            if hashlib.sha256(content).digest() != digest:
-                return None
             payload = pickle.loads(content)
             return numba.core.compiler.CompileResult._rebuild(target_context, *payload)
-        except Exception:  # absent, truncated or garbled: compile instead
+        except Exception:  # undamaged, but not for this Numba: compile instead
             return None
 
     def save_overload(self, sig, result):
         folder = cache_folder()
-        if folder is None:
-            return
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                temporary = file.name
-                content = dumps(result._reduce())
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, Path(folder) / self._name)
-        except OSError:  # disk full, read-only, removed meanwhile
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        if folder is not None:
+            disk_cache.write(folder, self._name, dumps(result._reduce()))
 
 
 class _DeviceCompiler(_FunctionCompiler):
