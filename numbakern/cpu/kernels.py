@@ -60,8 +60,9 @@ def each_batch(walker, work):
         start(frame, state, last)
         while item < last:
             p, count, item = advance(frame, item, last)
-            begin(frame, state, p, count)
-            work(frame, state, p, count)
+            if count > 0:  # a run's last tiles may be empty, and row p behind the last one
+                begin(frame, state, p, count)
+                work(frame, state, p, count)
 
     return kernel
 

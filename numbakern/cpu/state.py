@@ -29,7 +29,7 @@ _NAMES = (
     "block_m", "ref",  # a block's maximum; what its exponentials are relative to
     "base", "magic", "floor", "factor",
     "scale", "p0", "p1", "p2", "skip", "row_scale",  # parameters of a map
-    "panel",  # of the batch alone: the first row of the packed panel; the tile's place in it
+    "panel",  # of the batch alone: see `tiles`
     "label",  # class whose gradient is known better than the map knows it; −1: none
     "x_label", "w_label", "q_label",  # there: logit, class weight, target
     "label_grad",  # and what the gradient is

@@ -65,6 +65,11 @@ _PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
 _MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
 _TILE = _MAXIMA + 8 * PANEL_ROWS
 
+# In slot panel, int64 each: the panel's first row, −1 for none; the class that it is packed from,
+# −1 for none; where the tile begins in the packed panel; the tile's first row, counted from the
+# panel's; rows of the panel; rows in its first tile.
+_FIRST, _PACKED, _OFFSET, _ROW, _WIDTH, _HEAD = (SLOT["panel"] + 8 * i for i in range(6))
+
 COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 """Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
 
@@ -135,7 +140,6 @@ class Tiles:
 
     def _make_walk(self):
         inner, columns, panel = integer("inner"), integer("columns"), integer("panel")
-        s_panel = SLOT["panel"]
         x_row, y_row, out_row = integer("x_row"), integer("y_row"), integer("out_row")
         x_data, y_data, out_data = data("x"), data("y"), data("out")
         geometry = data("geometry")
@@ -144,10 +148,9 @@ class Tiles:
         early = _most_early(self.elem, self.layout)
         x_size, out_size = (a.size if a else 0 for a in (self.x_access, self.out_access))
 
+        @device
         def offsets(frame, p):
             return row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
-
-        offsets = device(offsets)
 
         @device
         def skew(frame, run):
@@ -176,7 +179,7 @@ class Tiles:
         @device
         def start(frame, state, last):
             """To be called before the first tile: no panel is packed."""
-            put_i64(state + s_panel, -1)
+            put_i64(state + _FIRST, -1)
 
         @device
         def advance(frame, item, last):
@@ -191,15 +194,15 @@ class Tiles:
             column, before = p % length, skew(frame, p // length)
             at = (column + before) // width * width - before
             first = max(at, 0)
-            if get_i64(state + s_panel) != p - column + first:
-                put_i64(state + s_panel, p - column + first)
-                put_i64(state + s_panel + 8, -1)  # to be packed
+            if get_i64(state + _FIRST) != p - column + first:
+                put_i64(state + _FIRST, p - column + first)
+                put_i64(state + _PACKED, -1)  # to be packed
             # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
             gap = first - at
-            put_i64(state + s_panel + 16, column - at if column > 0 else 0)
-            put_i64(state + s_panel + 24, column - first)
-            put_i64(state + s_panel + 32, min(at + width, length) - first)
-            put_i64(state + s_panel + 40, columns(frame) - gap if gap > 0 else width)
+            put_i64(state + _OFFSET, column - at if column > 0 else 0)
+            put_i64(state + _ROW, column - first)
+            put_i64(state + _WIDTH, min(at + width, length) - first)
+            put_i64(state + _HEAD, columns(frame) - gap if gap > 0 else width)
 
         @device
         def put(state, i, x, y, out):
@@ -255,25 +258,25 @@ class Tiles:
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_panel, s_block_m, elem = SLOT["panel"], SLOT["block_m"], self.elem
+        s_block_m, elem = SLOT["block_m"], self.elem
 
         @device
         def tiles(frame, state):
             """Addresses of the packed x and y, and the bytes from class to class."""
             pitch = panel(frame) * size + _PAD
             length = (min(classes(frame), block) + lanes - 1) // lanes * lanes
-            x = state + _TILE + get_i64(state + s_panel + 16) * size
+            x = state + _TILE + get_i64(state + _OFFSET) * size
             return x, x + length * pitch, pitch
 
         def make_pack(pack_x):
             @device
             def pack(frame, state, count, j, n):
                 """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
-                if get_i64(state + s_panel + 8) == j and n == classes(frame):
+                if get_i64(state + _PACKED) == j and n == classes(frame):
                     return
-                put_i64(state + s_panel + 8, j)
+                put_i64(state + _PACKED, j)
                 x, y, pitch = tiles(frame, state)
-                offset, width = get_i64(state + s_panel + 16), get_i64(state + s_panel + 32)
+                offset, width = get_i64(state + _OFFSET), get_i64(state + _WIDTH)
                 pack_x(state, x - offset * size, pitch, width, j, n, x_step(frame))
                 if has_y:
                     pack_y(state, y - offset * size, pitch, width, j, n, y_step(frame))
@@ -288,7 +291,7 @@ class Tiles:
         @device
         def take_maxima(state, count):
             """The maxima that packing has found, as float64 into block_m."""
-            most = state + _MAXIMA + get_i64(state + s_panel + 16) * size
+            most = state + _MAXIMA + get_i64(state + _OFFSET) * size
             for c in range(0, count, lanes):
                 take_max(state, c, most)
 
@@ -329,7 +332,7 @@ class Tiles:
         _MAXIMA, NaN if one of its elements is.
         """
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
-        size, width, s_panel = self._size, lanes * self._size, SLOT["panel"]
+        size, width = self._size, lanes * self._size
 
         def larger(v, m):
             """The larger one; NaN once there was one."""
@@ -377,8 +380,8 @@ class Tiles:
 
             @device
             def pack(state, panel, pitch, count, j0, n, step):
-                first = get_i64(state + slot) - get_i64(state + s_panel + 24) * form_size
-                head = min(get_i64(state + s_panel + 40), count)  # rows of a shorter first tile
+                first = get_i64(state + slot) - get_i64(state + _ROW) * form_size
+                head = min(get_i64(state + _HEAD), count)  # rows of a shorter first tile
                 place = -(-head // lanes) * width  # where the next one begins
                 clear_maxima(state, place // size + count - head)
                 for j in range(n):
