@@ -85,3 +85,46 @@ IN_HALVES = ["log_softmax", "log_softmax by columns", "cross_entropy", "value_an
 def test_no_temporary_of_the_inputs_size(python, case, dtype):
     extra = int(python(SCRIPT, case, dtype).stdout)
     assert extra < 2**27 / 8  # a copy would be 128 MiB, of halves in float32 256 MiB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mprotect")
+def test_nothing_is_read_or_written_outside(python):
+    """Arrays between pages that nobody may touch; the process ends by itself."""
+    script = """
+        import ctypes, mmap
+        import numpy as np
+        import numbakern
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        page = mmap.PAGESIZE
+
+        def fenced(shape, dtype, at_end):
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            inside = -(-size // page) * page
+            memory = mmap.mmap(-1, inside + 2 * page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            for fence in (start, start + page + inside):
+                assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+            offset = page + (inside - size if at_end else 0)
+            keep.append(memory)
+            return np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
+
+        keep = []
+        last = ((37, 10), (5, 300), (3, 5000))
+        middle = ((2, 21, 33, 31), (2, 21, 64, 64), (3, 4, 5))
+        first = ((10, 37), (300, 19), (5000, 18))
+        shapes = [(s, -1) for s in last] + [(s, 1) for s in middle] + [(s, 0) for s in first]
+        for shape, axis in shapes:
+            for at_end in (False, True):
+                x, out = fenced(shape, np.float32, at_end), fenced(shape, np.float32, at_end)
+                x[...] = np.random.default_rng(0).standard_normal(shape)
+                batch = tuple(np.delete(shape, axis))
+                labels = fenced(batch, np.int64, at_end)
+                labels[...] = np.arange(labels.size).reshape(batch) % shape[axis]
+                numbakern.log_softmax(x, axis, out=out)
+                assert np.allclose(np.exp(out.astype(float)).sum(axis), 1)
+                loss, grad = numbakern.cross_entropy_value_and_grad(x, labels, axis=axis, out=out)
+                assert np.allclose(grad.astype(float).sum(axis), 0, atol=1e-6)
+        print("done")
+        """
+    assert python(script).stdout.strip() == "done"
