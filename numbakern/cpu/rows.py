@@ -7,7 +7,11 @@ as one batch. The order of every sum is fixed by the number of classes and the t
 
 The order: a step is four vectors, (v0 + v1) + (v2 + v3); a group is STEPS steps one after the
 other; the lanes of a group are added in a tree; groups are added one after the other in float64
-with the rounding errors kept; blocks are joined by `state.merge`.
+with the rounding errors kept; blocks are joined by `state.join_block`.
+
+A map that needs the exponentials again takes those that were summed, relative to their block's
+maximum (see `state.choose_ref`): from scratch memory where the row is short enough for it, else
+computed once more, to the same bits.
 """
 
 import functools

@@ -5,6 +5,9 @@ it is short, a row would not fill a vector. A tile of up to a few hundred rows i
 class into scratch memory, in the type computed in, and every lane then walks its own row. No
 transposed copy of the array is made. Sums follow the order that `rows` describes, so the bits are
 the same.
+
+Where rows are adjacent, several tiles are packed at once (a panel), and tiles begin where the
+output has a whole vector, so that it can be written past the caches.
 """
 
 import functools
