@@ -150,6 +150,13 @@ def exp_nonpositive(d):
     return where(far, 0.0, exp_scaled(where(far, 0.0, d), magic))
 
 
+def exp_difference(a, b):
+    """exp(a − b) of float64 a ≤ b, what a − b rounds away included; 0 for a of −inf."""
+    d, e = two_sum(a, -b)
+    p = exp_nonpositive(d)
+    return p + p * d.ops.where(is_finite(d), e, 0.0)
+
+
 def centre(ref, elem):
     """How exponentials of `elem` are taken relative to a float64 reference.
 

@@ -301,8 +301,11 @@ def zoo(names=ZOO):
     return pytest.mark.parametrize("layout", [pytest.param(ZOO[n], id=n) for n in names])
 
 
-def dtypes(*types, name="dtype"):
-    return pytest.mark.parametrize(name, [pytest.param(np.dtype(t), id=str(t)) for t in types])
+def dtypes(*types, slow=(), name="dtype"):
+    """Run a test for these types, and for those in `slow` where -m asks for it."""
+    marked = [(t, ()) for t in types] + [(t, pytest.mark.slow) for t in slow]
+    params = [pytest.param(np.dtype(t), id=str(t), marks=marks) for t, marks in marked]
+    return pytest.mark.parametrize(name, params)
 
 
 def filled_like(layout, shape, dtype, value=7):

@@ -14,7 +14,7 @@ import pytest
 hypothesis.settings.register_profile(
     # Compilation happens inside an example: no deadline. The same examples each time.
     "default",
-    max_examples=60,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

@@ -75,7 +75,7 @@ def test_every_option(shape, axis, kind, options):
 
 @cases.dtypes(*cases.FLOATS)
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("axis", [1, pytest.param(-1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_types(dtype, kind, axis, reduction):
     shape = (4, 35, 9)
@@ -483,3 +483,11 @@ def test_a_mean_of_many_half_rows_is_summed_in_float32_or_better(dtype):
     assert_result(cross_entropy(x, labels), want, float32)
     want = reference.cross_entropy(x, labels, reduction="sum")
     assert_result(cross_entropy(x, labels, reduction="sum"), want, float32)
+
+
+def test_an_ignored_label_that_only_uint64_holds():
+    labels = np.array([0, 1, 2, 2**64 - 1], np.uint64)
+    loss = cross_entropy(np.zeros((4, 3), float32), labels, ignore_index=2**64 - 1)
+    assert loss == pytest.approx(np.log(3.0))
+    with pytest.raises(IndexError, match=r"labels\[3\]"):
+        cross_entropy(np.zeros((4, 3), float32), labels, ignore_index=2**64 - 2)

@@ -92,7 +92,7 @@ def test_backward_of_cross_entropy(weighted, reduction, axis, smoothing, kind):
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
-@cases.dtypes(float32, float64)
+@cases.dtypes(float64, slow=[float32])
 def test_value_and_grad_is_cross_entropy_and_its_backward(
     weighted, reduction, axis, smoothing, kind, dtype
 ):

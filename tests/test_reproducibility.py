@@ -87,7 +87,7 @@ def test_alone_or_in_company(classes, dtype):
     assert_same(alone, {name: value[position : position + 1] for name, value in many.items()})
 
 
-@cases.dtypes(float16, bfloat16)
+@cases.dtypes(bfloat16, slow=[float16])
 @pytest.mark.parametrize("classes", FEW_LENGTHS + [4097, 20000])
 def test_alone_or_in_company_halves(classes, dtype):
     x, labels = rows_and_labels(1, classes, dtype)
@@ -131,7 +131,7 @@ LAYOUTS = [
 
 @cases.zoo(LAYOUTS)
 @pytest.mark.parametrize("classes", [*FEW_LENGTHS, 5000])
-@cases.dtypes(float32, float64)
+@cases.dtypes(float32, slow=[float64])
 def test_memory_layout(classes, layout, dtype):
     x, labels = rows_and_labels(9, classes, dtype)
     want = results(x, labels)
@@ -148,7 +148,7 @@ def test_the_class_axis_first(classes, dtype):
 
 
 @pytest.mark.parametrize("classes", [*FEW_LENGTHS, 4097])
-@cases.dtypes(float16, bfloat16)
+@cases.dtypes(bfloat16, slow=[float16])
 def test_the_class_axis_first_halves(classes, dtype):
     x, labels = rows_and_labels(19, classes, dtype)
     want = results(x, labels)

@@ -176,19 +176,20 @@ class _Labels:
     """Checked class labels in a plan's order, and how many are not ignored."""
 
     def __init__(self, labels, order, classes, ignore_index):
-        if labels.dtype.kind == "u" and labels.dtype.itemsize == 8:
-            clipped = np.minimum(labels, np.uint64(_INT64.max))  # stays out of range
-        else:
-            clipped = labels
-        self.values = _by_row(clipped, order, np.int64)
         # What no int64 label can equal is replaced by what no sane one does.
         inside = _INT64.min <= ignore_index <= _INT64.max
         self.ignored = ignore_index if inside else _INT64.min
+        clipped = labels
+        if labels.dtype.kind == "u" and labels.dtype.itemsize == 8:
+            clipped = np.minimum(labels, np.uint64(_INT64.max)).astype(np.int64)  # out of range
+            if not inside:
+                clipped = np.where(labels == ignore_index, _INT64.min, clipped)
+        self.values = _by_row(clipped, order, np.int64)
         good, self.count = _launch().rowwise.scan()(
             id(self.values), self.values.size, classes, int(self.ignored)
         )
         if not good:
-            bad = (clipped != ignore_index) & ((clipped < 0) | (clipped >= classes))
+            bad = (clipped != self.ignored) & ((clipped < 0) | (clipped >= classes))
             position = tuple(int(i) for i in np.argwhere(bad)[0])
             raise arrays.bad_label(position, int(labels[position]), classes, ignore_index)
 

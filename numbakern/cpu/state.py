@@ -15,7 +15,7 @@ from numbakern.cpu.simd import (
     traced,
     where,
 )
-from numbakern.vmath import centre, exp_nonpositive, is_finite, log_sum, two_sum
+from numbakern.vmath import centre, exp_difference, is_finite, log_sum, two_sum
 
 MAX_ROWS = 128
 """Rows of the largest batch."""
@@ -141,8 +141,7 @@ def join_block(state):
     m, k, rest, low = (get(state, name) for name in ("m", "k", "rest", "rest_low"))
     top = where((block_m > m) | (block_m != block_m), block_m, m)
     below, block_below = m != top, block_m != top
-    factor = exp_nonpositive(where(below, m - top, 0.0))
-    block_factor = exp_nonpositive(where(block_below, block_m - top, 0.0))
+    factor, block_factor = exp_difference(m, top), exp_difference(block_m, top)
     rest = where(below, (rest + k) * factor, rest)
     low = where(below, low * factor, low)
     block_rest = where(block_below, (block_rest + block_k) * block_factor, block_rest)
@@ -173,7 +172,7 @@ def make_normalise(elem):
     @each_eight
     def set_scale(state):
         total = get(state, "k") + get(state, "rest")
-        factor = get(state, "factor") * exp_nonpositive(get(state, "ref") - get(state, "m"))
+        factor = get(state, "factor") * exp_difference(get(state, "ref"), get(state, "m"))
         put(state, scale=factor / total)
 
     @device
