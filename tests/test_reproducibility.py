@@ -139,7 +139,7 @@ def test_memory_layout(classes, layout, dtype):
 
 
 @pytest.mark.parametrize("classes", [*LENGTHS, 4097, 20000])
-@cases.dtypes(float32, float64)
+@cases.dtypes(float32, slow=[float64])
 def test_the_class_axis_first(classes, dtype):
     """Vectors run along the other axis there: other code, the same sums in the same order."""
     x, labels = rows_and_labels(19, classes, dtype)
