@@ -6,6 +6,7 @@ expected and what came.
 """
 
 import operator
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -213,6 +214,28 @@ def bad_label(
         f"labels[{where}]: expected a class in [0, {classes}) or ignore_index {ignore_index}, "
         f"got {value}"
     )
+
+
+def joined_axes(
+    shape: tuple[int, ...], axes: Sequence[int], strides: Sequence[tuple[int, ...]]
+) -> tuple[list[int], list[list[int]]]:
+    """These axes in their order, those along which every array walks on from the last one joined.
+
+    Returns their sizes, and the steps of each array along them.
+    """
+    sizes: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for d in axes:
+        here = [s[d] for s in strides]
+        if sizes and all(s[-1] == h * shape[d] for s, h in zip(steps, here, strict=True)):
+            sizes[-1] *= shape[d]
+            for s, h in zip(steps, here, strict=True):
+                s[-1] = h
+        else:
+            sizes.append(shape[d])
+            for s, h in zip(steps, here, strict=True):
+                s.append(h)
+    return sizes, steps
 
 
 def reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:

@@ -78,27 +78,23 @@ class ExpRange:
         Exponents below it count as −inf in a sum.
     near : float
         References below it, at least 2·|floor|, need not be subtracted.
-    flush : float
-        Exponentials below exp(flush) are less than half of the smallest subnormal number.
     lowest, highest : float
         Between them exp is a finite normal number.
     log2_e : tuple of float
         log2(e) in two parts of the element kind.
     """
 
-    def __init__(self, magic, scale, floor, near, flush, lowest, highest, log2_e):
-        self.magic, self.scale, self.floor, self.near, self.flush = magic, scale, floor, near, flush
+    def __init__(self, magic, scale, floor, near, lowest, highest, log2_e):
+        self.magic, self.scale, self.floor, self.near = magic, scale, floor, near
         self.lowest, self.highest, self.log2_e = lowest, highest, log2_e
 
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
     "f4": ExpRange(
-        1.5 * 2.0**23, 64.0, -130.0, 512.0, -104.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
+        1.5 * 2.0**23, 64.0, -130.0, 512.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
     ),
-    "f8": ExpRange(
-        1.5 * 2.0**52, 512.0, -800.0, 2048.0, -746.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)
-    ),
+    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, 2048.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic
 

@@ -19,6 +19,7 @@ from numbakern.cpu.simd import (
     to_integer,
     traced,
     where,
+    zeros,
 )
 from numbakern.cpu.state import (
     CENTRED,
@@ -57,7 +58,7 @@ def each_batch(walker, work):
 
     def kernel(frame, first, last, state):
         item = first
-        start(frame, state, last)
+        start(state)
         while item < last:
             p, count, item = advance(frame, item, last)
             if count > 0:  # a run's last tiles may be empty, and row p behind the last one
@@ -287,8 +288,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     @traced
     def prepare_eight(state, i, count, targets, ignore, keep, spread):
         if soft:
-            nothing = get(state, "m").like(get(state, "m").constant(0.0))
-            put(state, skip=nothing)
+            put(state, skip=zeros(state, "f8", LANES))
         else:
             t = take_labels(targets, i, count)
             skip = t == convert(ignore, "f8")
@@ -306,7 +306,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
 
     @traced
     def unit_scale(state):
-        put(state, row_scale=splat(state.like(state.constant(1)), "f8", LANES))
+        put(state, row_scale=zeros(state, "f8", LANES) + 1.0)
 
     @device
     def prepare(frame, state, p, count):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbakern.arrays import kind_of
+from numbakern.arrays import joined_axes, kind_of
 from numbakern.cpu import kernels, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows, scratch_size
@@ -139,18 +139,7 @@ def _batch(shape, axis, strides):
     if ordered != natural:
         ones = [d for d in axes if shape[d] == 1]
         order = tuple(axes.index(d) for d in (*ones, *ordered))
-    sizes, steps = [], [[] for _ in strides]
-    for d in ordered:
-        here = [s[d] for s in strides]
-        if sizes and all(s[-1] == h * shape[d] for s, h in zip(steps, here, strict=True)):
-            sizes[-1] *= shape[d]
-            for s, h in zip(steps, here, strict=True):
-                s[-1] = h
-        else:
-            sizes.append(shape[d])
-            for s, h in zip(steps, here, strict=True):
-                s.append(h)
-    return sizes, steps, order
+    return *joined_axes(shape, ordered, strides), order
 
 
 @functools.lru_cache(maxsize=1024)

@@ -425,7 +425,7 @@ class Rows:
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
         @device
-        def start(frame, state, last):
+        def start(state):
             """To be called before the first batch."""
 
         @device

@@ -180,7 +180,7 @@ class Tiles:
             return run * length, first, max(min(at + width, length) - first, 0)
 
         @device
-        def start(frame, state, last):
+        def start(state):
             """To be called before the first tile: no panel is packed."""
             put_i64(state + _FIRST, -1)
 

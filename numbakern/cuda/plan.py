@@ -8,6 +8,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
@@ -290,17 +291,7 @@ def _joined(shape, strides):
     """
     axes = [d for d in range(len(shape)) if shape[d] != 1]
     axes.sort(key=lambda d: [-abs(s[d]) for s in strides])
-    sizes, steps = [], [[] for _ in strides]
-    for d in axes:
-        here = [s[d] for s in strides]
-        if sizes and all(s[-1] == h * shape[d] for s, h in zip(steps, here, strict=True)):
-            sizes[-1] *= shape[d]
-            for s, h in zip(steps, here, strict=True):
-                s[-1] = h
-        else:
-            sizes.append(shape[d])
-            for s, h in zip(steps, here, strict=True):
-                s.append(h)
+    sizes, steps = arrays.joined_axes(shape, axes, strides)
     if not sizes:
         return [1], [[0] for _ in strides]
     return sizes, steps
