@@ -10,6 +10,7 @@ import pickle
 import platform
 import sys
 from functools import cache
+from types import FunctionType
 
 import llvmlite
 import llvmlite.binding
@@ -64,6 +65,37 @@ class _DiskCache:
             disk_cache.write(folder, self._name, dumps(result._reduce()))
 
 
+def shared(make):
+    """Let `make` make one thing of functions whose code and whose closures are equal.
+
+    The kernels of a process have most of their parts in common, and each part is compiled once.
+    """
+
+    def make_once(function):
+        key = make, _identity(function)
+        if key not in _made:
+            _made[key] = make(function)
+        return _made[key]
+
+    make_once.__doc__, make_once.__name__ = make.__doc__, make.__name__
+    return make_once
+
+
+_made: dict[object, object] = {}
+
+
+def _identity(value):
+    """Equal for what compiles to the same code."""
+    if isinstance(value, FunctionType):
+        cells = tuple(_identity(cell.cell_contents) for cell in value.__closure__ or ())
+        return value.__module__, value.__code__, _identity(value.__defaults__), cells
+    if isinstance(value, tuple):
+        return tuple(_identity(v) for v in value)
+    if isinstance(value, float):
+        return value.hex()  # 0.0 and −0.0 differ
+    return type(value), value  # 1 and True differ
+
+
 class _DeviceCompiler(_FunctionCompiler):
     def _customize_flags(self, flags):
         flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
@@ -94,6 +126,7 @@ class _DeviceDispatcher(CPUDispatcher):
         self.overloads[tuple(result.signature.args)] = result  # nothing to call from Python
 
 
+@shared
 def device(function):
     """njit for what only other jitted code calls: no wrappers, no machine code of its own.
 

@@ -16,6 +16,7 @@ computed once more, to the same bits.
 
 import functools
 import math
+from typing import NamedTuple
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
@@ -97,12 +98,21 @@ def scratch_size(elem, classes):
     return _BLOCKS + _blocks_for(classes, block) * 8 + kept * SIZES[elem]
 
 
-class Access:
+class Access(NamedTuple):
     """A row's vectors, contiguous or strided, under the same names. Inside traced functions."""
 
-    def __init__(self, fmt, strided):
-        self.format, self.strided = fmt, strided
-        self.size, self.lanes = fmt.size, fmt.lanes
+    format: Format
+    strided: bool
+
+    @property
+    def size(self):
+        """Bytes of an element."""
+        return self.format.size
+
+    @property
+    def lanes(self):
+        """Elements of a vector."""
+        return self.format.lanes
 
     def whole(self, address, j, step):
         """The full vector from class j on."""
@@ -124,32 +134,33 @@ class Access:
             self.format.store_first(address + j * self.size, n - j, v)
 
 
-class Operands:
+class Operands(NamedTuple):
     """The inputs of a sum or a map at class j, as (x, y, w). Inside traced functions.
 
     `operands` are (x, x_step, y, y_step, w): addresses and byte strides along the classes. An
     absent input reads as None.
     """
 
-    def __init__(self, x, y, w):
-        self._x, self._y, self._w = x, y, w
+    x: Access
+    y: Access | None
+    w: Access | None
 
     def whole(self, operands, j):
         """Full vectors from class j on."""
         x, x_step, y, y_step, w = operands
         return (
-            self._x.whole(x, j, x_step),
-            self._y and self._y.whole(y, j, y_step),
-            self._w and self._w.whole(w, j, None),
+            self.x.whole(x, j, x_step),
+            self.y and self.y.whole(y, j, y_step),
+            self.w and self.w.whole(w, j, None),
         )
 
     def part(self, operands, j, n):
         """Vectors from class j on; what is behind class n is 0."""
         x, x_step, y, y_step, w = operands
         return (
-            self._x.part(x, j, x_step, n, 0.0),
-            self._y and self._y.part(y, j, y_step, n, 0.0),
-            self._w and self._w.part(w, j, None, n, 0.0),
+            self.x.part(x, j, x_step, n, 0.0),
+            self.y and self.y.part(y, j, y_step, n, 0.0),
+            self.w and self.w.part(w, j, None, n, 0.0),
         )
 
 

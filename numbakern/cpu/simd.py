@@ -20,6 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from numbakern.cpu.compile import shared
+
 BYTES = 64
 """Width of a vector: one AVX-512 register, one cache line."""
 
@@ -83,6 +85,7 @@ def _unwrap(context, builder, ty, value):
     return value.value
 
 
+@shared
 def traced(function):
     """Make a Python function of `Lanes` callable from jitted code.
 
@@ -492,6 +495,12 @@ class Format:
         self._bits = ir.VectorType(integer, self.lanes)
         element = self._native if self._native and not swapped else integer
         self._memory = ir.VectorType(element, self.lanes)
+
+    def __eq__(self, other):
+        return isinstance(other, Format) and self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
 
     # -- between what lies in memory and what is computed with
 

@@ -783,7 +783,7 @@ class Tiles:
         """
         lanes, elem, pitch, size = self._lanes, self.elem, MAX_ROWS * self._size, self._size
         at_label = len(names) - 1
-        places = [i + (labelled and i == at_label) for i in range(len(names))]
+        places = tuple(i + (labelled and i == at_label) for i in range(len(names)))
 
         @traced
         def values(state, at):
