@@ -93,10 +93,10 @@ def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
     return axes
 
 
-def same_shape(name: str, array: Any, shape: tuple[int, ...], of: str) -> None:
-    """ValueError unless the array has this shape, which is `of` something."""
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape} as {of}, got {array.shape}")
+def same_shape(name: str, got: tuple[int, ...], shape: tuple[int, ...], of: str) -> None:
+    """ValueError unless the shape got is the expected one, which is `of` something."""
+    if got != shape:
+        raise ValueError(f"{name}: expected shape {shape} as {of}, got {got}")
 
 
 def output(target: Any, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -173,7 +173,7 @@ def check_lse(target: Any, lse: Any, batch: tuple[int, ...]) -> Any:
     lse = target.asarray("lse", lse)
     if supported("lse", lse).kind[0] not in "fb" or lse.dtype.kind == "b":
         raise TypeError(f"lse: expected a floating array, got dtype {lse.dtype}")
-    same_shape("lse", lse, batch, "one value a row")
+    same_shape("lse", lse.shape, batch, "one value a row")
     return lse
 
 
@@ -189,20 +189,28 @@ def batch_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
 
 
+@lru_cache(maxsize=1024)
 def are_probabilities(
-    name: str, labels: Any, shape: tuple[int, ...], axis: int, soft: bool
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    of: tuple[int, ...],
+    axis: int,
+    soft: bool,
 ) -> bool:
-    """Whether labels are class probabilities (where `soft` allows them); checks kind and shape."""
-    kind = labels.dtype.kind
-    if kind in "iu":
-        same_shape(name, labels, batch_shape(shape, axis), "the input without its class axis")
+    """Whether labels are class probabilities (where `soft` allows them); checks kind and shape.
+
+    Labels of this dtype and shape, for an input of shape `of`.
+    """
+    if dtype.kind in "iu":
+        same_shape(name, shape, batch_shape(of, axis), "the input without its class axis")
         return False
-    floating = kind_of(labels.dtype) is not None and kind != "b"
+    floating = kind_of(dtype) is not None and dtype.kind != "b"
     if soft and floating:
-        same_shape(name, labels, shape, "the input, for class probabilities")
+        same_shape(name, shape, of, "the input, for class probabilities")
         return True
     wanted = "integers, or floats for class probabilities" if soft else "integers"
-    raise TypeError(f"{name}: expected {wanted}, got dtype {labels.dtype}")
+    raise TypeError(f"{name}: expected {wanted}, got dtype {dtype}")
 
 
 def bad_label(

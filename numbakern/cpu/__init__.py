@@ -92,7 +92,9 @@ def _one_axis(array, axes):
 
 def _apart(array, out):
     """The array, copied if it overlaps `out` without being the same elements in the same places."""
-    if array is None or array is out or not np.may_share_memory(array, out):
+    if array is None or array is out:
+        return array
+    if (array.flags.owndata and out.flags.owndata) or not np.may_share_memory(array, out):
         return array
     same = (
         array.ctypes.data == out.ctypes.data
@@ -159,6 +161,8 @@ def logsumexp(x, axes, compute, dtype):
 
 def _by_row(array, order, dtype):
     """One value a row, contiguous, in the order in which a plan walks the rows."""
+    if array.ndim == 1 and array.dtype == dtype and array.flags.carray:
+        return array
     if order is not None:
         array = array.transpose(order)
     return np.ascontiguousarray(array, dtype).reshape(-1)

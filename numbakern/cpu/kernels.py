@@ -15,6 +15,7 @@ from numbakern.cpu.simd import (
     any_lane,
     convert,
     load_scalar,
+    prefetch,
     splat,
     to_integer,
     traced,
@@ -58,7 +59,7 @@ def each_batch(walker, work):
 
     def kernel(frame, first, last, state):
         item = first
-        start(state)
+        start(state, last)
         while item < last:
             p, count, item = advance(frame, item, last)
             if count > 0:  # a run's last tiles may be empty, and row p behind the last one
@@ -291,6 +292,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             put(state, skip=zeros(state, "f8", LANES))
         else:
             t = take_labels(targets, i, count)
+            prefetch(targets + 8 * i + 8 * count)  # the next batch's
             skip = t == convert(ignore, "f8")
             put(state, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
         if summed:

@@ -93,7 +93,7 @@ def plan(
             panel = min(panel, -(-inner // columns) * columns)
             unit = panel // columns
             items = (rows // inner) * tiles.tiles_for(elem, layout, inner, columns, panel)
-        scratch = tiles.scratch_size(elem, classes, panel, inputs)
+        scratch = tiles.scratch_size(elem, layout, classes, panel, inputs)
 
     def spread(values, absent):
         values = iter(values)

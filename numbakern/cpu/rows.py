@@ -41,7 +41,6 @@ from numbakern.cpu.state import (
     CENTRED,
     SIZE,
     SLOT,
-    choose_ref,
     first_block,
     get_f64,
     get_i64,
@@ -436,7 +435,7 @@ class Rows:
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
         @device
-        def start(state):
+        def start(state, last):
             """To be called before the first batch."""
 
         @device
@@ -582,8 +581,7 @@ class Rows:
                 length = min(n - j, block)
                 if n > block:  # of one row, then
                     put_f64(state + s_block_m, get_f64(state + _BLOCKS + j // block * 8))
-                choose_ref(state, count)
-                normalise(state, count)
+                normalise(state, count, n <= block)
                 for i in range(count):
                     x, x_step, y, y_step, w = operands(frame, state, i)
                     y, w, out = y + j * y_step, w + j * size, get_i64(state + s_out + 8 * i)

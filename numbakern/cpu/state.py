@@ -154,20 +154,20 @@ def join_block(state):
 _NEAR = 40.0
 
 
-@each_eight
-def choose_ref(state):
-    """What the exponentials of a block are relative to, for the map.
-
-    The block's maximum, for so they have been summed; but the row's where that is far above, since
-    the factor between them would leave the range of the type computed in.
-    """
-    m, block_m = get(state, "m"), get(state, "block_m")
-    put(state, ref=where(m - block_m <= _NEAR, block_m, m))
-
-
 def make_normalise(elem):
-    """Centre on the slot `ref` and set `scale`, which makes probabilities of exponentials."""
+    """normalise(state, count, whole): what a map of a block's exponentials needs.
+
+    Slot `ref` is what they are relative to, and slot `scale` makes probabilities of them. `whole`:
+    the block is the row, and the state is as `make_finish` left it.
+    """
     centre_on = make_centre_on("ref", elem)
+
+    @each_eight
+    def choose_ref(state):
+        # The block's maximum, for so they have been summed; but the row's where that is far above,
+        # since the factor between them would leave the range of the type computed in.
+        m, block_m = get(state, "m"), get(state, "block_m")
+        put(state, ref=where(m - block_m <= _NEAR, block_m, m))
 
     @each_eight
     def set_scale(state):
@@ -175,10 +175,19 @@ def make_normalise(elem):
         factor = get(state, "factor") * exp_difference(get(state, "ref"), get(state, "m"))
         put(state, scale=factor / total)
 
+    @each_eight
+    def take_row(state):
+        total = get(state, "k") + get(state, "rest")
+        put(state, ref=get(state, "block_m"), scale=get(state, "factor") / total)
+
     @device
-    def normalise(state, count):
-        centre_on(state, count)
-        set_scale(state, count)
+    def normalise(state, count, whole):
+        if whole:
+            take_row(state, count)
+        else:
+            choose_ref(state, count)
+            centre_on(state, count)
+            set_scale(state, count)
 
     return normalise
 

@@ -7,7 +7,8 @@ transposed copy of the array is made. Sums follow the order that `rows` describe
 the same.
 
 Where rows are adjacent, several tiles are packed at once (a panel), and tiles begin where the
-output has a whole vector, so that it can be written past the caches.
+output has a whole vector, so that it can be written past the caches. The next panel is packed bit
+by bit while this one is summed: memory and arithmetic work at the same time.
 """
 
 import functools
@@ -47,7 +48,6 @@ from numbakern.cpu.state import (
     MAX_ROWS,
     SIZE,
     SLOT,
-    choose_ref,
     first_block,
     get_i64,
     join_block,
@@ -60,18 +60,21 @@ from numbakern.vmath import two_sum
 
 TILE_BYTES = 32 * 1024
 """Size of a tile that is aimed at: it stays in the first-level cache."""
+_ALL = 1 << 40  # more vectors than a panel has
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
 
 _WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
 _PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
-_MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of the panel's rows, in the type computed in
-_TILE = _MAXIMA + 8 * PANEL_ROWS
+_MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of two panels' rows, in the type computed in
+_TILE = _MAXIMA + 2 * 8 * PANEL_ROWS
 
-# In slot panel, int64 each: the panel's first row, −1 for none; the class that it is packed from,
-# −1 for none; where the tile begins in the packed panel; the tile's first row, counted from the
-# panel's; rows of the panel; rows in its first tile.
-_FIRST, _PACKED, _OFFSET, _ROW, _WIDTH, _HEAD = (SLOT["panel"] + 8 * i for i in range(6))
+# In slot panel, int64 each: the worker's last item; where the tile begins in the packed panel; the
+# record of its panel (0 or 1); and two records, of this panel and of the next one.
+_LAST, _OFFSET, _NOW, _RECORDS = (SLOT["panel"] + 8 * i for i in range(4))
+# In a record: the panel's first row, −1 for none; the address of its first element in x and y; its
+# rows; the rows in its first tile; the class and the row up to which it is packed.
+_FIRST, _X, _Y, _WIDTH, _HEAD, _CLASS, _ROW, _RECORD = (8 * i for i in range(8))
 
 COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 """Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
@@ -104,9 +107,15 @@ def _most_early(elem, layout):
     return vector_lanes(elem) - 1 if layout == COLUMNS else 0
 
 
-def scratch_size(elem, classes, panel, inputs):
+def scratch_size(elem, layout, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
-    return _TILE + inputs * _tile_size(elem, min(classes, BLOCK[elem]), panel)
+    panels = inputs + (_panels(layout) - 1)
+    return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel)
+
+
+def _panels(layout):
+    """How many panels of x there is room for."""
+    return 2 if layout == COLUMNS else 1
 
 
 def _tile_size(elem, classes, columns):
@@ -169,43 +178,73 @@ class Tiles:
             return address % (lanes * size) // size if address % size == 0 else 0
 
         @device
-        def place(frame, item):
-            """Where a tile lies: (first row of its run, first column, columns)."""
-            length, width = inner(frame), columns(frame)
+        def tiles_of(frame):
+            """Tiles of a run, as `tiles_for`."""
             whole = panel(frame)
-            tiles = (length + early + whole - 1) // whole * (whole // width)  # as `tiles_for`
-            run = item // tiles
-            at = item % tiles * width - skew(frame, run)
-            first = max(at, 0)
-            return run * length, first, max(min(at + width, length) - first, 0)
+            return (inner(frame) + early + whole - 1) // whole * (whole // columns(frame))
 
         @device
-        def start(state):
+        def start(state, last):
             """To be called before the first tile: no panel is packed."""
-            put_i64(state + _FIRST, -1)
+            put_i64(state + _LAST, last)
+            put_i64(state + _NOW, 0)
+            put_i64(state + _RECORDS + _FIRST, -1)
+            put_i64(state + _RECORDS + _RECORD + _FIRST, -1)
 
         @device
         def advance(frame, item, last):
             """The tile `item`: (first row, rows, next item); tiles end with the innermost axis."""
-            p, first, count = place(frame, item)
-            return p + first, count, item + 1
+            length, width, tiles = inner(frame), columns(frame), tiles_of(frame)
+            run = item // tiles
+            at = item % tiles * width - skew(frame, run)
+            first = max(at, 0)
+            return run * length + first, max(min(at + width, length) - first, 0), item + 1
+
+        @device
+        def locate(frame, p):
+            """(run of row p, its column, columns by which tiles begin before, panel's column)."""
+            length, width = inner(frame), panel(frame)
+            run, column = p // length, p % length
+            before = skew(frame, run)
+            return run, column, before, (column + before) // width * width - before
+
+        @device
+        def describe(frame, record, p):
+            """Note the panel of row p, nothing of which is packed."""
+            length, width = inner(frame), panel(frame)
+            run, _, _, at = locate(frame, p)
+            first = max(at, 0)
+            x, y, _ = offsets(frame, run * length + first)
+            put_i64(record + _FIRST, run * length + first)
+            put_i64(record + _X, x_data(frame) + x)
+            put_i64(record + _Y, y_data(frame) + y)
+            put_i64(record + _WIDTH, min(at + width, length) - first)
+            # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
+            gap = first - at
+            put_i64(record + _HEAD, columns(frame) - gap if gap > 0 else width)
+            put_i64(record + _CLASS, 0)
+            put_i64(record + _ROW, 0)
 
         @device
         def enter(frame, state, p):
-            """Find the panel that row p belongs to."""
+            """Find the panel that row p belongs to, and the next one."""
             length, width = inner(frame), panel(frame)
-            column, before = p % length, skew(frame, p // length)
-            at = (column + before) // width * width - before
-            first = max(at, 0)
-            if get_i64(state + _FIRST) != p - column + first:
-                put_i64(state + _FIRST, p - column + first)
-                put_i64(state + _PACKED, -1)  # to be packed
-            # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
-            gap = first - at
+            run, column, before, at = locate(frame, p)
+            first, now = run * length + max(at, 0), get_i64(state + _NOW)
+            if get_i64(state + _RECORDS + now * _RECORD + _FIRST) != first:
+                if adjacent:
+                    now = 1 - now
+                    put_i64(state + _NOW, now)
+                record = state + _RECORDS + now * _RECORD
+                other = state + _RECORDS + (1 - now) * _RECORD
+                if get_i64(record + _FIRST) != first:
+                    describe(frame, record, p)
+                after, item = at + width, (run + 1) * tiles_of(frame)
+                if after < length:
+                    item += (after + before) // columns(frame) - tiles_of(frame)
+                if adjacent and item < get_i64(state + _LAST):
+                    describe(frame, other, run * length + min(after, length))
             put_i64(state + _OFFSET, column - at if column > 0 else 0)
-            put_i64(state + _ROW, column - first)
-            put_i64(state + _WIDTH, min(at + width, length) - first)
-            put_i64(state + _HEAD, columns(frame) - gap if gap > 0 else width)
 
         @device
         def put(state, i, x, y, out):
@@ -261,30 +300,57 @@ class Tiles:
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_block_m, elem = SLOT["block_m"], self.elem
+        s_block_m, elem, panels = SLOT["block_m"], self.elem, _panels(self.layout)
+
+        @device
+        def packed(frame, state, now):
+            """Addresses of the packed panel, x and y, and the bytes from class to class."""
+            pitch = panel(frame) * size + _PAD
+            length = (min(classes(frame), block) + lanes - 1) // lanes * lanes * pitch
+            return state + _TILE + now * length, state + _TILE + panels * length, pitch
 
         @device
         def tiles(frame, state):
             """Addresses of the packed x and y, and the bytes from class to class."""
-            pitch = panel(frame) * size + _PAD
-            length = (min(classes(frame), block) + lanes - 1) // lanes * lanes
-            x = state + _TILE + get_i64(state + _OFFSET) * size
-            return x, x + length * pitch, pitch
+            x, y, pitch = packed(frame, state, get_i64(state + _NOW))
+            offset = get_i64(state + _OFFSET) * size
+            return x + offset, y + offset, pitch
 
         def make_pack(pack_x):
             @device
             def pack(frame, state, count, j, n):
-                """Pack classes j … j + n − 1 of the tile's panel, unless that has been done."""
-                if get_i64(state + _PACKED) == j and n == classes(frame):
-                    return
-                put_i64(state + _PACKED, j)
-                x, y, pitch = tiles(frame, state)
-                offset, width = get_i64(state + _OFFSET), get_i64(state + _WIDTH)
-                pack_x(state, x - offset * size, pitch, width, j, n, x_step(frame))
-                if has_y:
-                    pack_y(state, y - offset * size, pitch, width, j, n, y_step(frame))
+                """Pack classes j … j + n − 1 of the tile's panel, what of them is not there yet."""
+                now = get_i64(state + _NOW)
+                record = state + _RECORDS + now * _RECORD
+                if n < classes(frame):
+                    put_i64(record + _CLASS, 0)
+                if get_i64(record + _CLASS) < n:
+                    x, y, pitch = packed(frame, state, now)
+                    pack_x(state, now, x, pitch, count, j, n, x_step(frame), _ALL)
+                    if has_y:
+                        put_i64(record + _CLASS, 0)
+                        pack_y(state, now, y, pitch, count, j, n, y_step(frame), _ALL)
 
             return pack
+
+        pack_x = self._packer(self.x_access, "x", True)
+
+        if panels > 1 and not has_y:
+
+            @device
+            def pack_ahead(frame, state):
+                """Pack as many vectors of the next panel as there are classes."""
+                now, n = 1 - get_i64(state + _NOW), classes(frame)
+                record = state + _RECORDS + now * _RECORD
+                if n <= block and get_i64(record + _FIRST) >= 0 and get_i64(record + _CLASS) < n:
+                    x, _, pitch = packed(frame, state, now)
+                    pack_x(state, now, x, pitch, 0, 0, n, x_step(frame), n)
+
+        else:
+
+            @device
+            def pack_ahead(frame, state):
+                """Tiles are packed when it is their turn."""
 
         @traced
         def take_max(state, c, most):
@@ -294,11 +360,12 @@ class Tiles:
         @device
         def take_maxima(state, count):
             """The maxima that packing has found, as float64 into block_m."""
-            most = state + _MAXIMA + get_i64(state + _OFFSET) * size
+            most = state + _MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
+            most += get_i64(state + _OFFSET) * size
             for c in range(0, count, lanes):
                 take_max(state, c, most)
 
-        pack_max = make_pack(self._packer(self.x_access, "x", True))
+        pack_max = make_pack(pack_x)
         put_from_memory = make_put_x_labels(self)
 
         @traced
@@ -325,14 +392,16 @@ class Tiles:
                 put_from_memory(frame, state, count)
 
         self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
+        self._pack_ahead = pack_ahead
         self.load, self.put_x_labels = load, put_x_labels
         self._pack = make_pack(self._packer(self.x_access, "x", False))
 
     def _packer(self, access, name, maxima):
-        """pack(state, panel, pitch, count, j0, n, step) for one input.
+        """pack(state, now, panel, pitch, count, j0, n, step, limit) for one input.
 
-        It packs the tile's panel of `count` rows; with `maxima` it leaves each row's maximum at
-        _MAXIMA, NaN if one of its elements is.
+        It packs classes j0 … j0 + n − 1 of the panel in record `now`; with `maxima` it leaves each
+        row's maximum at _MAXIMA, NaN if one of its elements is. Where rows are adjacent it goes on
+        from where it stood, for `limit` vectors; elsewhere a panel is a tile, of `count` rows.
         """
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
         size, width = self._size, lanes * self._size
@@ -352,10 +421,10 @@ class Tiles:
             store_vector(most, zeros(most, elem, lanes) - math.inf)
 
         @device
-        def clear_maxima(state, count):
+        def clear_maxima(most, count):
             if maxima:
                 for c in range(0, count, lanes):
-                    lowest(state + _MAXIMA + c * size)
+                    lowest(most + c * size)
 
         if self.layout == COLUMNS:
             form_size, form_bytes = form.size, form.size * lanes
@@ -381,21 +450,32 @@ class Tiles:
                 if c < count:
                     part(target, most, address, count - c)
 
+            first_of = _X if name == "x" else _Y
+
             @device
-            def pack(state, panel, pitch, count, j0, n, step):
-                first = get_i64(state + slot) - get_i64(state + _ROW) * form_size
-                head = min(get_i64(state + _HEAD), count)  # rows of a shorter first tile
-                place = -(-head // lanes) * width  # where the next one begins
-                clear_maxima(state, place // size + count - head)
-                for j in range(n):
-                    address, target = first + (j0 + j) * step, panel + j * pitch
-                    most = state + _MAXIMA
+            def pack(state, now, panel, pitch, count, j0, n, step, limit):
+                record, most = state + _RECORDS + now * _RECORD, state + _MAXIMA
+                most += now * 8 * PANEL_ROWS
+                j, row = get_i64(record + _CLASS), get_i64(record + _ROW)
+                width = get_i64(record + _WIDTH)
+                head = min(get_i64(record + _HEAD), width)  # rows of a shorter first tile
+                gap = (head + lanes - 1) // lanes * lanes - head  # places left free behind it
+                if j == 0 and row == 0:
+                    clear_maxima(most, gap + width)
+                while j < n and limit > 0:
+                    end = head if row < head else width
+                    rows = min(end - row, limit * lanes)
+                    at = (row if row < head else row + gap) * size
+                    address = get_i64(record + first_of) + (j0 + j) * step + row * form_size
                     # What comes next: the next class, in the end the next panel.
-                    ahead = step if j + 1 < n else count * form_size - j * step
-                    run(target, most, address, head, ahead)
-                    if head < count:
-                        address += head * form_size
-                        run(target + place, most + place, address, count - head, ahead)
+                    ahead = step if j + 1 < n else width * form_size - j * step
+                    run(panel + j * pitch + at, most + at, address, rows, ahead)
+                    limit -= (rows + lanes - 1) // lanes
+                    row += rows
+                    if row == width:
+                        j, row = j + 1, 0
+                put_i64(record + _CLASS, j)
+                put_i64(record + _ROW, row)
 
         elif self.layout == ROWS:
             out_size = self.out_access.size if self.out_access else 0
@@ -419,10 +499,11 @@ class Tiles:
                     store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
             @device
-            def pack(state, tile, pitch, count, j0, n, step):
+            def pack(state, now, tile, pitch, count, j0, n, step, limit):
+                put_i64(state + _RECORDS + _CLASS, n)
                 last = state + slot + 8 * (count - 1)
                 ahead = get_i64(last) - get_i64(state + slot)
-                clear_maxima(state, count)
+                clear_maxima(state + _MAXIMA, count)
                 for c in range(0, count, lanes):
                     most = state + _MAXIMA + c * size
                     for j in range(0, n, lanes):
@@ -435,8 +516,9 @@ class Tiles:
                 put(tile, form.gather_at(state + slot, offset, count, 0.0), most)
 
             @device
-            def pack(state, tile, pitch, count, j0, n, step):
-                clear_maxima(state, count)
+            def pack(state, now, tile, pitch, count, j0, n, step, limit):
+                put_i64(state + _RECORDS + _CLASS, n)
+                clear_maxima(state + _MAXIMA, count)
                 for j in range(n):
                     for c in range(0, count, lanes):
                         target, most = tile + j * pitch + c * size, state + _MAXIMA + c * size
@@ -619,7 +701,7 @@ class Tiles:
         sums = self._make_column_sums(terms, self.elem, counts=True)
         params = self._params(("block_m", *CENTRED), self.elem)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        tiles, pack = self._tiles, self._pack_max
+        tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
 
@@ -641,6 +723,7 @@ class Tiles:
                     operands = (x + c * size, x, x, pitch)
                     a, low, below = sums(operands, length, params(state, c), state + _WORK)
                     put_sums(state, c, a, low, minus(length, below))
+                    pack_ahead(frame, state)
                 if j == 0:
                     first_block(state, count)
                 else:
@@ -751,8 +834,7 @@ class Tiles:
                 if n > block:
                     pack(frame, state, count, j, length)
                     take_maxima(state, count)
-                choose_ref(state, count)
-                normalise(state, count)
+                normalise(state, count, n <= block)
                 if not kept or n > block:
                     for c in range(0, count, lanes):
                         column(x + c * size, pitch, length, params(state, c))

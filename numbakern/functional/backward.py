@@ -12,7 +12,7 @@ def backward(operation: str, grad_output: Any, output: Any, axis: int, out: Any)
     output = target.asarray("output", output)
     arrays.supported("grad_output", grad_output)
     kind = arrays.supported("output", output)
-    arrays.same_shape("grad_output", grad_output, output.shape, "output")
+    arrays.same_shape("grad_output", grad_output.shape, output.shape, "output")
     if grad_output.dtype.newbyteorder("=") != output.dtype.newbyteorder("="):
         raise TypeError(
             f"grad_output: expected dtype {output.dtype} as output, got {grad_output.dtype}"

@@ -34,7 +34,9 @@ def _check(
     kind = arrays.supported("logits", logits)
     axis = arrays.loss_axis("logits", logits, axis)
     labels = target.asarray("labels", labels)
-    soft = arrays.are_probabilities("labels", labels, logits.shape, axis, soft=True)
+    soft = arrays.are_probabilities(
+        "labels", labels.dtype, labels.shape, logits.shape, axis, soft=True
+    )
     weight = arrays.check_weight(target, weight, logits.shape[axis])
     ignore_index = arrays.check_ignore_index(ignore_index)
     arrays.check_reduction(reduction)

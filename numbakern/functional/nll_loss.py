@@ -70,7 +70,9 @@ def nll_loss(
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
     labels = target.asarray("labels", labels)
-    arrays.are_probabilities("labels", labels, log_probs.shape, axis, soft=False)
+    arrays.are_probabilities(
+        "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
+    )
     weight = arrays.check_weight(target, weight, log_probs.shape[axis])
     ignore_index = arrays.check_ignore_index(ignore_index)
     arrays.check_reduction(reduction)
@@ -155,7 +157,9 @@ def nll_loss_backward(
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
     labels = target.asarray("labels", labels)
-    arrays.are_probabilities("labels", labels, log_probs.shape, axis, soft=False)
+    arrays.are_probabilities(
+        "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
+    )
     weight = arrays.check_weight(target, weight, log_probs.shape[axis])
     ignore_index = arrays.check_ignore_index(ignore_index)
     arrays.check_reduction(reduction)
