@@ -263,6 +263,14 @@ class Tiles:
 
         else:
 
+            @traced
+            def put_evenly(state, i, x, y, out, dx, dy, dout):
+                """Addresses of eight rows that lie at even distances, the first one's given."""
+                for slot, first, step in ((s_x, x, dx), (s_y, y, dy), (s_out, out, dout)):
+                    start = spread(first, zeros(first, "i8", LANES))
+                    each = lane_numbers(start, 1) * spread(step, start)
+                    store_vector(state + (slot + 8 * i), start + each)
+
             @device
             def begin(frame, state, p, count):
                 """Set the addresses of rows p … p + count − 1.
@@ -272,9 +280,14 @@ class Tiles:
                 enter(frame, state, p)
                 shape, dx, dy, dout = geometry(frame), x_row(frame), y_row(frame), out_row(frame)
                 x0, y0, out0 = x_data(frame), y_data(frame), out_data(frame)
-                for i in range(count):
-                    x, y, out = row_offsets(shape, p + i, dx, dy, dout)
-                    put(state, i, x0 + x, y0 + y, out0 + out)
+                if shape == 0:
+                    for i in range(0, count, LANES):
+                        x, y, out = (p + i) * dx, (p + i) * dy, (p + i) * dout
+                        put_evenly(state, i, x0 + x, y0 + y, out0 + out, dx, dy, dout)
+                else:
+                    for i in range(count):
+                        x, y, out = row_offsets(shape, p + i, dx, dy, dout)
+                        put(state, i, x0 + x, y0 + y, out0 + out)
                 last = state + (count - 1) // lanes * lanes * 8
                 x0, y0, out0 = get_i64(last + s_x), get_i64(last + s_y), get_i64(last + s_out)
                 for i in range(count, (count + lanes - 1) // lanes * lanes):
