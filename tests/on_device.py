@@ -37,9 +37,6 @@ class HostArray:
     def __init__(self, array):
         self.array = array
 
-    def reshape(self, shape):
-        return HostArray(self.array.reshape(shape))
-
     def __dlpack_device__(self):
         return 2, 0
 
@@ -75,22 +72,33 @@ class Emulator:
         self.touched = touched
 
         class HostFamily(families.Family):
-            def view(self, name, array):
+            def look(self, name, array, queue):
                 a = array.array
-                address = a.__array_interface__["data"][0]
-                readable = self, array, address, a.shape, a.strides, a.dtype, 0
-                return families.DeviceArray(*readable, a.flags.writeable)
+                pointer = a.__array_interface__["data"][0]
+                key = (self, 0, pointer & 15, a.dtype, a.shape, a.strides, a.flags.writeable)
+                return key, pointer, array
 
-            def empty(self, shape, dtype, queue):
+            def describe(self, name, key):
+                return families.Described(key[4], key[5], key[3], key[6])
+
+            def empty(self, shape, dtype, queue, like):
                 raw = np.full(max(int(np.prod(shape)) * dtype.itemsize, 1), 0xFF, np.uint8)
                 a = np.ndarray(shape, dtype, raw)
                 touched.append(a)
-                return self.view("result", HostArray(a))
+                return HostArray(a), a.__array_interface__["data"][0]
 
-            def queue(self, array, device):
+            def queue(self, kept, device):
                 return Queue
 
+        def start(step, kernel, *numbers):
+            # cuda.core passes an int as 8 bytes and a float as a double, whatever a kernel expects.
+            wanted = [{"i8": int, "f8": float}[elem] for elem in kernel.args.values()]
+            assert [type(number) for number in numbers] == wanted
+            memory = [*touched, words.array]
+            emulate(kernel, step.grid, step.block, numbers, memory, step.shared, step.cluster)
+
         class Queue:
+            handle, number = 0, launch.LEGACY
             device = types.SimpleNamespace(
                 ordinal=0,
                 arch="sm_90a",
@@ -98,21 +106,17 @@ class Emulator:
                 shared=232448,
                 multiprocessors=132,
                 report=report,
+                take_bad_label=report.take,
+                calls={},
+                prepared=lambda step: (step, plan.kernel_of(step.spec)),
                 make_current=lambda: None,
                 read=ctypes.string_at,
             )
 
-        def start(step, values, stream):
-            kernel = plan.kernel_of(step.spec)
-            # cuda.core passes an int as 8 bytes and a float as a double, whatever a kernel expects.
-            wanted = [{"i8": int, "f8": float}[elem] for elem in kernel.args.values()]
-            assert [type(value) for value in values] == wanted
-            memory = [*touched, words.array]
-            emulate(kernel, step.grid, step.block, values, memory, step.shared, step.cluster)
+        Queue.start = staticmethod(start)
 
         self.patches = (
             (families._BY_PACKAGE, "tests", HostFamily),
-            (launch, "start", start),
             (launch, "devices", [Queue.device]),
         )
 
