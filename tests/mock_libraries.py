@@ -318,6 +318,9 @@ class Device:
     def make_current(self):
         return None
 
+    def read(self, address, size):
+        return ctypes.string_at(address, size)
+
 
 # --- arrays of unknown libraries -----------------------------------------------------------------
 

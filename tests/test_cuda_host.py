@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -437,6 +438,182 @@ def test_bad_labels_wait_for_check(mocked):
     assert np.isnan(host(numbakern.nll_loss(*given)))
     check(numbakern.cuda.check, IndexError, "labels[1, 2]", "[0, 5)", "-100", "got 5")
     numbakern.cuda.check()
+
+
+# --- remembered calls ----------------------------------------------------------------------------
+
+
+def aligned(array):
+    """A copy where an allocator would put it."""
+    copy = mock_libraries.filled(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def remembered(mocked):
+    return sum(len(device.calls) for device in mocked.devices)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_like_an_earlier_one(mocked, family):
+    """The same values from a remembered call, on arrays at other places and with other numbers."""
+    for seed in range(3):
+        x, labels = cases.logits((5, 7, 3), seed=seed), cases.class_labels((5, 3), 7, seed=seed)
+        given = [mocked(family, aligned(a)) for a in (x, labels)]
+        options = {"label_smoothing": 0.1, "ignore_index": 2}
+        loss, grad = numbakern.cross_entropy_value_and_grad(*given, **options)
+        assert_close(host(loss), reference.cross_entropy(x, labels, **options), float32)
+        want = reference.cross_entropy_backward(1.0, x, labels, **options)
+        assert_close(host(grad), want, float32)
+        loss, lse = numbakern.cross_entropy(*given, **options, return_lse=True)
+        assert_close(host(lse), reference.logsumexp(x, 1), float64, scale=1e7)
+        scale = (-0.0, 2.5, 1e-3)[seed]
+        grad = host(numbakern.cross_entropy_backward(scale, *given, **options, lse=lse))
+        assert_close(grad, scale * want, float32)
+        counted = [np.moveaxis(a, 1, -1)[labels != 2] for a in (grad, want)]
+        assert np.array_equal(*map(np.signbit, counted)) == (scale > 0)  # -0.0 is no 0.0
+        summed = numbakern.logsumexp(given[0], 1, keepdims=True)
+        assert_close(host(summed), reference.logsumexp(x, 1)[:, None], float32)
+        if seed == 0:
+            before = remembered(mocked)
+    assert remembered(mocked) == before == 4
+
+
+def test_what_a_remembered_call_hangs_on(mocked):
+    """Types of options, alignment, strides, device and kind of the number: each is another call."""
+    x = cases.logits((6, 24))
+    given = mocked("cupy", x)
+    numbakern.log_softmax(given, 1)
+    for axis in (1.0, "1"):  # 1.0 == 1, but an axis is an integer
+        check(lambda a=axis: numbakern.log_softmax(given, a), TypeError, "axis", "integer")
+    wide = np.zeros((6, 25), float32)
+    for moved in (wide[:, 1:], wide[:, :24], np.asfortranarray(x)):
+        moved[...] = x
+        got = numbakern.log_softmax(mocked("cupy", moved), 1)
+        assert_close(host(got), reference.log_softmax(x), float32)
+    labels = cases.class_labels(6, 24)
+    options = {"reduction": "sum"}
+    want = reference.cross_entropy_backward(1.0, x, labels, **options)
+    for number in (1.0, 1, np.float32(1), True):
+        got = numbakern.cross_entropy_backward(number, given, mocked("cupy", labels), **options)
+        assert_close(host(got), want, float32)
+    t = mocked("cupy", labels)
+    for number in (10**400, 1j, np.complex64(1)):
+        with pytest.raises(TypeError, match="grad_output"):
+            numbakern.cross_entropy_backward(number, given, t, **options)
+
+
+def test_out_beside_in_and_across_the_input(mocked):
+    """Whether `out` is the input, apart from it, or overlaps it, is asked at every call."""
+    line = np.zeros(200, float32)
+    mock_libraries.memory.append(line)
+    for _ in range(2):
+        for start, end in ((0, 60), (100, 100), (3, 0), (0, 3), (20, 0), (7, 7)):
+            source, target = (line[a : a + 60].reshape(3, 20) for a in (start, end))
+            x = cases.logits((3, 20), seed=start)
+            source[...] = x
+            out = mocked("cupy", target)
+            given = out if start == end else mocked("cupy", source)
+            assert numbakern.softmax(given, out=out) is out
+            assert_close(target, reference.softmax(x), float32)
+
+
+def test_bad_labels_and_checks_of_a_remembered_call(mocked, monkeypatch):
+    x = mocked("torch", cases.logits((4, 6)))
+    good, bad = (cases.class_labels(4, 6) for _ in range(2))
+    bad[2] = 9
+    for labels, wrong in ((good, False), (good, False), (bad, True), (good, False)):
+        loss = numbakern.cross_entropy(x, mocked("torch", labels))
+        assert np.isnan(host(loss)) == wrong
+        if wrong:
+            check(numbakern.cuda.check, IndexError, "labels[2]", "got 9")
+        numbakern.cuda.check()
+    monkeypatch.setenv("NUMBAKERN_CHECK", "1")
+    bad[2] = 2**40
+    call = lambda: numbakern.cross_entropy(x, mocked("torch", bad))  # noqa: E731
+    check(call, IndexError, "labels[2]", f"got {2**40}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_remembered_keeps_no_array(mocked, family):
+    given = [mocked(family, a) for a in (cases.logits((4, 6)), cases.class_labels(4, 6))]
+    results = numbakern.cross_entropy_value_and_grad(*given)
+    watched = [weakref.ref(a) for a in (*given, *results)]
+    for device in mocked.devices:
+        for stream in (device.own_stream, *device._streams.values()):
+            stream.held.clear()
+    del given, results
+    gc.collect()
+    assert remembered(mocked) == 1 and not any(ref() is not None for ref in watched)
+
+
+# --- arrays of several libraries, and their streams ----------------------------------------------
+
+
+def test_streams_of_other_libraries_wait_and_are_waited_for(mocked):
+    x, labels = cases.logits((4, 6)), cases.class_labels(4, 6)
+    for _ in range(2):  # remembered too
+        result = numbakern.cross_entropy(mocked("torch", x), mocked("cupy", labels))
+        assert type(result) is mocked.torch.Tensor
+    queue = mocked.devices[0].stream(HANDLES["torch"])
+    assert queue.waits_for == queue.waited_for_by == [HANDLES["cupy"]] * 2
+    out = mocked("cupy", np.zeros((4, 6), float32))
+    assert numbakern.softmax(mocked("torch", x), out=out) is out
+    assert_close(host(out), reference.softmax(x), float32)
+    assert queue.waited_for_by == [HANDLES["cupy"]] * 3
+    # JAX makes the stream of the call wait for an array, and the array is kept until it is done.
+    numbakern.cross_entropy(mocked("torch", x), mocked("jax", labels))
+    assert mocked.jaxlib.log[-1] == ("ready", HANDLES["torch"])
+    assert len(queue.held) == 1 and queue.waited_for_by == [HANDLES["cupy"]] * 3
+
+
+def test_each_array_of_the_interface_has_its_stream(mocked):
+    x, labels = cases.logits((4, 6)), cases.class_labels(4, 6)
+    given = mocked("interface", x, stream=0x55), mocked("interface", labels, stream=0x66)
+    numbakern.cross_entropy(*given)
+    queue = mocked.devices[0].stream(0x55)
+    assert set(mocked.streams) == {0x55}
+    assert queue.waits_for == queue.waited_for_by == [0x66]
+    numbakern.cross_entropy(given[0], mocked("interface", labels, stream=0x55))
+    assert queue.waits_for == [0x66]
+
+
+@pytest.mark.parametrize(("stream", "handle"), [(None, 0), (1, 0), (2, 2), (0x7F, 0x7F)])
+def test_streams_of_the_array_interface(mocked, stream, handle):
+    """1 is the legacy default stream, 2 that of the thread; None: nothing is to be waited for."""
+    x = cases.logits((3, 4))
+    result = numbakern.softmax(mocked("interface", x, stream=stream))
+    assert set(mocked.streams) == {handle}
+    assert result.__cuda_array_interface__["stream"] == (handle or 1)  # 0 is not allowed
+    again = numbakern.log_softmax(result)  # our own array, on its own stream
+    assert set(mocked.streams) == {handle} and type(again) is pool.Array
+
+
+def test_an_array_interface_of_version_2(mocked):
+    """Without a stream; and with what a library may leave out."""
+    x = cases.logits((3, 4))
+    given = mocked("interface", x)
+    del given.__cuda_array_interface__["stream"], given.__cuda_array_interface__["strides"]
+    given.__cuda_array_interface__["version"] = 2
+    assert_close(host(numbakern.softmax(given)), reference.softmax(x), float32)
+    empty = mocked("interface", np.zeros((0, 4), float32))
+    empty.__cuda_array_interface__["data"] = (0, False)  # as the interface asks for it
+    assert numbakern.softmax(empty).shape == (0, 4)
+
+
+def test_what_an_array_interface_may_not_say(mocked):
+    x = cases.logits((3, 4))
+    zero = mocked("interface", x, stream=0)
+    check(lambda: numbakern.softmax(zero), ValueError, "x", "stream", "got 0")
+    masked = mocked("interface", x)
+    masked.__cuda_array_interface__["mask"] = masked
+    check(lambda: numbakern.softmax(masked), TypeError, "x", "mask")
+    given, fixed = mocked("interface", x), mocked("interface", x.copy(), read_only=True)
+    for _ in range(2):
+        check(lambda: numbakern.softmax(given, out=fixed), ValueError, "out", "read-only")
+        assert numbakern.softmax(fixed).shape == (3, 4)
+        numbakern.softmax(given, out=mocked("interface", x.copy()))  # the same, but writeable
+    assert host(numbakern.softmax(fixed)).shape == (3, 4)
 
 
 # --- refused -------------------------------------------------------------------------------------

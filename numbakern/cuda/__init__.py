@@ -192,7 +192,7 @@ class Target:
         addresses = self.addresses
         out = addresses[-1]  # the last argument wherever there is one
         # 1, 1.0 and True are not the same; nor are a call in place and one that is not.
-        key = (name, options, *map(type, options), addresses.count(out), *self.keys)
+        key = (name, options, *map(type, options), out and addresses.count(out), *self.keys)
         try:
             call = self.queue.device.calls.get(key)
         except TypeError:  # an option that is no key
@@ -235,7 +235,9 @@ class Target:
                     slot, offset = value
                     picked.append(slots + temporaries.index(offset) if slot == _SCRATCH else slot)
             starts.append((*prepared, operator.itemgetter(*picked)))
-        out = self.given.get("out")
+        out, labels = self.given.get("out"), self.labels
+        if labels is not None:  # without this call's arrays, which it would keep alive
+            labels = DeviceArray(None, labels.place, labels.shape, labels.strides, labels.dtype)
         return Call(
             self.made,
             self.scratch,
@@ -246,7 +248,7 @@ class Target:
             None if out is None else of(type(out)),
             self.beside,
             any(key is not None and key[0].holds for key in self.keys),
-            self.labels,
+            labels,
         )
 
     def _run(self, call):
