@@ -354,3 +354,49 @@ class OnlyDLPack:
     def __dlpack__(self, *, stream=None, **_):
         a = self._array
         return pool.capsule(self, a.__array_interface__["data"][0], a.shape, a.dtype, (2, 0))
+
+
+class _VersionedTensor(ctypes.Structure):
+    """A DLManagedTensorVersioned, with shape and strides behind it."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("offset", ctypes.c_uint64),
+        ("sizes", ctypes.c_int64 * 8),
+    ]
+
+
+class Versioned(OnlyDLPack):
+    """A float32 array by the newer protocol, which can say that it is read-only."""
+
+    def __init__(self, array, read_only):
+        super().__init__(array)
+        self._read_only, self._tensors = read_only, []
+
+    def __dlpack__(self, *, stream=None, max_version=None, **_):
+        assert max_version >= (1, 0)
+        a, tensor = self._array, _VersionedTensor()
+        tensor.version[:], tensor.flags = (1, 0), int(self._read_only)
+        tensor.deleter = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
+        tensor.data, tensor.device[:] = a.__array_interface__["data"][0], (2, 0)
+        tensor.ndim, tensor.code, tensor.bits, tensor.lanes = a.ndim, 2, 32, 1
+        steps = [s // a.itemsize for s in a.strides]
+        tensor.sizes[: 2 * a.ndim] = [*a.shape, *steps]
+        tensor.shape = ctypes.addressof(tensor) + _VersionedTensor.sizes.offset
+        tensor.strides = tensor.shape + 8 * a.ndim
+        self._tensors.append(tensor)
+        new = ctypes.PYFUNCTYPE(
+            ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+        )(("PyCapsule_New", ctypes.pythonapi))
+        return new(ctypes.addressof(tensor), b"dltensor_versioned", None)

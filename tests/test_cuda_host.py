@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import weakref
 from pathlib import Path
 
@@ -713,6 +715,168 @@ def test_host_cost_of_a_call(python, fake_driver, family):
     for figure in figures:
         one, step = OURS[family]
         assert float(figure[-1]) <= (one if float(figure[2]) == 1 else step), figure
+
+
+SCRIPT = """
+import ctypes, os, sys, threading
+import numpy as np
+from tests import host_cost, mock_libraries
+from numbakern.cuda import compile
+compile.cubin = lambda *_: compile.Cubin("kernel", b"\\x7fELF" + bytes(60))
+sys.modules["torch"] = torch = mock_libraries.torch_module()
+import numbakern
+driver = ctypes.CDLL("libcuda.so.1")
+counts = lambda: host_cost.counts(driver)
+"""
+
+
+@pytest.fixture
+def scripted(python, fake_driver):
+    """Runs a script against the fake driver, on mock PyTorch tensors, and splits what it prints."""
+    if not installed("cuda.core"):
+        pytest.skip("cuda-core is not installed")
+    return lambda script: python(
+        SCRIPT + textwrap.dedent(script), LD_LIBRARY_PATH=fake_driver
+    ).stdout.split()
+
+
+def test_a_remembered_call_can_be_captured(scripted):
+    """Memory is the library's own; nothing waits, and no event is left behind."""
+    done = scripted("""
+        x, labels = torch.Tensor(np.zeros((64, 10))), torch.Tensor(np.zeros(64, int))
+        calls = [
+            lambda: numbakern.log_softmax(x),
+            lambda: numbakern.cross_entropy_value_and_grad(x, labels),
+            lambda: numbakern.logsumexp(x, 0, keepdims=True),
+        ]
+        for call in calls:
+            call()
+        before = counts()
+        for call in calls:
+            call()
+        print([after - earlier for earlier, after in zip(before.values(), counts().values())])
+        """)
+    assert "".join(done) == "[5,0,0,0,0]"
+
+
+def test_threads_that_all_come_first(scripted):
+    """One record of bad labels and one set of kernels, whichever thread made them."""
+    done = scripted("""
+        from numbakern.cuda import bad_labels, launch
+        made, compiled = [], []
+        report, cubin = bad_labels.Report, compile.cubin
+        bad_labels.Report = lambda words: made.append(1) or report(words)
+        compile.cubin = lambda *key: compiled.append(key) or cubin(*key)
+        ready, failed = threading.Barrier(8), []
+
+        def work():
+            x, labels = torch.Tensor(np.zeros((64, 10))), torch.Tensor(np.zeros(64, int))
+            ready.wait()
+            try:
+                for _ in range(50):
+                    numbakern.cross_entropy_value_and_grad(x, labels)
+            except BaseException as error:
+                failed.append(error)
+
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(len(failed), len(launch.devices), len(made), len(compiled) - len(set(compiled)))
+        print(counts()["launches"])
+        """)
+    assert done == ["0", "1", "1", "0", str(8 * 50 * 3)]
+
+
+def test_two_devices(scripted):
+    """Work goes to the device of the arrays; the thread's own device is left as it was."""
+    done = scripted("""
+        from numbakern.cuda import launch
+        driver.cuInit(0)
+        context = ctypes.c_void_p()
+        current = lambda: driver.cuCtxGetDevice(ctypes.byref(device)) or device.value
+        device = ctypes.c_int()
+        print(current())  # none: an error
+        for n in (0, 1, 0, 1):
+            x, labels = (torch.Tensor(np.zeros(s), n) for s in ((64, 10), (64,)))
+            labels = torch.Tensor(np.zeros(64, int), n)
+            before = counts()
+            result = numbakern.cross_entropy(x, labels)
+            print(result.get_device(), counts()["launches_on_1"] - before["launches_on_1"])
+        for n in (0, 1):
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), n)
+            driver.cuCtxSetCurrent(context)
+            numbakern.softmax(torch.Tensor(np.zeros((64, 10)), 1 - n))
+            print(current())
+        numbakern.cuda.check()
+        print(current(), len(launch.devices))
+        try:
+            numbakern.cross_entropy(x, torch.Tensor(np.zeros(64, int), 0))
+        except TypeError as error:
+            print(error)
+        """)
+    message = "labels: expected an array on the same device as logits (cuda:1), got one on cuda:0"
+    assert done[:9] == ["201", "0", "0", "1", "3", "0", "0", "1", "3"]
+    assert done[9:13] == ["0", "1", "1", "2"] and done[13:] == message.split()
+
+
+def test_two_devices_of_the_interface(scripted):
+    """Where memory is, the driver says."""
+    done = scripted("""
+        a = np.zeros((2, 64, 10))
+        driver.fake_place(ctypes.c_ulonglong(a[1].ctypes.data), ctypes.c_size_t(a[1].nbytes))
+        for n in (0, 1):
+            result = numbakern.softmax(mock_libraries.OnlyInterface(a[n]))
+            print(result.device, result.__dlpack_device__()[1], counts()["launches_on_1"])
+        """)
+    assert done == ["0", "0", "0", "1", "1", "1"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_before_the_first_use(scripted):
+    done = scripted("""
+        child = os.fork()
+        numbakern.log_softmax(torch.Tensor(np.zeros((64, 10))))
+        if child:
+            print(os.waitpid(child, 0)[1])
+        print(counts()["launches"], flush=True)
+        os._exit(0) if not child else None
+        """)
+    assert done == ["1", "0", "1"] or done == ["0", "1", "1"]
+
+
+def test_what_dlpack_lends_goes_back(scripted):
+    """Arguments when the work is done; results when their reader lets go; all of it at the end."""
+    done = scripted("""
+        import gc
+        from numbakern.cuda import launch, pool
+        modules = mock_libraries.jax_modules()
+        sys.modules.update(modules)
+        x = modules["jaxlib"].ArrayImpl(np.zeros((4, 6), np.float32))
+        for _ in range(50):
+            result = numbakern.softmax(x)
+        print(len(pool._exported) < 10, len(launch.device(0).own_stream._held))
+        launch.device(0).own_stream._held.clear()
+        gc.collect()
+        print(len(pool._exported))
+        kept = numbakern.softmax(mock_libraries.OnlyDLPack(np.zeros((4, 6), np.float32)))
+        """)
+    assert done == ["True", "1", "0"]
+
+
+def test_a_read_only_array_by_versioned_dlpack(scripted):
+    done = scripted("""
+        x = mock_libraries.OnlyDLPack(np.zeros((4, 6), np.float32))
+        for read_only in (True, False):
+            out = mock_libraries.Versioned(np.zeros((4, 6), np.float32), read_only)
+            for _ in range(2):
+                try:
+                    print(numbakern.softmax(x, out=out) is out, numbakern.softmax(out).shape)
+                except ValueError as error:
+                    print(error)
+        """)
+    message = "out: expected a writeable array, got a read-only one"
+    assert done == (message.split() * 2 + ["True", "(4,", "6)"] * 2)
 
 
 @needs_cuda_core
