@@ -26,6 +26,8 @@ def core():
         driver()
     except ImportError as error:
         raise RuntimeError(f"cuda-core cannot be imported ({error}): {compiler.INSTALL}") from error
+    if not hasattr(module, "launch"):  # it was experimental before 0.5
+        raise RuntimeError(f"this cuda-core is too old: {compiler.INSTALL}")
     try:
         _checked(driver().cuInit(0))
         count = _checked(driver().cuDeviceGetCount())
