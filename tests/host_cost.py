@@ -3,8 +3,8 @@
 Against a driver that does nothing (``fake_driver.c``), with the libraries of ``mock_libraries`` and
 the real Numba. A call is split into the launches themselves (cuda.core's, with the same arguments),
 what the array library does for it (its allocations, its half of DLPack), and the rest, which is
-numbakern's. All in turn, in CPU time of the thread, medians; a fixed piece of Python beside them
-tells what *ours* would be on a quiet machine.
+numbakern's. All in turn, in CPU time of the thread; a fixed piece of Python beside them tells what
+*ours* would be on a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 
 FAMILIES = ["torch", "cupy", "numba", "jax", "interface", "dlpack"]
 FUNCTIONS = ["log_softmax(out=)", "log_softmax", "cross_entropy", "value_and_grad(out=)"]
@@ -66,7 +66,7 @@ def yardstick():
 
 
 def interleaved(parts):
-    """The median time of each part, in µs."""
+    """The time of each part in µs: its lowest decile, for others may be busy meanwhile."""
     times = {name: [] for name in parts}
     for part in parts.values():
         for _ in range(20):
@@ -80,7 +80,7 @@ def interleaved(parts):
                 part()
             times[name].append((time.thread_time_ns() - start) / CALLS / 1e3)
     gc.enable()
-    return {name: median(values) for name, values in times.items()}
+    return {name: quantiles(values, n=10)[0] for name, values in times.items()}
 
 
 def library(family):

@@ -67,7 +67,7 @@ class Emulator:
     """
 
     def __init__(self):
-        from numbakern.cuda import bad_labels, families, launch, plan
+        from numbakern.cuda import bad_labels, compile, families, launch, plan
         from tests.emulator import emulate
 
         words, touched = Words(), []
@@ -100,6 +100,11 @@ class Emulator:
             memory = [*touched, words.array]
             emulate(kernel, step.grid, step.block, numbers, memory, step.shared, step.cluster)
 
+        def prepared(step):
+            if os.environ.get("NUMBAKERN_CUBINS"):  # what a GPU would need is compiled too
+                compile.cubin(step.spec, Queue.device.arch, step.block)
+            return step, plan.kernel_of(step.spec)
+
         class Queue:
             handle, number = 0, launch.LEGACY
             device = types.SimpleNamespace(
@@ -111,7 +116,7 @@ class Emulator:
                 report=report,
                 take_bad_label=report.take,
                 calls={},
-                prepared=lambda step: (step, plan.kernel_of(step.spec)),
+                prepared=prepared,
                 make_current=lambda: None,
                 read=ctypes.string_at,
             )

@@ -229,7 +229,7 @@ class Stream:
 
     def hold(self, objects):
         """Keep these alive until what has been started on this stream so far is done."""
-        held = self._held
+        held, event = self._held, None
         while True:
             try:
                 entry = held.popleft()  # so that no other thread looks at it too
@@ -238,15 +238,12 @@ class Stream:
             if not entry[0].is_done:
                 held.appendleft(entry)
                 break
-        held.append((self.core.record(), objects))
+            event = entry[0]  # to be used again: a new one costs as much as a launch
+        held.append((self.core.record(event), objects))
 
     def allocate(self, size):
-        """Bytes of device memory from the driver's pool, in the order of this stream."""
-        before = self.device.make_current()
-        try:
-            return self.device.core.memory_resource.allocate(size, stream=self.core)
-        finally:
-            restore(before)
+        """Bytes from the driver's pool in the order of this stream, whose device is current."""
+        return self.device.core.memory_resource.allocate(size, stream=self.core)
 
     def wait_for(self, handle):
         """Let what is started on this stream from now on wait for the stream of this handle."""
