@@ -738,7 +738,7 @@ def test_host_cost_of_a_call(python, fake_driver, family):
 
 
 SCRIPT = """
-import ctypes, os, sys, threading
+import ctypes, os, sys, threading, time
 import numpy as np
 from tests import host_cost, mock_libraries
 from numbakern.cuda import compile
@@ -784,9 +784,13 @@ def test_threads_that_all_come_first(scripted):
     done = scripted("""
         from numbakern.cuda import bad_labels, launch
         made, compiled = [], []
-        report, cubin = bad_labels.Report, compile.cubin
-        bad_labels.Report = lambda words: made.append(1) or report(words)
-        compile.cubin = lambda *key: compiled.append(key) or cubin(*key)
+
+        def slowly(function, log):  # so that all are there before the first is done
+            return lambda *given: log.append(given) or time.sleep(0.05) or function(*given)
+
+        launch.Device = slowly(launch.Device, [])
+        bad_labels.Report = slowly(bad_labels.Report, made)
+        compile.cubin = slowly(compile.cubin, compiled)
         ready, failed = threading.Barrier(8), []
 
         def work():
@@ -798,7 +802,6 @@ def test_threads_that_all_come_first(scripted):
             except BaseException as error:
                 failed.append(error)
 
-        sys.setswitchinterval(1e-6)
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()

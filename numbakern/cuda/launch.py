@@ -142,9 +142,11 @@ class Device:
         prepared = self._steps.get(step)
         if prepared is None:
             with self._lock:
-                if len(self._steps) >= _KEPT:
-                    self._steps.clear()
-                prepared = self._steps[step] = self._configuration(step), self._kernel(step)
+                prepared = self._steps.get(step)
+                if prepared is None:
+                    if len(self._steps) >= _KEPT:
+                        self._steps.clear()
+                    prepared = self._steps[step] = self._configuration(step), self._kernel(step)
         return prepared
 
     def _configuration(self, step):
