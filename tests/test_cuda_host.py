@@ -553,15 +553,33 @@ def test_bad_labels_and_checks_of_a_remembered_call(mocked, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_remembered_keeps_no_array(mocked, family):
-    given = [mocked(family, a) for a in (cases.logits((4, 6)), cases.class_labels(4, 6))]
-    results = numbakern.cross_entropy_value_and_grad(*given)
-    watched = [weakref.ref(a) for a in (*given, *results)]
-    for device in mocked.devices:
-        for stream in (device.own_stream, *device._streams.values()):
-            stream.held.clear()
-    del given, results
+    """Nor does the first call, or one that is refused, until the garbage is collected."""
+
+    def held():
+        for device in mocked.devices:
+            for stream in (device.own_stream, *device._streams.values()):
+                stream.held.clear()
+        return sum(ref() is not None for ref in watched)
+
+    x, labels = cases.logits((4, 6)), cases.class_labels(4, 6)
+    watched = []
     gc.collect()
-    assert remembered(mocked) == 1 and not any(ref() is not None for ref in watched)
+    gc.disable()
+    try:
+        for reduction in ("mean", "mean", "max"):
+            given = [mocked(family, a) for a in (x, labels)]
+            watched += map(weakref.ref, given)
+            try:
+                results = numbakern.cross_entropy_value_and_grad(*given, reduction=reduction)
+                watched += map(weakref.ref, results)
+                del results
+            except ValueError:
+                assert reduction == "max"
+            del given
+            assert not held()
+    finally:
+        gc.enable()
+    assert remembered(mocked) == 1 and len(watched) == 10
 
 
 # --- arrays of several libraries, and their streams ----------------------------------------------

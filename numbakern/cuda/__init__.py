@@ -150,7 +150,7 @@ class Target:
     ARRAY_TYPES = object  # what `out=` may be: `asarray` says
     foreign = None  # addresses of other streams that the arguments are on
     key = None  # what the call is to be remembered by
-    views = None  # the arguments as `DeviceArray`s, when planning has begun
+    made = None  # shape and dtype of arrays to be made, when planning has begun
     done = None  # the results, when the call has been run
 
     def __init__(self, name, given):
@@ -235,9 +235,7 @@ class Target:
                     slot, offset = value
                     picked.append(slots + temporaries.index(offset) if slot == _SCRATCH else slot)
             starts.append((*prepared, operator.itemgetter(*picked)))
-        out, labels = self.given.get("out"), self.labels
-        if labels is not None:  # without this call's arrays, which it would keep alive
-            labels = DeviceArray(None, labels.place, labels.shape, labels.strides, labels.dtype)
+        out = self.given.get("out")
         return Call(
             self.made,
             self.scratch,
@@ -248,7 +246,7 @@ class Target:
             None if out is None else of(type(out)),
             self.beside,
             any(key is not None and key[0].holds for key in self.keys),
-            labels,
+            self.labels,
         )
 
     def _run(self, call):
@@ -310,17 +308,15 @@ class Target:
     def _begin(self):
         """Start to plan."""
         self.slots = {name: slot for slot, name in enumerate(self.given)}
-        self.views = {}
         self.made, self.scratch, self.steps, self.beside = [], 0, [], []
         self.labels = None
 
     def asarray(self, name, value):
-        """The argument as a DeviceArray, or a Number; TypeError if it is not on this device."""
-        if self.views is None:
+        """The argument as a DeviceArray; TypeError if it is not on this device."""
+        if self.made is None:
             self._begin()
-        view = self.views.get(name)
-        if view is None:
-            view = self.views[name] = self._view(name)
+        # It is not kept here: a ring of references would keep the caller's memory.
+        view = self._view(name)
         if name == "out" and not self.keys[view.place[0]][0].mutable:
             kind = type(value).__name__
             raise TypeError(f"out: expected an array that can be written to, got {kind}")
@@ -537,7 +533,8 @@ class Target:
 
     def _of_labels(self, labels, batch, classes, ignore_index):
         """The options and values that follow from class labels."""
-        self.labels = labels
+        # Without this Target, whose arrays it would keep.
+        self.labels = DeviceArray(None, labels.place, labels.shape, labels.strides, labels.dtype)
         low, high = _bounds(labels.dtype)
         ignores = low <= ignore_index <= high
         values = {"bad": self.queue.device.report.address(batch, classes, ignore_index)}
