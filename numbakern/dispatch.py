@@ -5,6 +5,7 @@ importing numbakern costs nothing but NumPy. That of the CPU is a target itself;
 one for the library and the device of the arrays.
 """
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -38,24 +39,35 @@ def target_of(**arrays: Any) -> Any:
 
 def _target(name: str, array: Any) -> str | None:
     """The target of an array, "cpu" for what NumPy can make one of; None for a number."""
-    if isinstance(array, _NUMBERS):
-        return None
-    if isinstance(array, (np.ndarray, list, tuple)):
-        return "cpu"
-    on_cuda = getattr(array, "is_cuda", None)  # PyTorch's tensors: ten times faster than DLPack
-    if isinstance(on_cuda, bool):
-        return "cuda" if on_cuda else "cpu"
-    kind = type(array)
-    device = getattr(kind, "__dlpack_device__", None)
-    if device is not None:
+    kind: Any = type(array)
+    way = _way(kind)
+    if way == "is_cuda":
+        return "cuda" if array.is_cuda else "cpu"
+    if way == "__dlpack_device__":
         try:
-            return "cuda" if device(array)[0] in _CUDA_DEVICES else "cpu"
+            return "cuda" if kind.__dlpack_device__(array)[0] in _CUDA_DEVICES else "cpu"
         except (TypeError, ValueError, RuntimeError, BufferError) as error:
-            # Asked of the type: of an array, this may raise and would take its time.
             if not hasattr(kind, "__cuda_array_interface__"):
                 return "cpu"  # what NumPy makes of it decides
             raise TypeError(f"{name}: expected an array on one device: {error}") from None
-    return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
+    if way == "ask":
+        return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
+    return way
+
+
+@functools.lru_cache(maxsize=1024)
+def _way(kind: Any) -> str | None:
+    """The target of arrays of this type, or how to learn it of one of them; None for numbers."""
+    if issubclass(kind, _NUMBERS):
+        return None
+    if issubclass(kind, (np.ndarray, list, tuple)):
+        return "cpu"
+    if hasattr(kind, "is_cuda"):  # PyTorch's tensors: ten times faster than DLPack
+        return "is_cuda"
+    if hasattr(kind, "__dlpack_device__"):
+        return "__dlpack_device__"
+    # Asked of the type: of an array, it may take its time or raise.
+    return "cuda" if hasattr(kind, "__cuda_array_interface__") else "ask"
 
 
 def _load(target: str) -> ModuleType:

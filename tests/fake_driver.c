@@ -1,9 +1,9 @@
-/* A CUDA driver that does nothing: one device, and every call succeeds.
+/* A CUDA driver that does nothing: two devices, and every call succeeds.
  *
  * With it in place of libcuda.so.1, the host side of the CUDA target runs on a machine without a
- * GPU: what a call costs can be measured, and which kernels were started with what arguments is
- * kept for tests to look at (fake_launches, fake_last). Memory is host memory, so that copies to
- * and from the device work; kernels are not run.
+ * GPU: what a call costs can be measured, and what the driver was asked for is counted
+ * (fake_count). Memory is host memory, so that copies to and from the device work; kernels are not
+ * run.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,16 +16,22 @@ typedef int Result;
 typedef void *Handle;
 typedef unsigned long long Pointer;
 
-static int context, stream, event, pool;
-static __thread int current; /* whether the context is this thread's */
-static long launches, synchronizations;
+enum { DEVICES = 2 };
+enum { LAUNCHES, LAUNCHES_ON_1, SYNCHRONIZATIONS, ALLOCATIONS, EVENTS, COUNTS };
+static int contexts[DEVICES], streams[64], event, pool;
+static __thread int current = -1; /* the device whose context is this thread's */
+static long counts[COUNTS], created;
+static Pointer second, second_end; /* what lies there is on the second device */
 
-long fake_launches(void) { return launches; }
-long fake_synchronizations(void) { return synchronizations; }
+static void count(int what) { __sync_fetch_and_add(&counts[what], 1); }
+static int device_of(Handle context) { return context ? (int)((int *)context - contexts) : -1; }
+
+long fake_count(int what) { return counts[what]; }
+void fake_place(Pointer start, size_t bytes) { second = start; second_end = start + bytes; }
 
 Result cuInit(unsigned flags) { return 0; }
 Result cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-Result cuDeviceGetCount(int *count) { *count = 1; return 0; }
+Result cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 Result cuDeviceGetName(char *name, int size, int device) { strncpy(name, "fake GPU", size); return 0; }
 Result cuDeviceGetUuid(char *uuid, int device) { memset(uuid, 1, 16); return 0; }
@@ -52,27 +58,27 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   return 0;
 }
 
-Result cuDevicePrimaryCtxRetain(Handle *out, int device) { *out = &context; return 0; }
+Result cuDevicePrimaryCtxRetain(Handle *out, int device) { *out = &contexts[device]; return 0; }
 Result cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
-Result cuCtxGetCurrent(Handle *out) { *out = current ? &context : 0; return 0; }
-Result cuCtxSetCurrent(Handle in) { current = in != 0; return 0; }
-Result cuCtxPushCurrent_v2(Handle in) { current = 1; return 0; }
-Result cuCtxPopCurrent_v2(Handle *out) { *out = &context; return 0; }
-Result cuCtxGetDevice(int *device) { *device = 0; return current ? 0 : 201; }
-Result cuCtxGetDevice_v2(int *device, Handle in) { *device = 0; return 0; }
+Result cuCtxGetCurrent(Handle *out) { *out = current < 0 ? 0 : &contexts[current]; return 0; }
+Result cuCtxSetCurrent(Handle in) { current = device_of(in); return 0; }
+Result cuCtxPushCurrent_v2(Handle in) { current = device_of(in); return 0; }
+Result cuCtxPopCurrent_v2(Handle *out) { return cuCtxGetCurrent(out); }
+Result cuCtxGetDevice(int *device) { *device = current < 0 ? 0 : current; return current < 0 ? 201 : 0; }
+Result cuCtxGetDevice_v2(int *device, Handle in) { *device = device_of(in); return 0; }
 Result cuCtxGetApiVersion(Handle in, unsigned *version) { *version = 13000; return 0; }
 Result cuCtxGetId(Handle in, unsigned long long *id) { *id = 1; return 0; }
 Result cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return 0; }
-Result cuCtxSynchronize(void) { synchronizations++; return 0; }
+Result cuCtxSynchronize(void) { count(SYNCHRONIZATIONS); return 0; }
 
 Result cuMemGetInfo_v2(size_t *unused, size_t *total) { *unused = *total = 80ull << 30; return 0; }
-Result cuMemAlloc_v2(Pointer *out, size_t bytes) { *out = (Pointer)(uintptr_t)aligned_alloc(512, (bytes + 511) / 512 * 512); return 0; }
+Result cuMemAlloc_v2(Pointer *out, size_t bytes) { count(ALLOCATIONS); *out = (Pointer)(uintptr_t)aligned_alloc(512, (bytes + 511) / 512 * 512); return 0; }
 Result cuMemFree_v2(Pointer in) { free((void *)(uintptr_t)in); return 0; }
 Result cuMemAllocAsync(Pointer *out, size_t bytes, Handle on) { return cuMemAlloc_v2(out, bytes); }
 Result cuMemAllocFromPoolAsync(Pointer *out, size_t bytes, Handle from, Handle on) { return cuMemAlloc_v2(out, bytes); }
 Result cuMemFreeAsync(Pointer in, Handle on) { return cuMemFree_v2(in); }
-Result cuMemcpyHtoD_v2(Pointer to, const void *from, size_t bytes) { memcpy((void *)(uintptr_t)to, from, bytes); synchronizations++; return 0; }
-Result cuMemcpyDtoH_v2(void *to, Pointer from, size_t bytes) { memcpy(to, (void *)(uintptr_t)from, bytes); synchronizations++; return 0; }
+Result cuMemcpyHtoD_v2(Pointer to, const void *from, size_t bytes) { memcpy((void *)(uintptr_t)to, from, bytes); count(SYNCHRONIZATIONS); return 0; }
+Result cuMemcpyDtoH_v2(void *to, Pointer from, size_t bytes) { memcpy(to, (void *)(uintptr_t)from, bytes); count(SYNCHRONIZATIONS); return 0; }
 Result cuMemcpyHtoDAsync_v2(Pointer to, const void *from, size_t bytes, Handle on) { memcpy((void *)(uintptr_t)to, from, bytes); return 0; }
 Result cuMemcpyDtoHAsync_v2(void *to, Pointer from, size_t bytes, Handle on) { memcpy(to, (void *)(uintptr_t)from, bytes); return 0; }
 Result cuMemcpyAsync(Pointer to, Pointer from, size_t bytes, Handle on) { memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, bytes); return 0; }
@@ -83,9 +89,10 @@ Result cuDeviceGetMemPool(Handle *out, int device) { *out = &pool; return 0; }
 Result cuMemPoolGetAttribute(Handle in, int attribute, void *value) { memset(value, 0, 8); return 0; }
 Result cuPointerGetAttribute(void *value, int attribute, Pointer in) {
   switch (attribute) {
-    case 1: *(Handle *)value = &context; break;
+    case 1: *(Handle *)value = &contexts[in >= second && in < second_end]; break;
     case 2: *(unsigned *)value = 2; break; /* device memory */
     case 3: *(Pointer *)value = in; break;
+    case 9: *(int *)value = in >= second && in < second_end; break; /* the device */
     default: *(unsigned *)value = 0;
   }
   return 0;
@@ -104,20 +111,21 @@ Result cuModuleLoadDataEx(Handle *out, const void *code, unsigned n, void *a, vo
 Result cuModuleGetFunction(Handle *out, Handle in, const char *name) { *out = malloc(8); return 0; }
 Result cuFuncGetAttribute(int *value, int attribute, Handle in) { *value = attribute ? 32 : 1024; return 0; }
 
-Result cuStreamCreateWithPriority(Handle *out, unsigned flags, int priority) { *out = &stream; return 0; }
-Result cuStreamCreate(Handle *out, unsigned flags) { *out = &stream; return 0; }
-Result cuStreamGetCtx(Handle in, Handle *out) { *out = &context; return 0; }
-Result cuStreamGetCtx_v2(Handle in, Handle *out, Handle *green) { *out = &context; if (green) *green = 0; return 0; }
-Result cuStreamGetDevice(Handle in, int *device) { *device = 0; return 0; }
+Result cuStreamCreateWithPriority(Handle *out, unsigned flags, int priority) { *out = &streams[__sync_fetch_and_add(&created, 1) % 64]; return 0; }
+Result cuStreamCreate(Handle *out, unsigned flags) { return cuStreamCreateWithPriority(out, flags, 0); }
+Result cuStreamGetCtx(Handle in, Handle *out) { return cuCtxGetCurrent(out); }
+Result cuStreamGetCtx_v2(Handle in, Handle *out, Handle *green) { if (green) *green = 0; return cuCtxGetCurrent(out); }
+Result cuStreamGetDevice(Handle in, int *device) { return cuCtxGetDevice(device); }
 Result cuStreamIsCapturing(Handle in, int *status) { *status = 0; return 0; }
-Result cuStreamSynchronize(Handle in) { synchronizations++; return 0; }
-Result cuEventCreate(Handle *out, unsigned flags) { *out = &event; return 0; }
-Result cuEventSynchronize(Handle in) { synchronizations++; return 0; }
+Result cuStreamSynchronize(Handle in) { count(SYNCHRONIZATIONS); return 0; }
+Result cuEventCreate(Handle *out, unsigned flags) { count(EVENTS); *out = &event; return 0; }
+Result cuEventSynchronize(Handle in) { count(SYNCHRONIZATIONS); return 0; }
 Result cuGetErrorName(Result error, const char **out) { *out = "FAKE"; return 0; }
 Result cuGetErrorString(Result error, const char **out) { *out = "fake"; return 0; }
 
-Result cuLaunchKernelEx(const void *config, Handle kernel, void **arguments, void **extra) { launches++; return 0; }
-Result cuLaunchKernel(Handle kernel, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned shared, Handle on, void **arguments, void **extra) { launches++; return 0; }
+static Result launched(void) { count(LAUNCHES); if (current == 1) count(LAUNCHES_ON_1); return current < 0 ? 201 : 0; }
+Result cuLaunchKernelEx(const void *config, Handle kernel, void **arguments, void **extra) { return launched(); }
+Result cuLaunchKernel(Handle kernel, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned shared, Handle on, void **arguments, void **extra) { return launched(); }
 
 static Result success(void) { return 0; }
 

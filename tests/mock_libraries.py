@@ -7,13 +7,14 @@ and go by DLPack. A test installs one in `sys.modules`, where `families` looks f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import types
 
 import ml_dtypes
 import numpy as np
 
-from numbakern.cuda import pool
+from numbakern.cuda import launch, pool
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -109,16 +110,24 @@ def torch_module():
         def __new__(cls, kind, index):
             return super().__new__(cls, (kind, index))
 
-    def empty(shape, dtype, device):
+    def empty(size, dtype, device):
+        log.append(("bytes", size))
+        return Tensor(filled((size,), numpy_of(dtype)), device[1])
+
+    def empty_strided(shape, strides, dtype, device):
         log.append(("empty", tuple(shape)))
-        return Tensor(filled(shape, numpy_of(dtype)), device[1])
+        tensor = Tensor(filled(shape, numpy_of(dtype)), device[1])
+        assert tensor.stride() == tuple(strides)
+        return tensor
 
     def increment_version(tensor):
         tensor._version += 1
 
-    torch = module("torch", Tensor=Tensor, Size=Size, device=Device, empty=empty, strided="strided")
+    torch = module("torch", Tensor=Tensor, Size=Size, device=Device, strided="strided")
+    torch.empty, torch.empty_strided = empty, empty_strided
     for name, dtype in dtypes.items():
         setattr(torch, name, dtype)
+    torch.cuda = types.SimpleNamespace(device_count=lambda: 2)
     torch._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 0x70 + device)
     torch.autograd = types.SimpleNamespace(
         graph=types.SimpleNamespace(increment_version=increment_version)
@@ -148,31 +157,27 @@ def cupy_module():
     class ndarray:
         def __init__(self, shape, dtype=np.float64):
             log.append(("empty", tuple(shape)))
-            self._array = filled(shape, dtype)
-            self.device = Device(Device.current)
+            self._is(filled(shape, dtype), Device.current)
+
+        def _is(self, array, device):
+            self._array, self.device = array, Device(device)
+            self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
+            pointer = array.__array_interface__["data"][0]
+            self.data = types.SimpleNamespace(ptr=pointer, device_id=device)
 
         @classmethod
         def of(cls, array, device=0):
             self = cls.__new__(cls)
-            self._array, self.device = array, Device(device)
+            self._is(array, device)
             return self
-
-        shape = property(lambda self: self._array.shape)
-        strides = property(lambda self: self._array.strides)
-        dtype = property(lambda self: self._array.dtype)
-
-        @property
-        def data(self):
-            return types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0])
-
-        def reshape(self, shape):
-            return ndarray.of(self._array.reshape(shape), self.device.id)
 
         def __dlpack_device__(self):
             return 2, self.device.id
 
-    def get_current_stream():
-        return types.SimpleNamespace(ptr=0xC0 + Device.current)
+    streams = [types.SimpleNamespace(ptr=0xC0 + device) for device in range(2)]
+
+    def get_current_stream(device_id=-1):
+        return streams[device_id]
 
     cupy = module("cupy", ndarray=ndarray)
     cupy.cuda = types.SimpleNamespace(Device=Device, get_current_stream=get_current_stream)
@@ -189,9 +194,7 @@ def jax_modules():
     class ArrayImpl:
         def __init__(self, array, keep=None):
             self._array, self._keep = array, keep
-
-        shape = property(lambda self: self._array.shape)
-        dtype = property(lambda self: self._array.dtype)
+            self.shape, self.dtype = array.shape, array.dtype
 
         def __dlpack_device__(self):
             return 2, 0
@@ -206,7 +209,7 @@ def jax_modules():
         array.__dlpack__(stream=0xA0)  # as JAX does: the producer is told what will wait for it
         log.append(("from_dlpack", array.shape))
         size = int(np.prod(array.shape)) * array.dtype.itemsize
-        raw = (np.ctypeslib.ctypes.c_uint8 * max(size, 1)).from_address(array.pointer)
+        raw = (ctypes.c_uint8 * max(size, 1)).from_address(array.pointer)
         values = np.frombuffer(raw, array.dtype, int(np.prod(array.shape)))
         return ArrayImpl(values.reshape(array.shape), array)
 
@@ -222,47 +225,46 @@ def jax_modules():
 def numba_cuda_module():
     log = Log()
 
-    class Gpus(list):
-        pass
+    class Context:
+        device = types.SimpleNamespace(id=0)
 
-    class Gpu:
-        def __enter__(self):
-            return self
+        def memalloc(self, size):
+            log.append(("memalloc", size))
+            return Memory(filled((size,), np.uint8))
 
-        def __exit__(self, *_):
-            pass
-
-    class DeviceNDArray:
-        stream = 0
+    class Memory:
+        context = Context()
 
         def __init__(self, array):
-            self._array = array
-            context = types.SimpleNamespace(device=types.SimpleNamespace(id=0))
-            self.gpu_data = types.SimpleNamespace(context=context)
+            self.array = array
+            pointer = array.__array_interface__["data"][0]
+            self.device_ctypes_pointer = ctypes.c_void_p(pointer if array.size else None)
 
-        shape = property(lambda self: self._array.shape)
-        strides = property(lambda self: self._array.strides)
-        dtype = property(lambda self: self._array.dtype)
+    class DeviceNDArray:
+        def __init__(self, shape, strides, dtype, stream=0, gpu_data=None):
+            self.shape, self.strides, self.dtype = shape, strides, dtype
+            self.stream, self.gpu_data = stream, gpu_data
+            self._array = np.ndarray(shape, dtype, gpu_data.array, 0, strides)
 
-        @property
-        def device_ctypes_pointer(self):
-            pointer = self._array.__array_interface__["data"][0]
-            return np.ctypeslib.ctypes.c_void_p(pointer)
+        @classmethod
+        def of(cls, array, stream=0):
+            self = cls.__new__(cls)
+            self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
+            self.stream, self.gpu_data, self._array = stream, Memory(array), array
+            return self
 
         @property
         def __cuda_array_interface__(self):
-            return {}
-
-        def reshape(self, *shape):
-            return DeviceNDArray(self._array.reshape(*shape))
+            raise AssertionError("it takes its time")
 
     def device_array(shape, dtype):
-        log.append(("empty", tuple(shape)))
-        return DeviceNDArray(filled(shape, dtype))
+        return DeviceNDArray.of(filled(shape, dtype))
 
-    made = module("numba.cuda", DeviceNDArray=DeviceNDArray, device_array=device_array)
-    made.gpus = Gpus([Gpu()])
-    made.get_current_device = lambda: types.SimpleNamespace(id=0)
+    made = module("numba.cuda", device_array=device_array)
+    made.cudadrv = types.SimpleNamespace(
+        devicearray=types.SimpleNamespace(DeviceNDArray=DeviceNDArray)
+    )
+    DeviceNDArray.__module__ = "numba.cuda"
     made.log = log
     return made
 
@@ -278,10 +280,17 @@ class Buffer:
 
 class Stream:
     def __init__(self, device, handle):
-        self.device, self.handle, self.waited_for_by, self.held = device, handle, [], []
+        self.device, self.handle, self.number = device, handle, handle or launch.LEGACY
+        self.waited_for_by, self.waits_for, self.held = [], [], []
+
+    def start(self, step, start, *numbers):
+        start(step, numbers, self)
 
     def allocate(self, size):
         return Buffer(size)
+
+    def wait_for(self, handle):
+        self.waits_for.append(handle)
 
     def release_to(self, handle):
         self.waited_for_by.append(handle)
@@ -291,16 +300,26 @@ class Stream:
 
 
 class Device:
-    def __init__(self, ordinal, report):
-        self.ordinal, self.report = ordinal, report
+    """What `launch.Device` is for a target; `start(step, numbers, stream)` runs the kernels."""
+
+    def __init__(self, ordinal, report, start):
+        self.ordinal, self.report, self._start = ordinal, report, start
+        self.take_bad_label, self.calls = report.take, {}
         self.own_stream = Stream(self, 0x0E)
         self._streams = {}
 
     def stream(self, handle):
+        handle = 0 if handle == launch.LEGACY else handle
         return self._streams.setdefault(handle, Stream(self, handle))
+
+    def prepared(self, step):
+        return step, self._start
 
     def make_current(self):
         return None
+
+    def read(self, address, size):
+        return ctypes.string_at(address, size)
 
 
 # --- arrays of unknown libraries -----------------------------------------------------------------
@@ -335,3 +354,49 @@ class OnlyDLPack:
     def __dlpack__(self, *, stream=None, **_):
         a = self._array
         return pool.capsule(self, a.__array_interface__["data"][0], a.shape, a.dtype, (2, 0))
+
+
+class _VersionedTensor(ctypes.Structure):
+    """A DLManagedTensorVersioned, with shape and strides behind it."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("offset", ctypes.c_uint64),
+        ("sizes", ctypes.c_int64 * 8),
+    ]
+
+
+class Versioned(OnlyDLPack):
+    """A float32 array by the newer protocol, which can say that it is read-only."""
+
+    def __init__(self, array, read_only):
+        super().__init__(array)
+        self._read_only, self._tensors = read_only, []
+
+    def __dlpack__(self, *, stream=None, max_version=None, **_):
+        assert max_version >= (1, 0)
+        a, tensor = self._array, _VersionedTensor()
+        tensor.version[:], tensor.flags = (1, 0), int(self._read_only)
+        tensor.deleter = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
+        tensor.data, tensor.device[:] = a.__array_interface__["data"][0], (2, 0)
+        tensor.ndim, tensor.code, tensor.bits, tensor.lanes = a.ndim, 2, 32, 1
+        steps = [s // a.itemsize for s in a.strides]
+        tensor.sizes[: 2 * a.ndim] = [*a.shape, *steps]
+        tensor.shape = ctypes.addressof(tensor) + _VersionedTensor.sizes.offset
+        tensor.strides = tensor.shape + 8 * a.ndim
+        self._tensors.append(tensor)
+        new = ctypes.PYFUNCTYPE(
+            ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+        )(("PyCapsule_New", ctypes.pythonapi))
+        return new(ctypes.addressof(tensor), b"dltensor_versioned", None)

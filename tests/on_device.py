@@ -25,6 +25,9 @@ import pytest
 import numbakern
 from tests.cases import bfloat16
 
+# JAX would take three quarters of the GPU's memory, in each of the tests' processes.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 ARRAYS = {"x", "logits", "log_probs", "labels", "weight", "grad_output", "output", "lse", "out"}
 
 
@@ -36,9 +39,6 @@ class HostArray:
 
     def __init__(self, array):
         self.array = array
-
-    def reshape(self, shape):
-        return HostArray(self.array.reshape(shape))
 
     def __dlpack_device__(self):
         return 2, 0
@@ -67,7 +67,7 @@ class Emulator:
     """
 
     def __init__(self):
-        from numbakern.cuda import bad_labels, families, launch, plan
+        from numbakern.cuda import bad_labels, compile, families, launch, plan
         from tests.emulator import emulate
 
         words, touched = Words(), []
@@ -75,22 +75,38 @@ class Emulator:
         self.touched = touched
 
         class HostFamily(families.Family):
-            def view(self, name, array):
+            def look(self, name, array, queue):
                 a = array.array
-                address = a.__array_interface__["data"][0]
-                readable = self, array, address, a.shape, a.strides, a.dtype, 0
-                return families.DeviceArray(*readable, a.flags.writeable)
+                pointer = a.__array_interface__["data"][0]
+                key = (self, 0, pointer & 15, a.dtype, a.shape, a.strides, a.flags.writeable)
+                return key, pointer, array
 
-            def empty(self, shape, dtype, queue):
+            def describe(self, name, key):
+                return families.Described(key[4], key[5], key[3], key[6])
+
+            def empty(self, shape, dtype, queue, like):
                 raw = np.full(max(int(np.prod(shape)) * dtype.itemsize, 1), 0xFF, np.uint8)
                 a = np.ndarray(shape, dtype, raw)
                 touched.append(a)
-                return self.view("result", HostArray(a))
+                return HostArray(a), a.__array_interface__["data"][0]
 
-            def queue(self, array, device):
+            def queue(self, kept, device):
                 return Queue
 
+        def start(step, kernel, *numbers):
+            # cuda.core passes an int as 8 bytes and a float as a double, whatever a kernel expects.
+            wanted = [{"i8": int, "f8": float}[elem] for elem in kernel.args.values()]
+            assert [type(number) for number in numbers] == wanted
+            memory = [*touched, words.array]
+            emulate(kernel, step.grid, step.block, numbers, memory, step.shared, step.cluster)
+
+        def prepared(step):
+            if os.environ.get("NUMBAKERN_CUBINS"):  # what a GPU would need is compiled too
+                compile.cubin(step.spec, Queue.device.arch, step.block)
+            return step, plan.kernel_of(step.spec)
+
         class Queue:
+            handle, number = 0, launch.LEGACY
             device = types.SimpleNamespace(
                 ordinal=0,
                 arch="sm_90a",
@@ -98,21 +114,17 @@ class Emulator:
                 shared=232448,
                 multiprocessors=132,
                 report=report,
+                take_bad_label=report.take,
+                calls={},
+                prepared=prepared,
                 make_current=lambda: None,
                 read=ctypes.string_at,
             )
 
-        def start(step, values, stream):
-            kernel = plan.kernel_of(step.spec)
-            # cuda.core passes an int as 8 bytes and a float as a double, whatever a kernel expects.
-            wanted = [{"i8": int, "f8": float}[elem] for elem in kernel.args.values()]
-            assert [type(value) for value in values] == wanted
-            memory = [*touched, words.array]
-            emulate(kernel, step.grid, step.block, values, memory, step.shared, step.cluster)
+        Queue.start = staticmethod(start)
 
         self.patches = (
             (families._BY_PACKAGE, "tests", HostFamily),
-            (launch, "start", start),
             (launch, "devices", [Queue.device]),
         )
 
@@ -161,12 +173,16 @@ class CuPy(Real):
     def send(self, array, roots):
         memory, offset = root_bytes(array, roots, self.cupy.asarray)
         dtype = array.dtype
-        if dtype == bfloat16:
-            try:
-                self.cupy.empty(1, dtype)
-            except (TypeError, ValueError, KeyError):
-                pytest.skip("this CuPy has no bfloat16")
+        if not self.has(dtype):
+            pytest.skip(f"this CuPy has no {dtype}")
         return self.cupy.ndarray(array.shape, dtype, memory.data + offset, array.strides)
+
+    def has(self, dtype):
+        try:
+            self.cupy.empty(1, dtype)
+        except (TypeError, ValueError, KeyError):
+            return False
+        return True
 
     def fetch(self, array):
         return self.cupy.asnumpy(array)
@@ -197,7 +213,7 @@ class Torch(Real):
 
 class Numba(Real):
     def __init__(self):
-        pytest.importorskip("numba")
+        pytest.importorskip("numba_cuda")
         from numbakern.cuda.compile import numba_cuda
 
         self.cuda = numba_cuda()
@@ -232,6 +248,8 @@ class Numba(Real):
 class Jax(Real):
     def __init__(self):
         self.jax = pytest.importorskip("jax")
+        if self.jax.default_backend() != "gpu":
+            pytest.skip("this JAX has no GPU")
         self.jax.config.update("jax_enable_x64", True)
 
     def send(self, array, roots):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ import pytest
 import numbakern
 from tests import accuracy, cases, on_device, reference
 from tests.cases import assert_close, bfloat16, float16, float32, float64
+from tests.test_accuracy import LONGEST
 
 TESTS = Path(__file__).parent
 FAMILIES = ["torch", "cupy", "numba", "jax"]
@@ -65,14 +68,15 @@ def on(request):
 
 
 @pytest.fixture
-def best():
-    """The functions on the family with the most layouts."""
-    for name in ("cupy", "torch", "numba"):
-        try:
-            importlib.metadata.version({"cupy": "cupy-cuda13x"}.get(name, name))
-        except importlib.metadata.PackageNotFoundError:
+def best(request):
+    """The functions on the family with the most layouts that has the dtype of the test."""
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    for name in ("cupy", "torch", "numba_cuda"):
+        if importlib.util.find_spec(name) is None:
             continue
-        with on_device.on(name) as functions:
+        with on_device.on(name.partition("_")[0]) as functions:
+            if name == "cupy" and dtype is not None and not functions.device.has(dtype):
+                continue
             yield functions
         return
     pytest.skip("no library with GPU arrays")
@@ -126,8 +130,6 @@ def test_rows_of_every_length(best, classes, dtype):
 
 @cases.dtypes(float16, bfloat16, float32, float64)
 def test_every_family(on, dtype):
-    if dtype == bfloat16 and on.device.__class__.__name__ == "Numba":
-        pytest.skip("bfloat16 of Numba: see test_numba_bfloat16")
     x = cases.logits((7, 40, 9), dtype)
     labels = cases.class_labels((7, 9), 40)
     for axis in (0, 1, 2):
@@ -144,6 +146,8 @@ def test_accuracy(best, family, dtype, monkeypatch):
     """The bounds of SPEC §5, as on the CPU."""
     monkeypatch.setattr(accuracy, "numbakern", best)
     for classes in accuracy.classes_of(family):
+        if classes > 200_000 and family not in LONGEST:
+            continue
         for name in accuracy.MEASURES:
             worst = accuracy.measure(name, family, classes, dtype)
             if worst is not None:
@@ -157,9 +161,10 @@ FILES = ["log_softmax", "softmax", "logsumexp", "nll_loss", "cross_entropy", "gr
 def test_the_tests_of_the_cpu(device, gpu):
     pytest.importorskip(device)
     files = [str(TESTS / f"test_{name}.py") for name in FILES]
-    options = ["-q", "-n", "4", "-W", "default", "--device", device]
+    workers = max(4, (os.cpu_count() or 4) // 2)  # a thousand kernels are compiled
+    options = ["-q", "-n", str(workers), "-W", "default", "--device", device]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=TESTS.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=TESTS.parent)
     print(done.stdout[-4000:])
     assert done.returncode == 0, done.stdout[-4000:]
 
@@ -211,14 +216,18 @@ def test_out_counts_as_a_change(torch):
 def test_work_goes_on_the_current_stream_and_nothing_waits(torch):
     x = torch.randn(4096, 1000, device="cuda")
     labels = torch.randint(1000, (4096,), device="cuda")
-    numbakern.cross_entropy_value_and_grad(x, labels)  # kernels are compiled and loaded
-    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(2_000_000_000)  # about a second
+
+    def work():
         y = x * 2
-        loss, grad = numbakern.cross_entropy_value_and_grad(y, labels)
-        out = numbakern.log_softmax(y)
+        return numbakern.cross_entropy_value_and_grad(y, labels), numbakern.log_softmax(y)
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # kernels are compiled and loaded, and PyTorch has memory for this stream
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        (loss, _), out = work()
         assert not stream.query()  # still asleep: no call has waited
     stream.synchronize()
     want = torch.nn.functional.cross_entropy(x * 2, labels)
@@ -255,8 +264,28 @@ def test_a_graph_of_a_training_step(torch):
     for _ in range(5):
         graph.replay()
         replayed.append(loss.item())
-    assert replayed == losses
-    assert torch.equal(eager, captured)
+    # The matrix products of PyTorch may differ by a rounding; ours do not.
+    torch.testing.assert_close(torch.tensor(replayed), torch.tensor(losses))
+    torch.testing.assert_close(captured, eager)
+
+
+def test_a_graph_gives_the_same_bits(torch):
+    x = torch.randn(512, 1000, device="cuda")
+    labels = torch.randint(1000, (512,), device="cuda")
+
+    def work():
+        return *numbakern.cross_entropy_value_and_grad(x, labels), numbakern.logsumexp(x, 0)
+
+    eager = work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    x.normal_()
+    for _ in range(3):
+        graph.replay()
+    for got, want, old in zip(captured, work(), eager, strict=True):
+        assert torch.equal(got, want) and not torch.equal(got, old)
 
 
 def test_threads_on_streams_of_their_own(torch):
@@ -411,9 +440,7 @@ def test_whatever_speaks_dlpack_or_the_array_interface(torch):
 
 
 def test_jax_results_stay_on_the_device(gpu):
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("this JAX has no GPU")
+    jax = on_device.Jax().jax
     x = jax.random.normal(jax.random.key(0), (64, 1000), dtype="bfloat16")
     got = numbakern.softmax(x)
     assert isinstance(got, jax.Array) and got.dtype == x.dtype

@@ -13,6 +13,7 @@ from numbakern import arrays
 
 __all__ = [
     "ARRAY_TYPES",
+    "again",
     "asarray",
     "backward",
     "cache_folder",
@@ -26,6 +27,7 @@ __all__ = [
 
 ARRAY_TYPES = np.ndarray
 """What `out=` may be."""
+again = None  # no call is remembered as a whole
 _INT64 = np.iinfo(np.int64)
 
 

@@ -12,8 +12,10 @@ from numbakern.cuda import compile as compiler
 
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory a block
 _PORTABLE_CLUSTER = 8  # blocks
-_DEFAULT_STREAMS = (0, 1, 2)  # the null stream, legacy and per-thread default
 _KEPT = 4096  # entries of a cache before it is emptied
+LEGACY = 1
+"""The legacy default stream, as the driver, DLPack and the array interface number it; 2 is that of
+each thread. The driver calls it 0 too, which the other two do not allow."""
 
 
 @functools.cache
@@ -24,6 +26,8 @@ def core():
         driver()
     except ImportError as error:
         raise RuntimeError(f"cuda-core cannot be imported ({error}): {compiler.INSTALL}") from error
+    if not hasattr(module, "launch"):  # it was experimental before 0.5
+        raise RuntimeError(f"this cuda-core is too old: {compiler.INSTALL}")
     try:
         _checked(driver().cuInit(0))
         count = _checked(driver().cuDeviceGetCount())
@@ -59,13 +63,17 @@ class Device:
         properties = self.core.properties
         self.shared = properties.max_shared_memory_per_block_optin
         self.multiprocessors = properties.multiprocessor_count
+        self.calls = {}
+        """What is remembered of calls, by what it follows from; kept by the target."""
+        self._current = driver().cuCtxGetDevice
         self._steps = {}
         self._streams = {}
-        self._lock = threading.Lock()
+        self._made = {}
+        self._lock = threading.RLock()
 
     def make_current(self):
         """Make this device the calling thread's; what `restore` needs, None for nothing."""
-        error, current = driver().cuCtxGetDevice()
+        error, current = self._current()
         if error == 0 and int(current) == self.ordinal:
             return None
         before = driver().cuCtxGetCurrent()[1] if error == 0 else None
@@ -73,17 +81,24 @@ class Device:
         return before
 
     def stream(self, handle):
-        """The Stream of this handle, an address; 0 for the default stream."""
+        """The Stream of this handle, an address; 0 or LEGACY for the default stream."""
         stream = self._streams.get(handle)
         if stream is None:
             if len(self._streams) >= _KEPT:
                 self._streams.clear()
-            stream = self._streams[handle] = Stream(self, handle, core().Stream.from_handle(handle))
+            if handle == LEGACY:
+                stream = self.stream(0)
+            else:
+                stream = Stream(self, handle, core().Stream.from_handle(handle))
+            stream = self._streams.setdefault(handle, stream)
         return stream
 
-    @functools.cached_property
+    @property
     def own_stream(self):
         """A stream of our own, for arrays that come with none."""
+        return self._once("own_stream", self._create_stream)
+
+    def _create_stream(self):
         before = self.make_current()
         try:
             stream = self.core.create_stream()
@@ -91,10 +106,25 @@ class Device:
             restore(before)
         return Stream(self, int(stream.handle), stream)
 
-    @functools.cached_property
+    @property
     def report(self):
-        """The record of bad labels."""
-        return bad_labels.Report(_Words(self))
+        """The record of bad labels; there is none before the first call with labels."""
+        return self._once("report", lambda: bad_labels.Report(_Words(self)))
+
+    def _once(self, name, make):
+        """What is made the first time that it is asked for, whichever thread asks first."""
+        made = self._made.get(name)
+        if made is None:
+            with self._lock:
+                made = self._made.get(name)
+                if made is None:
+                    made = self._made[name] = make()
+        return made
+
+    def take_bad_label(self):
+        """The first bad label since the last time, as `bad_labels.Report.take`; this waits."""
+        report = self._made.get("report")
+        return report and report.take()
 
     def read(self, address, size):
         """Bytes of the device's memory, after all that has been started is done."""
@@ -108,15 +138,16 @@ class Device:
         return content.tobytes()
 
     def prepared(self, step):
-        """What `start` needs for a step: its launch configuration and its kernel, loaded."""
-        entry = self._steps.get(id(step))
-        if entry is not None and entry[0] is step:  # an id may have been another object's
-            return entry
-        with self._lock:
-            if len(self._steps) >= _KEPT:
-                self._steps.clear()
-            entry = self._steps[id(step)] = (step, self._configuration(step), self._kernel(step))
-        return entry
+        """What `Stream.start` needs for a step of a plan: its configuration and its kernel."""
+        prepared = self._steps.get(step)
+        if prepared is None:
+            with self._lock:
+                prepared = self._steps.get(step)
+                if prepared is None:
+                    if len(self._steps) >= _KEPT:
+                        self._steps.clear()
+                    prepared = self._steps[step] = self._configuration(step), self._kernel(step)
+        return prepared
 
     def _configuration(self, step):
         config = core().LaunchConfig
@@ -174,67 +205,82 @@ def _loaded(ordinal, cubin):
 
 
 class Stream:
-    """A stream of a device."""
+    """A stream of a device.
 
-    __slots__ = ("core", "device", "handle", "_held")
+    Attributes
+    ----------
+    device : Device
+    handle : int
+        Its address; 0 is the legacy default stream.
+    number : int
+        As DLPack and the array interface have it, where that stream is LEGACY.
+    core : cuda.core.Stream
+    start : function
+        Of what `Device.prepared` gives for a step and then of numbers, each of 8 bytes, an int or a
+        float, one for each of ``step.args``: starts the step and returns at once. The device must
+        be current.
+    """
+
+    __slots__ = ("core", "device", "handle", "number", "start", "_held")
 
     def __init__(self, device, handle, stream):
         self.device, self.handle, self.core = device, handle, stream
+        self.number = handle or LEGACY
+        self.start = functools.partial(core().launch, stream)
         self._held = deque()
 
     def hold(self, objects):
         """Keep these alive until what has been started on this stream so far is done."""
-        held = self._held
-        while held and held[0][0].is_done:
-            held.popleft()
-        held.append((self.core.record(), objects))
+        held, event = self._held, None
+        while True:
+            try:
+                entry = held.popleft()  # so that no other thread looks at it too
+            except IndexError:
+                break
+            if not entry[0].is_done:
+                held.appendleft(entry)
+                break
+            event = entry[0]  # to be used again: a new one costs as much as a launch
+        held.append((self.core.record(event), objects))
 
     def allocate(self, size):
-        """Bytes of device memory from the driver's pool, in the order of this stream."""
-        before = self.device.make_current()
-        try:
-            return self.device.core.memory_resource.allocate(size, stream=self.core)
-        finally:
-            restore(before)
+        """Bytes from the driver's pool in the order of this stream, whose device is current."""
+        return self.device.core.memory_resource.allocate(size, stream=self.core)
+
+    def wait_for(self, handle):
+        """Let what is started on this stream from now on wait for the stream of this handle."""
+        other = self.device.stream(handle)
+        if other is not self:
+            self.core.wait(other.core)
 
     def release_to(self, handle):
         """Let the stream of this handle wait for what has been started on this one so far."""
-        if handle == self.handle or {handle, self.handle} <= set(_DEFAULT_STREAMS[:2]):
-            return
-        before = self.device.make_current()
-        try:
-            core().Stream.from_handle(handle).wait(self.core)
-        finally:
-            restore(before)
+        other = self.device.stream(handle)
+        if other.handle != self.handle:
+            before = self.device.make_current()
+            try:
+                other.core.wait(self.core)
+            finally:
+                restore(before)
+
+
+devices: list[Device] = []
+"""The devices used so far."""
+_first = threading.Lock()
 
 
 @functools.cache
 def device(ordinal):
     """The Device of this number."""
-    devices.append(Device(ordinal))
-    return devices[-1]
-
-
-devices: list[Device] = []
-"""The devices used so far."""
+    with _first:
+        for known in devices:  # made by another thread meanwhile
+            if known.ordinal == ordinal:
+                return known
+        devices.append(Device(ordinal))
+        return devices[-1]
 
 
 def restore(before):
     """Undo `Device.make_current`."""
     if before is not None:
         _checked(driver().cuCtxSetCurrent(before))
-
-
-def start(step, values, stream):
-    """Start one step of a plan on a stream, whose device is current, and return at once.
-
-    Parameters
-    ----------
-    step : Step
-        Of `plan`.
-    values : sequence of int and float
-        What the kernel is given: an 8-byte number for each of ``step.args``.
-    stream : Stream
-    """
-    _, config, kernel = stream.device.prepared(step)
-    core().launch(stream.core, config, kernel, *values)

@@ -4,42 +4,15 @@ It comes from the driver's stream-ordered pool, and leaves as an object that spe
 CUDA array interface. DLPack is written out here, for cuda.core exports no bfloat16.
 """
 
-import copy
+import atexit
 import ctypes
 import functools
 import math
 
-import numpy as np
-
 _CUDA = 2  # DLDeviceType
 _CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "b": 6}  # DLDataTypeCode; V is bfloat16
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _DLManagedTensor(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
-_DLManagedTensor._fields_ = [
-    ("dl_tensor", _DLTensor),
-    ("manager_ctx", ctypes.c_void_p),
-    ("deleter", _Deleter),
-]
+_WORDS, _DELETER_AT = 8, 7  # a DLManagedTensor in words of eight bytes
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _api = ctypes.pythonapi
 _new = _api.PyCapsule_New
@@ -49,32 +22,57 @@ _is_valid.restype, _is_valid.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c
 _pointer = _api.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
 _NAME = b"dltensor"
-_exported: dict[int, tuple] = {}  # address of a managed tensor → what it keeps alive
+_exported: dict[int, tuple] = {}  # address of a managed tensor → it and what it keeps alive
 
 
 @_Deleter
-def _delete(managed):
-    _exported.pop(ctypes.addressof(managed.contents), None)
+def _delete(address, pop=_exported.pop):
+    pop(address, None)
 
 
 @_Destructor
-def _drop(capsule):
+def _drop(capsule, is_valid=_is_valid, pointer=_pointer, pop=_exported.pop, name=_NAME):
     """A capsule that nobody consumed: a consumer renames it."""
-    if _is_valid(capsule, _NAME):
-        _exported.pop(_pointer(capsule, _NAME), None)
+    if is_valid(capsule, name):
+        pop(pointer(capsule, name), None)
+
+
+def _address(function):
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+_DELETER = _address(_delete)
+
+
+@atexit.register
+def _let_go():
+    """Leave to others what they hold at the end of Python, which cannot be called back then."""
+    for tensor, _ in _exported.values():
+        tensor[_DELETER_AT] = _address(_api.Py_IsInitialized)  # does nothing
+    for lasting in (_exported, _delete, _drop):
+        _api.Py_IncRef(ctypes.py_object(lasting))
 
 
 def capsule(owner, pointer, shape, dtype, device):
     """A DLPack capsule of a contiguous array; `owner` lives until its consumer lets go."""
-    code = _CODES[dtype.kind]
-    sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-    managed = _DLManagedTensor()
-    managed.dl_tensor = _DLTensor(
-        pointer, *device, len(shape), code, 8 * dtype.itemsize, 1, sizes, None, 0
+    kind = _CODES[dtype.kind] | 8 * dtype.itemsize << 8 | 1 << 16  # code, bits, lanes
+    # A DLManagedTensor as eight-byte words, the shape behind it: a tenth of ctypes' structures.
+    tensor = (ctypes.c_int64 * (_WORDS + len(shape)))()
+    address = ctypes.addressof(tensor)
+    place = device[0] | device[1] << 32
+    tensor[:] = (
+        pointer,
+        place,
+        len(shape) | kind << 32,
+        address + 8 * _WORDS,
+        0,  # strides: contiguous
+        0,  # offset of the first byte
+        0,  # the producer's own word
+        _DELETER,
+        *shape,
     )
-    managed.deleter = _delete
-    _exported[ctypes.addressof(managed)] = managed, sizes, owner
-    return _new(ctypes.addressof(managed), _NAME, _drop)
+    _exported[address] = tensor, owner
+    return _new(address, _NAME, _drop)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,19 +100,12 @@ class Array:
         Address of the first element.
     """
 
-    def __init__(self, shape, dtype, device, stream):
-        self.shape, self.dtype, self.device = tuple(shape), np.dtype(dtype), device
-        self.strides = contiguous_strides(self.shape, self.dtype.itemsize)
-        self.stream = stream
-        self._buffer = stream.allocate(max(math.prod(self.shape) * self.dtype.itemsize, 1))
+    def __init__(self, shape, dtype, stream):
+        self.shape, self.dtype, self.stream = shape, dtype, stream
+        self.device = stream.device.ordinal
+        self.strides = contiguous_strides(shape, dtype.itemsize)
+        self._buffer = stream.allocate(max(math.prod(shape) * dtype.itemsize, 1))
         self.pointer = int(self._buffer.handle)
-
-    def reshape(self, shape):
-        """The same memory in another shape."""
-        view = copy.copy(self)
-        view.shape = tuple(shape)
-        view.strides = contiguous_strides(view.shape, view.dtype.itemsize)
-        return view
 
     @property
     def ndim(self):
@@ -128,7 +119,7 @@ class Array:
             "typestr": self.dtype.str,  # of bfloat16 <V2
             "data": (self.pointer, False),
             "strides": None,
-            "stream": self.stream.handle or 1,  # 0 is not allowed there: 1 is the default stream
+            "stream": self.stream.number,
             "version": 3,
         }
 

@@ -8,6 +8,10 @@ from numbakern import arrays, dispatch
 def backward(operation: str, grad_output: Any, output: Any, axis: int, out: Any) -> Any:
     """`operation` on an upstream gradient and an output of the same shape and dtype."""
     target = dispatch.target_of(grad_output=grad_output, output=output, out=out)
+    if target.again:
+        known = target.again(operation, axis)
+        if known is not None:
+            return known
     grad_output = target.asarray("grad_output", grad_output)
     output = target.asarray("output", output)
     arrays.supported("grad_output", grad_output)

@@ -139,6 +139,12 @@ def cross_entropy(
     array([9.35762297e-14, 1.38629436e+00])
     """
     target = dispatch.target_of(logits=logits, labels=labels, weight=weight)
+    if target.again:
+        known = target.again(
+            "cross_entropy", ignore_index, reduction, label_smoothing, axis, return_lse
+        )
+        if known is not None:
+            return known
     checked, _ = _check(
         target, logits, labels, weight, ignore_index, reduction, label_smoothing, axis
     )
@@ -226,6 +232,12 @@ def cross_entropy_backward(
     target = dispatch.target_of(
         grad_output=grad_output, logits=logits, labels=labels, weight=weight, lse=lse, out=out
     )
+    if target.again:
+        known = target.again(
+            "cross_entropy_backward", ignore_index, reduction, label_smoothing, axis
+        )
+        if known is not None:
+            return known
     checked, dtype = _check(
         target, logits, labels, weight, ignore_index, reduction, label_smoothing, axis
     )
@@ -310,6 +322,12 @@ def cross_entropy_value_and_grad(
     array([[ 0.25, -0.25]])
     """
     target = dispatch.target_of(logits=logits, labels=labels, weight=weight, out=out)
+    if target.again:
+        known = target.again(
+            "cross_entropy_value_and_grad", ignore_index, reduction, label_smoothing, axis
+        )
+        if known is not None:
+            return known
     checked, dtype = _check(
         target, logits, labels, weight, ignore_index, reduction, label_smoothing, axis
     )

@@ -66,6 +66,10 @@ def nll_loss(
     2.0
     """
     target = dispatch.target_of(log_probs=log_probs, labels=labels, weight=weight)
+    if target.again:
+        known = target.again("nll_loss", ignore_index, reduction, axis)
+        if known is not None:
+            return known
     log_probs = target.asarray("log_probs", log_probs)
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
@@ -153,6 +157,10 @@ def nll_loss_backward(
     target = dispatch.target_of(
         grad_output=grad_output, log_probs=log_probs, labels=labels, weight=weight, out=out
     )
+    if target.again:
+        known = target.again("nll_loss_backward", ignore_index, reduction, axis)
+        if known is not None:
+            return known
     log_probs = target.asarray("log_probs", log_probs)
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
