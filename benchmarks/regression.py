@@ -1,15 +1,17 @@
 """`python -m benchmarks.regression`: is the working tree slower than main?
 
 Both versions of the package run side by side, each in a process of its own, and take turns on the
-very same memory: call by call, so that a noisy neighbour hits both alike. A case is slower if the
-ratio of the lowest deciles of their times is above the threshold, and is so twice again in fresh
-processes. Then the status is 1; where a version cannot run or is wrong, 125.
+very same memory: call by call, so that a noisy neighbour hits both alike. A case that seems slower
+is measured twice again in fresh processes. It is slower if, over all of them, the ratio of the
+lowest deciles of their times is above the threshold, and if more neighbouring calls have a ratio
+above it than noise gives. Then the status is 1; where a version cannot run or is wrong, 125.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,6 +35,7 @@ from numbakern._roofline import NUMBAKERN, Arrays, Case, check, interleave, nump
 THRESHOLD = 1.15
 ATTEMPTS = 3
 ROUNDS = 16
+CHANCE = 1e-3  # of a false alarm, a case
 CASES = (
     Case("log_softmax", (512, 32000)),
     Case("log_softmax_backward", (512, 32000)),
@@ -62,6 +65,25 @@ class Compared:
     def ratio(self) -> float:
         """How many times as long the tree takes, by lowest deciles: noise hardly reaches them."""
         return float(np.quantile(self.tree, 0.1) / np.quantile(self.base, 0.1))
+
+    def chance(self, threshold: float) -> float:
+        """How probable so many pairs above the threshold are, if a pair is below it as often."""
+        pairs = len(self.base)
+        above = sum(
+            tree > threshold * base for base, tree in zip(self.base, self.tree, strict=True)
+        )
+        return sum(math.comb(pairs, n) for n in range(above, pairs + 1)) / 2**pairs
+
+    def verdict(self, threshold: float) -> str:
+        """`ok`, `slower`, or `noisy` where the pairs do not bear the ratio out."""
+        if self.ratio <= threshold:
+            return "ok"
+        return "slower" if self.chance(threshold) < CHANCE else "noisy"
+
+    def __add__(self, other: Compared) -> Compared:
+        """Both measurements of the case in one."""
+        times = (self.base, other.base), (self.tree, other.tree), (self.copy, other.copy)
+        return Compared(self.case, *([*one, *more] for one, more in times))
 
     def x_copy(self, times: Sequence[float]) -> float:
         """Median time in copies of the array."""
@@ -183,24 +205,22 @@ def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[
     return found
 
 
-def verdicts(
+def measure(
     base: Path,
     tree: Path,
     cases: Sequence[Case],
     threshold: float,
     rounds: int = ROUNDS,
     attempts: int = ATTEMPTS,
-) -> list[tuple[Compared, bool]]:
-    """Each case's last measurement, and whether every attempt found it slower."""
-    last: dict[Case, Compared] = {}
-    suspects = list(cases)
+) -> list[Compared]:
+    """Each case's measurements, of those that seem slower as many as there are attempts."""
+    found: dict[Case, Compared] = {}
     for _ in range(attempts):
-        if not suspects:
-            break
-        for compared in compare(base, tree, suspects, rounds):
-            last[compared.case] = compared
-        suspects = [case for case in suspects if last[case].ratio > threshold]
-    return [(compared, case in suspects) for case, compared in last.items()]
+        suspects = [case for case in cases if case not in found or found[case].ratio > threshold]
+        for compared in compare(base, tree, suspects, rounds) if suspects else []:
+            known = found.get(compared.case)
+            found[compared.case] = known + compared if known else compared
+    return list(found.values())
 
 
 def unpack(commit: str, folder: Path, root: Path = ROOT) -> Path:
@@ -242,19 +262,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         base = unpack(commit_of(named), Path(name) / "base")
         tree = unpack(options.commit and commit_of(options.commit), Path(name) / "tree")
-        found = verdicts(base, tree, cases, options.threshold, options.rounds)
+        found = measure(base, tree, cases, options.threshold, options.rounds)
     lines = [
         [
             compared.case.name,
-            "slower" if slower else "ok",
+            compared.verdict(options.threshold),
             f"{compared.x_copy(compared.base):.3f}",
             f"{compared.x_copy(compared.tree):.3f}",
             f"{compared.ratio:.3f}",
         ]
-        for compared, slower in found
+        for compared in found
     ]
     print(table(["case", "", f"{named}, x copy", "tree, x copy", "ratio"], lines))
-    slower = sum(slow for _, slow in found)
+    slower = sum(line[1] == "slower" for line in lines)
     print(
         f"\n{slower} of {len(found)} cases more than {options.threshold:g} times as slow as "
         f"{named}, {time.perf_counter() - start:.0f} s"

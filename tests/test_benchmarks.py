@@ -634,21 +634,43 @@ def test_a_planted_slowdown_is_caught(tmp_path):
     assert untouched.ratio == 1.0
 
 
-def test_slower_is_what_is_slower_each_time(monkeypatch):
-    one, two, three = regression.CASES[:3]
-    ratios = {one: [1.0], two: [1.4, 1.0], three: [1.3, 1.3, 1.2]}
+def test_what_seems_slower_is_measured_again(monkeypatch):
+    one, two, three, four = regression.CASES[:4]
+    quiet = [1.0] * 16
+    trees = {
+        one: [quiet],
+        two: [[1.4] * 16, quiet],  # the first processes were unlucky
+        three: [[1.3] * 16, [1.2] * 16, [1.3] * 16],
+        four: [[1.4] * 4 + [2.0] * 12] * 3,  # one version had four quiet moments, the other none
+    }
+    bases = dict.fromkeys(trees, quiet) | {four: [1.0] * 4 + [2.0] * 12}
 
     def compare(base, tree, cases, rounds):
-        return [regression.Compared(c, [1.0], [ratios[c].pop(0)], [1.0]) for c in cases]
+        return [regression.Compared(case, bases[case], trees[case].pop(0), quiet) for case in cases]
 
     monkeypatch.setattr(regression, "compare", compare)
-    found = regression.verdicts(Path(), Path(), [one, two, three], 1.15)
-    assert {compared.case: slower for compared, slower in found} == {
-        one: False,
-        two: False,
-        three: True,
-    }
-    assert not any(ratios.values())
+    found = {found.case: found for found in regression.measure(Path(), Path(), list(trees), 1.15)}
+    assert not any(trees.values())
+    expected = {one: "ok", two: "ok", three: "slower", four: "noisy"}
+    assert {case: compared.verdict(1.15) for case, compared in found.items()} == expected
+
+
+def test_noise_alone_gives_no_alarm():
+    """However strong, it does not put a pair above the threshold more often than below."""
+    rng = np.random.default_rng(0)
+
+    def alarms(slowdown, noise):
+        found = 0
+        for _ in range(200):
+            base, tree = np.exp(rng.standard_cauchy((2, 48)).clip(-99, 99) * noise)
+            compared = regression.Compared(regression.CASES[0], base, slowdown * tree, base)
+            found += compared.verdict(1.15) == "slower"
+        return found
+
+    assert [alarms(1.0, noise) for noise in (0.01, 0.1, 1.0)] == [0, 0, 0]
+    assert alarms(1.3, 0.03) > 180
+    pairs = regression.Compared(regression.CASES[0], [1.0] * 4, [2.0, 2.0, 2.0, 1.0], [1.0] * 4)
+    assert pairs.chance(1.15) == 5 / 16
 
 
 @pytest.mark.parametrize(
