@@ -158,6 +158,7 @@ def run_all(few, results):
 def test_every_benchmark_runs(monkeypatch):
     """At small shapes; a missing library or GPU is n/a, and nothing fails."""
     monkeypatch.setenv("NUMBAKERN_BENCH_SMALL", "1")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")  # other tests have the cores: no waiting for both
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PACKAGE.parent), str(ROOT)]))
     few, figures = {}, {}
     for benchmark in runner.discover():

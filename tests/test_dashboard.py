@@ -85,6 +85,16 @@ def test_a_folder_of_others_is_not_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_what_an_interrupted_build_left_is_replaced(has_history, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site, "publish", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            site.build(tmp_path / "site", COMMITTED)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [

@@ -64,10 +64,10 @@ def build(folder: Path, results: Path, scripts: Path | None = None) -> None:
         staged = stage(results, work / "results")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        write_commits(folder, results)  # first: it marks the folder as ours, whatever follows
         publish(staged, folder / "asv", work)
         vendor(folder / "asv", scripts or fetch(ROOT / ".asv/npm"))
     page.write(folder, results)
-    write_commits(folder, results)
 
 
 def stage(results: Path, staged: Path) -> Path:
