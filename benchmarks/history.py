@@ -1,8 +1,8 @@
 """`python -m benchmarks.history MACHINE`: measure everything in `results/MACHINE` again.
 
 First asv builds each commit of `commits.txt` in an environment of its own and measures some figures
-of numbakern alone; then the suite runs on the package that is installed, which must be that of a
-commit, beside every library that is installed. At last the README's table follows.
+of numbakern alone; then the suite runs on the package that Python finds here, which must be that of
+a commit, beside every library that is installed. At last the README's table follows.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=["commits", "this"], help="a half of it")
     options = parser.parse_args(argv)
     if options.only != "commits" and not any(bring_home.commits_of(digest(sources()))):
-        print("The package that is installed is that of no commit here.", file=sys.stderr)
+        print("The package that Python finds here is that of no commit.", file=sys.stderr)
         return 1
     status = 0
     if options.only != "this":
