@@ -59,7 +59,8 @@ def run(operation, arrays, axis, elem=None, *, of="x", record=None, **values):
     slots = {"scale": 1.0, "keep": 1.0, "spread": 0.0, **made.constants, **slots, **values}
     for step in made.steps:
         args = [slots[n] for n in step.args]
-        emulate(kernel_of(step.spec), step.grid, step.block, args, list(memory.values()))
+        kernel, memories = kernel_of(step.spec), list(memory.values())
+        emulate(kernel, step.grid, step.block, args, memories, step.shared, step.cluster)
     if record is None:
         assert bad[0] == NONE
     return made
@@ -546,7 +547,8 @@ def broken(change):
     made = plan("log_softmax", (), x.shape, 1, "f4", layouts).constants
     slots = {"x": x.ctypes.data, "out": out.ctypes.data, **made}
     change(slots)
-    emulate(kernel_of(step.spec), step.grid, step.block, [slots[n] for n in step.args], [x, out])
+    args = [slots[n] for n in step.args]
+    emulate(kernel_of(step.spec), step.grid, step.block, args, [x, out], step.shared)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The operations: a reduction, a finish, a map, over any walker (`rows`, `columns`).
 
 An operation names what it reduces (`softmax`, or the sum of its `term`), what it makes of that for
-the whole row (`finish`, which writes what there is one of a row) and of each element (`value`).
+the whole row (`finish`, which writes what there is one of a row) and of each element: `value` is
+given the class of a lane's first element, and how many elements behind it this one is.
 """
 
 import math
@@ -51,13 +52,17 @@ class Row:
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
         Of the row in the batch.
+    peek : function (j, read) -> Value
+        What ``read(mask)`` gives of class j before anything is written, for those who need it.
     near : pair of Value
         Whether the lanes before and behind have the groups before and behind.
     """
 
-    def __init__(self, places, classes, ok, leader, number):
+    x_label = near = None
+
+    def __init__(self, places, classes, ok, leader, number, peek):
         self.places, self.classes, self.width = places, classes, classes
-        self.ok, self.leader, self.number, self.near = ok, leader & ok, number, None
+        self.ok, self.leader, self.number, self.peek = ok, leader & ok, number, peek
 
 
 class Operation:
@@ -78,7 +83,7 @@ class Operation:
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
 
-    def row(self, frame, p, ok, leader):
+    def row(self, frame, p, ok, leader, peek=lambda _, read: read(True)):
         """Row number p of the batch."""
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
@@ -87,7 +92,7 @@ class Operation:
         places = {n: (at[n], getattr(frame, f"{n}_class")) for n in ("x", "y", "out") if n in at}
         if "weight" in frame:
             places["w"] = frame.weight, frame.weight_class
-        row = Row(places, frame.classes, ok, leader, p)
+        row = Row(places, frame.classes, ok, leader, p, peek)
         self.begin(frame, row, at)
         return row
 
@@ -106,7 +111,7 @@ class LogSoftmax(Operation):
         _, _, log_sum = row_log_sum(m, share, self.elem)
         return convert(m, self.elem), convert(log_sum, self.elem)
 
-    def value(self, params, _j, _i, x, _y, _w):
+    def value(self, params, _first, _i, x, _y, _w):
         """log softmax(x)."""
         return formulas.log_softmax_value(x, *params)
 
@@ -122,7 +127,7 @@ class Softmax(Operation):
         k, rest, log_sum = row_log_sum(m, share, self.elem)
         return normalise(m, k + rest, log_sum, self.elem)
 
-    def value(self, params, _j, _i, x, _y, _w):
+    def value(self, params, _first, _i, x, _y, _w):
         """softmax(x); rounding may end one ulp above 1."""
         p = probability(x, *params)
         return where(p > 1.0, 1.0, p)
@@ -174,7 +179,7 @@ class LogSoftmaxBackward(Operation):
         """The sum."""
         return (convert(total, self.elem),)
 
-    def value(self, params, _j, _i, grad, y, _w):
+    def value(self, params, _first, _i, grad, y, _w):
         """The gradient."""
         return formulas.log_softmax_grad(grad, exp(y), *params)
 
@@ -192,7 +197,7 @@ class SoftmaxBackward(Operation):
         """The sum in two parts, since grad − Σ cancels where a row is confident."""
         return in_two(total, self.elem)
 
-    def value(self, params, _j, _i, grad, y, _w):
+    def value(self, params, _first, _i, grad, y, _w):
         """The gradient."""
         high, low = params
         return formulas.softmax_grad(grad - high, y, low)
@@ -281,12 +286,18 @@ class CrossEntropy(Operation):
         row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
         row.at, zero = at, constant(frame.classes, 0.0, "f8")
         row.skip = row.bad = constant(frame.classes, False, "b1")
-        row.x_label, row.w_label = zero, zero + 1.0
+        row.w_label = zero + 1.0
         if not self.soft:
             self.labels.read(frame, row, at["labels"])
             start, step = row.places["x"]
             there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
-            row.x_label = convert(self.formats["x"].get(start + row.label * step, there), "f8")
+
+            def logit(mask):
+                return convert(
+                    self.formats["x"].get(start + row.label * step, there & mask), "f8"
+                )
+
+            row.x_label = row.peek(row.label, logit)
             if self.weighted:
                 start, step = row.places["w"]
                 row.w_label = convert(
@@ -390,7 +401,7 @@ class CrossEntropy(Operation):
         own = row.own_keep, row.own_spread
         return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
 
-    def value(self, params, j, i, x, y, w):
+    def value(self, params, first, i, x, y, w):
         """The gradient."""
         factors, rest = params
         p = probability(x, *factors)
@@ -402,7 +413,7 @@ class CrossEntropy(Operation):
             grad = formulas.cross_entropy_grad(p, factor, target)
         else:
             grad = p * factor
-        return where(narrow(label - j) == i, label_grad, grad)
+        return where(narrow(label - first) == i, label_grad, grad)
 
     def _soft_value(self, params, p, x, y, w):
         scale, factor, high, low, peak, second, keep, spread = params
@@ -487,7 +498,7 @@ class NllBackward(Operation):
         elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
         return where(row.skip, -1, row.label), grad, elsewhere
 
-    def value(self, params, j, i, _x, _y, _w):
+    def value(self, params, first, i, _x, _y, _w):
         """The gradient."""
         label, grad, elsewhere = params
-        return where(narrow(label - j) == i, grad, elsewhere)
+        return where(narrow(label - first) == i, grad, elsewhere)
