@@ -13,11 +13,13 @@ import pytest
 
 from numbakern.arrays import kind_of
 from numbakern.cuda import plan as plans
+from numbakern.cuda import ways
 from numbakern.cuda.plan import Layout, kernel_of, plan
 from numbakern.cuda.rows import Partition
-from tests import accuracy, cases, reference
+from numbakern.cuda.ways import Machine
+from tests import accuracy, cases, emulator, reference
 from tests.cases import bfloat16, float16, float32, float64
-from tests.emulator import Fault, emulate
+from tests.emulator import WARP, Fault, emulate
 
 WORK = np.longdouble
 NONE = np.iinfo(np.int64).max
@@ -44,14 +46,17 @@ def compute_of(dtype):
     return kind_of(np.dtype(dtype)).compute
 
 
-def run(operation, arrays, axis, elem=None, *, of="x", record=None, **values):
+MACHINE = Machine()
+
+
+def run(operation, arrays, axis, elem=None, *, of="x", record=None, machine=MACHINE, **values):
     """Plan and emulate an operation over these arrays; options and values by name."""
     elem = elem or compute_of(arrays[of].dtype)
     names = ("soft", "smooth", "given", "ignores", "reduction")
     options = tuple((n, values.pop(n)) for n in names if n in values)
     arrays = {n: a for n, a in arrays.items() if a is not None}
     layouts = tuple((n, layout_of(a)) for n, a in arrays.items())
-    made = plan(operation, options, arrays[of].shape, axis, elem, layouts)
+    made = plan(operation, options, arrays[of].shape, axis, elem, layouts, machine)
     temporaries = {n: np.full(-(-size // 8), np.nan) for n, size in made.temporaries}
     bad = np.full(1, NONE) if record is None else record
     memory = {**arrays, **temporaries, "bad": bad}
@@ -102,13 +107,14 @@ def bound(dtype, full):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Rows in chunks of 128 float32 or 64 float64, by a team of one warp."""
+    """Rows in parts of 128 float32 or 64 float64, by a block of four warps if it is one."""
 
     def partition(classes, size, halved):
         group = max(2, min(8, 16 // size))
         return Partition(32, 1, group, True)
 
     monkeypatch.setattr(plans, "partition", partition)
+    monkeypatch.setattr(ways, "TEAM", 4 * WARP)
     plan.cache_clear()
     yield
     plan.cache_clear()

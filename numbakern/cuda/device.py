@@ -404,7 +404,7 @@ def shared_store(address, v, mask, peer=None):
     Between that block's start and the first write, and between the last one and that block's end,
     stands a `cluster_barrier`.
     """
-    peer = peer and peer.value
+    peer = None if peer is None else peer.value
     address.machine.shared_store(address.value, 8, [bits_of(v).value], mask.value, peer)
 
 

@@ -140,7 +140,7 @@ class LLVM:
 
     def cluster_rank(self):
         """See device.cluster_rank."""
-        return self._call("nvvm.read.ptx.sreg.cluster.ctarank", _i32)
+        return self._ptx("mov.u32 $0, %cluster_ctarank;", "i4", [])
 
     def repeat(self, count, body, state):
         """See device.repeat."""

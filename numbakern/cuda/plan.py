@@ -9,24 +9,18 @@ import math
 from typing import Any, NamedTuple
 
 from numbakern import arrays
-from numbakern.cuda import columns as side_by_side
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import BLOCK, TEAM, Partition, Rows, Way, partition, shelved
+from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
+from numbakern.cuda.ways import Machine, launches
 
 BAD_BITS = kernels.BAD_BITS
 COLUMNS_FROM = 8
 """Neighbouring rows that are worth a lane each."""
-FEW = 4
-"""Warps of a block where several blocks have a row."""
-FULL = 1024
-"""Threads that keep a multiprocessor busy."""
-BOARD = 16 << 10
-"""Bytes of shared memory for a board, without asking the driver and with several blocks beside."""
 
 
 class Layout(NamedTuple):
@@ -76,26 +70,6 @@ class Step(NamedTuple):
     shared: int
     cluster: int
     args: tuple[str, ...]
-
-
-class Machine(NamedTuple):
-    """What the choice of launches depends on.
-
-    Attributes
-    ----------
-    multiprocessors : int
-    shared : int
-        Bytes of shared memory that a block can have.
-    shelf : bool
-        Whether rows may be kept in it.
-    cluster : int
-        Blocks of the largest cluster that may be used; 1 for none.
-    """
-
-    multiprocessors: int = 132
-    shared: int = 227 << 10
-    shelf: bool = False
-    cluster: int = 1
 
 
 class Plan(NamedTuple):
@@ -275,70 +249,21 @@ class _Planner:
         self._launches(params, part)
 
     def _launches(self, params, part):
-        """Who takes the parts of the rows: the steps of an operation on them."""
-        columns, machine = dict(params)["walker"] == "columns", self.machine
+        """The steps of the operation on the rows."""
         op, accesses = _made(self.operation, dict(params))
-        parts, numbers = part.parts(self.classes), width(op)
-        self.constants |= {"parts": parts, "joins": -(-parts // WARP)}
-
-        def step(way, grid, threads, shared=0):
+        parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
+        columns = dict(params)["walker"] == "columns"
+        shelf = ACCESS * WARP * len(shelved(part, accesses))
+        found, constants = launches(
+            part, self.classes, self.rows, numbers, shelf, maps is not None, columns, self.machine
+        )
+        self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
+        if any(launch.way.stage == "reduce" for launch in found):
+            self.temporaries.append(("shares", 8 * self.rows * (parts * numbers + 1)))
+        for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
             self._step(spec, grid, threads, shared, way.cluster)
-
-        def several(rows, warps, fill):
-            """Blocks of so many rows and warps, `fill` of them if there is so much to do."""
-            groups, most = -(-self.rows // rows), -(-parts // warps)
-            rounds = -(-most // min(most, -(-fill // groups))) if numbers else 1
-            blocks = -(-most // rounds)
-            self.constants |= {"blocks": blocks, "blocks_inverse": 1.0 / blocks, "rounds": rounds}
-            return groups * blocks
-
-        if part.single:
-            rows = side_by_side.BLOCK if columns else BLOCK // part.lanes
-            step(Way(1), -(-self.rows // rows), rows if columns else BLOCK)
-        elif not columns and not part.chunks:
-            step(Way(parts), self.rows, parts * WARP, 8 * numbers * parts)
-        elif not columns and numbers and self._together(step, parts, numbers, accesses, part):
-            pass
-        else:
-            warps = 1 if columns else FEW
-            rows = side_by_side.BLOCK if columns else 1
-            threads = side_by_side.BLOCK if columns else FEW * WARP
-            fill = machine.multiprocessors * FULL // threads
-            stages = ("reduce", "map") if numbers else ("all",)
-            grid = several(rows, warps, fill)
-            if numbers:
-                size = 8 * self.rows * (parts * numbers + 1)
-                self.temporaries.append(("shares", size))
-            for stage in stages:
-                kept = "no" if numbers else "registers"
-                step(Way(warps, stage, True, 1, kept), grid, threads)
-
-    def _together(self, step, parts, numbers, accesses, part):
-        """Rows of many parts in one launch, a block or a cluster each; whether that goes."""
-        machine, board = self.machine, 8 * parts * numbers
-        shelf = ACCESS * WARP * len(shelved(part, {n: a for n, a in accesses.items() if n != "out"}))
-        blocks = 1
-        while blocks <= machine.cluster or blocks == 1:
-            warps = TEAM // WARP
-            rounds = -(-parts // (warps * blocks))
-            warps = -(-parts // (rounds * blocks))
-            self.constants["rounds"] = rounds
-            size = board + rounds * warps * shelf
-            if rounds == 1 or (machine.shelf and shelf and size <= machine.shared):
-                kept, size = ("registers", board) if rounds == 1 else ("shared", size)
-                way = Way(warps, "all", False, blocks, kept)
-                step(way, self.rows * blocks, warps * WARP, size)
-                return True
-            blocks *= 2
-        if board > BOARD or self.rows < 2 * machine.multiprocessors:
-            return False
-        rounds = -(-parts // (TEAM // WARP))
-        warps = -(-parts // rounds)
-        self.constants["rounds"] = rounds
-        step(Way(warps, "all", False, 1, "no"), self.rows, warps * WARP, board)
-        return True
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
