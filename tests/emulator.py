@@ -328,10 +328,9 @@ class Emulator:
         words = found.view(f"i{size}")
         return [words[:, :, i] for i in range(count)]
 
-    def shared_store(self, address, size, words, mask=None, peer=None):
+    def shared_store(self, address, size, words, mask, peer):
         cell, at = self._cell(address)
-        mask = self.active if mask is None else np.logical_and(self.active, mask)
-        mask = np.broadcast_to(mask, self.shape)
+        mask = np.broadcast_to(np.logical_and(self.active, mask), self.shape)
         lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
         raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
         blocks = np.nonzero(mask)[0]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from numbakern.arrays import kind_of
+from numbakern.cuda import device, ways
 from numbakern.cuda import plan as plans
-from numbakern.cuda import ways
 from numbakern.cuda.plan import Layout, kernel_of, plan
-from numbakern.cuda.rows import Partition
-from numbakern.cuda.ways import Machine
+from numbakern.cuda.rows import Partition, partition
+from numbakern.cuda.ways import MACHINE, Machine
 from tests import accuracy, cases, emulator, reference
 from tests.cases import bfloat16, float16, float32, float64
 from tests.emulator import WARP, Fault, emulate
@@ -44,9 +44,6 @@ def layout_of(array):
 
 def compute_of(dtype):
     return kind_of(np.dtype(dtype)).compute
-
-
-MACHINE = Machine()
 
 
 def run(operation, arrays, axis, elem=None, *, of="x", record=None, machine=MACHINE, **values):
@@ -253,6 +250,70 @@ def test_cross_entropy(dtype, classes, soft, smoothing, weighted, reduction):
 def test_cross_entropy_in_chunks(small_chunks, soft, smoothing, weighted, reduction):
     """Rows of three chunks, the last one in part."""
     test_cross_entropy(float32, 300, soft, smoothing, weighted, reduction)
+
+
+WAYS = {
+    "block": Machine(multiprocessors=1),
+    "blocks": Machine(multiprocessors=132),
+    "few blocks": Machine(multiprocessors=7),
+    "shared": Machine(shelf=True),
+    "cluster": Machine(cluster=8),
+    "cluster, shared": Machine(shelf=True, cluster=2),
+}
+
+
+@pytest.fixture
+def one_block_at_a_time(monkeypatch):
+    """What one block has written the next one finds, as it may on a GPU."""
+    monkeypatch.setattr(emulator, "LANES_AT_ONCE", 1)
+
+
+def long_row_calls(x, y):
+    """(operation, inputs beside x, results, options and values) of every operation on rows."""
+    rows, classes = x.shape
+    labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, np.float32)
+    labels[1] = -100
+    hard, loss, lse = {"labels": labels, "weight": weight}, ("loss", "out"), reference.logsumexp(x)
+    ignore = {"ignores": True, "ignore_index": -100}
+    smooth = ignore | {"smooth": True} | smoothing_values(0.125, classes)
+    soft = {"soft": True} | smoothing_values(0.125, classes)
+    return [
+        ("log_softmax", {}, ("out",), {}),
+        ("softmax", {}, ("out",), {}),
+        ("logsumexp", {}, ("row_lse",), {}),
+        ("log_softmax_backward", {"y": y}, ("out",), {}),
+        ("softmax_backward", {"y": y}, ("out",), {}),
+        ("cross_entropy", hard, (*loss, "row_lse"), ignore),
+        ("cross_entropy", hard, loss, smooth),
+        ("cross_entropy", {"y": y}, loss, soft),
+        ("cross_entropy", hard | {"row_lse": lse}, ("out",), ignore | {"given": True}),
+        ("cross_entropy", hard | {"row_lse": lse}, ("out",), smooth | {"given": True}),
+        ("cross_entropy", {"y": y, "row_lse": lse}, ("out",), soft | {"given": True}),
+    ]
+
+
+@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("classes", [900, pytest.param(4100, marks=pytest.mark.slow)])
+def test_who_takes_the_parts_changes_no_bit(
+    classes, number, small_chunks, one_block_at_a_time, dtype=float32
+):
+    """Rows of 8 and of 33 parts, by a block, several or a cluster; in place, and unaligned."""
+    x = placed(cases.logits((3, classes), dtype, scale=4.0), 1)
+    y = placed(cases.probabilities(x.shape, 1, dtype), 1)
+    operation, inputs, results, call = long_row_calls(x, y)[number]
+    want, taken = None, set()
+    for machine in WAYS.values():
+        own = placed(x, 1) if "out" in results and want is not None else x
+        found = {n: np.full(len(x), 7.0) for n in results if n != "out"}
+        if "out" in results:
+            found["out"] = empty_like(x) if want is None else own
+        made = run(operation, {"x": own, **inputs, **found}, 1, machine=machine, **call)
+        taken |= {dict(step.spec.params)["way"] for step in made.steps}
+        want = found if want is None else want
+        for name, array in want.items():
+            assert cases.same_bits(found[name], array), (name, machine)
+    mapped_only = call.get("given") and not {"smooth", "soft"} & set(call)
+    assert len(taken) >= (1 if mapped_only else 5)
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
@@ -576,3 +637,146 @@ def test_a_wrong_argument_is_noticed(name, by, message):
         return
     with pytest.raises(Fault, match=message):
         broken(change)
+
+
+def in_clusters(body, blocks=4, cluster=2, shared=64):
+    """Run body(thread, address of the shared memory) for 32 threads a block."""
+
+    def run_it(frame):
+        body(frame.thread, device.dynamic_shared(frame.thread))
+
+    emulate(device.Kernel("test", run_it, {}), blocks, 32, [], [], shared, cluster)
+
+
+def tell(thread, address, peer, cluster=2):
+    """Lane 0 writes the block's number in the cluster to a place of its own at another block."""
+    rank = device.cluster_rank(thread)
+    at = address + (rank << 3)
+    v = device.convert(rank, "f8")
+    device.shared_store(at, v, thread == 0, (rank + peer) & (cluster - 1))
+
+
+def test_blocks_of_a_cluster_write_to_each_other():
+    found = []
+
+    def body(thread, address):
+        device.cluster_barrier(thread)
+        tell(thread, address, 1)
+        device.cluster_barrier(thread)
+        other = 1 - device.cluster_rank(thread)
+        found.append(device.shared_load(address + (other << 3)).value[:, 0])
+
+    in_clusters(body)
+    np.testing.assert_array_equal(found, [[1, 0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("write end", "may not have started"),
+        ("wait write", "may end"),
+        ("wait write read wait", "before it is written|without a barrier"),
+        ("wait write sync read wait", "without a barrier"),
+        ("wait write wait read write wait", "without a barrier"),
+        ("wait beyond wait", "no such block"),
+        ("wait outside wait", "out of bounds"),
+    ],
+)
+def test_what_a_cluster_must_not_do(steps, message):
+    def body(thread, address):
+        other = 1 - device.cluster_rank(thread)
+        do = {
+            "wait": lambda: device.cluster_barrier(thread),
+            "sync": lambda: device.barrier(thread),
+            "write": lambda: tell(thread, address, 1),
+            "read": lambda: device.shared_load(address + (other << 3)),
+            "beyond": lambda: tell(thread, address, 1, cluster=4),
+            "outside": lambda: tell(thread, address + 64, 1),
+            "end": lambda: None,
+        }
+        for step in steps.split():
+            do[step]()
+
+    with pytest.raises(Fault, match=message):
+        in_clusters(body)
+
+
+def test_shared_memory_of_a_launch_has_an_end():
+    with pytest.raises(Fault, match="out of bounds"):
+        in_clusters(lambda _, address: device.shared_load(address + 60), cluster=1)
+    with pytest.raises(Fault, match="bytes of shared memory"):
+        in_clusters(lambda *_: None, cluster=1, shared=228 << 10)
+    with pytest.raises(Fault, match="in clusters of"):
+        in_clusters(lambda *_: None, cluster=3)
+
+
+# --- who takes the parts -------------------------------------------------------------------------
+
+
+def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
+    part = partition(classes, size)
+    shelf = 16 * 32 * part.vectors
+    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, False, machine)
+    return found
+
+
+def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
+    """Every element is in one part, whatever the number of rows and whatever is chosen."""
+    for size in (2, 4, 8):
+        for classes in [*range(1, 1300), *range(1300, 300_000, 97), 128256, 262144]:
+            part = partition(classes, size)
+            parts = part.parts(classes)
+            held = part.span * parts
+            assert held >= classes
+            # No part is empty where several are full, and no lane has twice what it needs.
+            assert part.chunks or held <= max(2 * classes, part.group) + 32 * part.group * parts
+            assert part.span * size <= 4096
+
+
+@pytest.mark.parametrize(
+    "classes, count, machine, stages, kept, cluster",
+    [
+        (1000, 1, MACHINE, ["all"], "registers", 1),
+        (16384, 1, MACHINE, ["all"], "registers", 1),
+        (128256, 1, MACHINE, ["reduce", "map"], "no", 1),
+        (128256, 263, MACHINE, ["reduce", "map"], "no", 1),
+        (128256, 264, MACHINE, ["all"], "no", 1),
+        (10_000_000, 264, MACHINE, ["reduce", "map"], "no", 1),
+        (50_000, 1, Machine(shelf=True), ["all"], "shared", 1),
+        (50_000, 1, Machine(shelf=True, shared=163 << 10), ["reduce", "map"], "no", 1),
+        (20_000, 1, Machine(cluster=8), ["all"], "registers", 2),
+        (128256, 1, Machine(cluster=8), ["all"], "registers", 8),
+        (262144, 300, Machine(cluster=8), ["all"], "no", 1),
+        (262144, 300, Machine(cluster=8, shelf=True), ["all"], "shared", 8),
+    ],
+)
+def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
+    found = ways_of(classes, count, machine)
+    assert [launch.way.stage for launch in found] == stages
+    for way, grid, threads, shared in found:
+        assert (way.kept, way.cluster) == (kept, cluster)
+        assert 32 * way.warps <= threads <= 512
+        assert grid % cluster == 0
+        assert shared <= machine.shared
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+def test_few_long_rows_find_many_blocks(count):
+    """1 to 64 rows of 128256: as many threads as there are elements for, or the machine is full."""
+    for way, grid, threads, _ in ways_of(128256, count):
+        elements = count * 128256
+        assert grid * threads >= min(elements // 64, 132 * 1024), way
+
+
+def test_what_is_chosen(monkeypatch):
+    for setting, shelf, cluster in [
+        ("", False, 1),
+        ("shared", True, 1),
+        ("cluster, shared", True, 8),
+    ]:
+        monkeypatch.setenv(ways.SETTING, setting)
+        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (shelf, cluster)
+        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (shelf, 1)
+    monkeypatch.setenv(ways.SETTING, "clusters")
+    with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*, got clusters$"):
+        ways.machine_of(132, 227 << 10, (9, 0))

@@ -387,9 +387,9 @@ def shared_words(address, size, count):
     return [address.like(w, "i8" if size == 8 else "i4") for w in words]
 
 
-def put_shared_words(address, size, words):
-    """Write words of `size` bytes (4 or 8) to an aligned address in shared memory."""
-    address.machine.shared_store(address.value, size, [w.value for w in words])
+def put_shared_words(address, size, words, mask):
+    """Write words of `size` bytes (4 or 8) to an aligned address, where the mask holds."""
+    address.machine.shared_store(address.value, size, [w.value for w in words], mask.value, None)
 
 
 def shared_load(address):

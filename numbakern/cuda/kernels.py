@@ -293,9 +293,7 @@ class CrossEntropy(Operation):
             there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
 
             def logit(mask):
-                return convert(
-                    self.formats["x"].get(start + row.label * step, there & mask), "f8"
-                )
+                return convert(self.formats["x"].get(start + row.label * step, there & mask), "f8")
 
             row.x_label = row.peek(row.label, logit)
             if self.weighted:

@@ -237,7 +237,7 @@ class LLVM:
         code = f"ld.shared{vector}.b{8 * size} {names}, [${count}];"
         return self._words(code, kind, count, [f"={letter}"] * count + ["r"], [address])
 
-    def shared_store(self, address, size, words, mask=None, peer=None):
+    def shared_store(self, address, size, words, mask, peer):
         """See device.put_shared_words and device.shared_store."""
         vector, names = _vector(1, len(words))
         space, constraints = "", ["r"] + [_WORD[size][0]] * len(words)
@@ -246,8 +246,7 @@ class LLVM:
             address = self._ptx(code, "i4", [(address, "i4"), (peer, "i4")])
             space = "::cluster"
         args, code = [address, *words], f"st.shared{space}{vector}.b{8 * size} [$0], {names};"
-        if mask is not None:
-            code = self._masked(code, mask, constraints, args)
+        code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     # -- emitting
@@ -270,7 +269,9 @@ class LLVM:
         """The words that an access gives."""
         result = ir.LiteralStructType([_TYPE[elem]] * count) if count > 1 else _TYPE[elem]
         value = self._assembly(code, result, constraints, args)
-        return [value] if count == 1 else [self.builder.extract_value(value, i) for i in range(count)]
+        return (
+            [value] if count == 1 else [self.builder.extract_value(value, i) for i in range(count)]
+        )
 
     def _masked(self, code, mask, constraints, args, before=""):
         """An access under a mask, which inline PTX takes as an integer only."""
@@ -284,7 +285,8 @@ class LLVM:
         function_type = ir.FunctionType(result, [a.type for a in args])
         constraints = ",".join([*constraints, "~{memory}"])
         assembly = ir.InlineAsm(function_type, code, constraints, True)
-        return self.builder.call(assembly, args, attrs=("convergent",) if ".aligned" in code else ())
+        together = ("convergent",) if ".aligned" in code else ()  # not to be moved into a branch
+        return self.builder.call(assembly, args, attrs=together)
 
 
 def _vector(first, count):

@@ -16,7 +16,7 @@ from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.ways import Machine, launches
+from numbakern.cuda.ways import MACHINE, launches
 
 BAD_BITS = kernels.BAD_BITS
 COLUMNS_FROM = 8
@@ -95,7 +95,7 @@ _WITH_A_PLACE = ("x", "y", "out", "labels", "row_scale", "row_lse")
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(operation, options, shape, axis, elem, layouts, machine=Machine()):
+def plan(operation, options, shape, axis, elem, layouts, machine=MACHINE):
     """The Plan of an operation over rows along one axis.
 
     Parameters

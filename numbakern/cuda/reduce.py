@@ -1,5 +1,4 @@
-"""Sums and maxima over the lanes that share a row, the exchange between parts of a row, and where
-rows lie.
+"""Sums and maxima over lanes that share a row, boards for the parts of a row, where rows lie.
 
 A team is a power of two of lanes, a warp at most. Sums run over a binary tree, neighbouring lanes
 first, so that another walker can add in the same order.

@@ -247,8 +247,10 @@ class Walk:
             return Board.of_row(self.frame, p, entries, self.count)
         address = dynamic_shared(self.thread)
         if way.kept == "shared":
-            self.shelf = Shelf(self.thread, address, way.warps * WARP, self.walker)
-            address = address + narrow(self.frame.rounds) * self.shelf.round
+            # A block alone has all parts, in their order; one of several a share with gaps.
+            parts = self.frame.rounds * way.warps if way.cluster > 1 else self.count
+            self.shelf = Shelf(self.lane, address, narrow(parts), self.walker)
+            address = self.shelf.behind
         return SharedBoard(entries, address, way.cluster)
 
     def _peek(self, j, read):
@@ -273,9 +275,7 @@ class Walk:
                     self._each(self._reduce, self.board.begin)
                 if stage == "reduce":
                     if self.row.x_label is not None:
-                        self.board.put(
-                            self.count, [self.row.x_label], self.lane, self.row.leader
-                        )
+                        self.board.put(self.count, [self.row.x_label], self.lane, self.row.leader)
                     return
                 self.board.end()
                 reduced = join(op, self.board, self._over_parts)
@@ -301,20 +301,24 @@ class Walk:
         if self.way.kept == "registers":
             self.held = span
         elif self.way.kept == "shared":
-            self.shelf.put(i, span.words)
+            self.shelf.put(self._own_number(i), span.words, part < self.count)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
 
     def _read(self, part, i):
-        """The elements of a part: those that are held, those of round i on the shelf, or new ones."""
+        """The elements of a part: held ones, those of round i on the shelf, or read now."""
         if self.held:
             return self.held
         span = self._place(part)
         if self.shelf and i is not None:
-            span.words = self.shelf.get(i)
+            span.words = self.shelf.get(self._own_number(i))
         span.load()
         return span
+
+    def _own_number(self, i):
+        """That of this warp's part of round i among the parts of the block."""
+        return narrow(i * self.way.warps) + (self.thread >> 5)
 
     def _place(self, part):
         first = part * self.part.span + convert(self.lane, "i8") * self.part.group
@@ -345,42 +349,43 @@ def _nothing():
 
 
 class Shelf:
-    """A thread's own places in shared memory for what it has read.
+    """Places in shared memory for what lanes have read of the parts of a row.
 
     Parameters
     ----------
-    thread, address : Value
-        Of the thread; where all threads' places begin.
-    threads : int
-        Of the block.
+    lane, address : Value
+        Of the warp; where the places begin.
+    parts : Value
+        How many there are room for.
     walker : Rows
     """
 
-    def __init__(self, thread, address, threads, walker):
+    def __init__(self, lane, address, parts, walker):
         self.pieces = shelved(walker.part, walker.inputs)
-        self.first, self.step = address + thread * ACCESS, threads * ACCESS
-        self.round = self.step * len(self.pieces)
+        self.address, self.last = address + lane * ACCESS, parts - 1
+        self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
-    def _places(self, i):
-        start = self.first + narrow(i) * self.round
-        return [(start + n * self.step, *piece) for n, piece in enumerate(self.pieces)]
+    def _places(self, n):
+        at = self.address + n * (len(self.pieces) * WARP * ACCESS)
+        return [(at + i * (WARP * ACCESS), *piece) for i, piece in enumerate(self.pieces)]
 
-    def put(self, i, words):
-        """Keep the words of round i."""
-        for place, access, name, v, at in self._places(i):
-            put_shared_words(place, access.word, words[name][v][at : at + access.per_chunk])
+    def put(self, n, words, there):
+        """Keep the words of part n, where `there`."""
+        for place, access, name, v, at in self._places(n):
+            some = words[name][v][at : at + access.per_chunk]
+            put_shared_words(place, access.word, some, there)
 
-    def get(self, i):
-        """Have them again."""
+    def get(self, n):
+        """Have them again; any of a part that there is not."""
         words = {}
-        for place, access, name, v, _ in self._places(i):
+        for place, access, name, v, _ in self._places(smaller_integer(n, self.last)):
             found = words.setdefault(name, {})
             found.setdefault(v, []).extend(shared_words(place, access.word, access.per_chunk))
         return words
 
 
 def shelved(part, inputs):
-    """What a Shelf keeps of a round for a thread: (access, array, group, first word), 16 bytes each."""
+    """A thread's pieces of 16 bytes on a Shelf in a round: (access, array, group, first word)."""
     return [
         (access, name, v, at)
         for name, access in inputs.items()

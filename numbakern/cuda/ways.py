@@ -23,7 +23,7 @@ FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
-EVEN = 4
+EVEN = 8
 """Blocks that walk long rows have a multiple of so many warps: each number is another kernel."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
@@ -47,6 +47,10 @@ class Machine(NamedTuple):
     shared: int = 227 << 10
     shelf: bool = False
     cluster: int = 1
+
+
+MACHINE = Machine()
+"""An H100 and what is chosen if nothing is."""
 
 
 def chosen():
@@ -112,7 +116,9 @@ def _together(parts, count, board, shelf, machine):
     def one(kept, blocks):
         rounds = _ceil(parts, TEAM // WARP * blocks)
         warps = EVEN * _ceil(parts, EVEN * rounds * blocks)
-        size = board + (rounds * warps * shelf if kept == "shared" else 0)
+        size = board
+        if kept == "shared":
+            size += shelf * (parts if blocks == 1 else rounds * warps)
         way = Way(warps, "all", False, blocks, kept)
         return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
 
