@@ -187,7 +187,9 @@ class Emulator:
             raise Fault(f"{what} in a branch that not all threads take")
 
     def _by_lane(self, word):
-        self._together("a shuffle")
+        active = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
+        if np.any(active.any(axis=1) != active.all(axis=1)):
+            raise Fault("a shuffle in a branch that not all threads of a warp take")
         return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
 
     def shuffle_xor(self, word, offset):
@@ -198,6 +200,12 @@ class Emulator:
     def shuffle_next(self, word):
         lanes = np.minimum(np.arange(WARP) + 1, WARP - 1)
         return self._by_lane(word)[:, :, lanes].reshape(self.shape)
+
+    def first_lane(self, word):
+        words = self._by_lane(word)
+        if np.any(words != words[:, :, :1]):
+            raise Fault("lanes of a warp that should agree do not")
+        return words.reshape(self.shape)
 
     def barrier(self):
         self._together("a barrier")
@@ -330,7 +338,8 @@ class Emulator:
 
     def shared_store(self, address, size, words, mask, peer):
         cell, at = self._cell(address)
-        mask = np.broadcast_to(np.logical_and(self.active, mask), self.shape)
+        mask = self.active if mask is None else np.logical_and(self.active, mask)
+        mask = np.broadcast_to(mask, self.shape)
         lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
         raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
         blocks = np.nonzero(mask)[0]

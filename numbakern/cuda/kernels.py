@@ -21,6 +21,7 @@ from numbakern.cuda.device import (
 )
 from numbakern.cuda.reduce import offsets
 from numbakern.cuda.softmax import (
+    decay,
     exponentials,
     log_sum_exp,
     row_log_sum,
@@ -79,9 +80,18 @@ class Operation:
     """
 
     softmax = sums = linear = False
+    exponential = False  # whether the map takes exponentials
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
+
+    @property
+    def relative(self):
+        """Whether the map takes them relative to the maximum of a part, as the reduction did.
+
+        Then they need not be taken twice. In float64 the factor in between would cost an ulp.
+        """
+        return self.exponential and self.softmax and self.elem == "f4"
 
     def row(self, frame, p, ok, leader, peek=lambda _, read: read(True)):
         """Row number p of the batch."""
@@ -98,6 +108,10 @@ class Operation:
 
     def begin(self, frame, row, at):
         """What is to be known of a row before it is read; `at` has the arrays' addresses."""
+
+    def in_part(self, params, _m):
+        """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
+        return params
 
 
 class LogSoftmax(Operation):
@@ -119,13 +133,17 @@ class LogSoftmax(Operation):
 class Softmax(Operation):
     """out = softmax(x)."""
 
-    softmax = True
+    softmax = exponential = True
 
     def finish(self, row, reduced):
-        """The parameters of `probability`."""
+        """The maximum, Σ exp(x − m) and its logarithm."""
         m, share = reduced
         k, rest, log_sum = row_log_sum(m, share, self.elem)
-        return normalise(m, k + rest, log_sum, self.elem)
+        return m, k + rest, log_sum
+
+    def in_part(self, params, m):
+        """The parameters of `probability`."""
+        return normalise(*params, self.elem, m)
 
     def value(self, params, _first, _i, x, _y, _w):
         """softmax(x); rounding may end one ulp above 1."""
@@ -133,17 +151,22 @@ class Softmax(Operation):
         return where(p > 1.0, 1.0, p)
 
 
-def normalise(m, total, log_sum, elem):
-    """The parameters of `probability`, of a total of 1 if None; NaN where log_sum is NaN."""
-    params, factor = exponentials(m, elem)
+def normalise(m, total, log_sum, elem, part=None):
+    """The parameters of `probability`, of a total of 1 if None; NaN where log_sum is NaN.
+
+    With the maximum of a part its exponentials are those that the reduction took.
+    """
+    params, factor = exponentials(m if part is None else part, elem)
     scale = factor if total is None else divide(factor, total)
-    scale = where(log_sum == log_sum, scale, math.nan)
-    return *params, convert(scale, elem)
+    scale = convert(where(log_sum == log_sum, scale, math.nan), elem)
+    return *params, scale, part if part is None else convert(decay(part, m), elem)
 
 
-def probability(x, base, magic, floor, scale):
+def probability(x, base, magic, floor, scale, less):
     """exp(x − m) / Σ."""
-    return scaled_exp(x, base, magic, floor) * scale
+    p = scaled_exp(x, base, magic, floor) * scale
+    # Their product may be subnormal where the probability is not.
+    return p if less is None else p * less
 
 
 class LogSumExp(Operation):
@@ -274,7 +297,7 @@ class CrossEntropy(Operation):
         self.soft, self.smooth, self.loss, self.lse = soft, smooth, loss, lse
         self.given, self.grad, self.mean = given, grad, mean
         self.weighted = "weight" in formats
-        self.softmax = not given
+        self.softmax, self.exponential = not given, True
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
@@ -347,11 +370,16 @@ class CrossEntropy(Operation):
         scale = where(row.bad, math.nan, row.scale)
         scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
         total = None if self.given else k + rest
-        factors = list(normalise(m, total, where(row.skip, 0.0, log_sum), self.elem))
-        factors[-1] = where(row.skip, 0.0, factors[-1])
+        sums = m, total, where(row.skip, 0.0, log_sum)
         if self.soft:
-            return factors, self._soft(row, m, k, rest, scale, q)
-        return factors, self._hard(row, m, k, rest, scale, q)
+            return row.skip, sums, self._soft(row, m, k, rest, scale, q)
+        return row.skip, sums, self._hard(row, m, k, rest, scale, q)
+
+    def in_part(self, params, m):
+        """The parameters of `probability`, and the others."""
+        skip, sums, rest = params
+        *factors, scale, less = normalise(*sums, self.elem, m)
+        return (*factors, where(skip, 0.0, scale), less), rest
 
     def _put_loss(self, row, m, log_sum, q, nll):
         loss = 0.0

@@ -129,6 +129,10 @@ class LLVM:
         """See device.shuffle_next."""
         return self._call("nvvm.shfl.sync.down.i32", _i32, _i32(_ALL), word, _i32(1), _i32(31))
 
+    def first_lane(self, word):
+        """See device.first_lane."""
+        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, _i32(0), _i32(31))
+
     def barrier(self):
         """See device.barrier."""
         self._call("nvvm.barrier0", _void)
@@ -246,7 +250,8 @@ class LLVM:
             address = self._ptx(code, "i4", [(address, "i4"), (peer, "i4")])
             space = "::cluster"
         args, code = [address, *words], f"st.shared{space}{vector}.b{8 * size} [$0], {names};"
-        code = self._masked(code, mask, constraints, args)
+        if mask is not None:
+            code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     # -- emitting

@@ -16,12 +16,14 @@ from numbakern.cuda.device import (
     convert,
     divmod_positive,
     dynamic_shared,
+    first_lane,
     max_tree,
     narrow,
     put_shared_words,
     repeat,
     shared_words,
     smaller_integer,
+    when,
 )
 from numbakern.cuda.memory import ACCESS, Place, left_of
 from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
@@ -222,10 +224,10 @@ class Walk:
         part, way, thread, p = self.part, self.way, self.thread, frame.block
         lanes = min(part.lanes, WARP)
         bits = lanes.bit_length() - 1
-        self.lane, team = thread & (lanes - 1), convert(thread >> bits, "i8")
+        self.lane, team = thread & (lanes - 1), thread >> bits
         self.ok, block = constant(p, True, "b1"), constant(p, 0, "i8")
         if part.single:
-            p, self.own = p * (BLOCK >> bits) + team, block
+            p, self.own = p * (BLOCK >> bits) + convert(team, "i8"), block
             self.ok = p < frame.rows
             p, leader = smaller_integer(p, frame.rows - 1), self.lane == 0
         else:
@@ -235,7 +237,8 @@ class Walk:
             elif way.spread:
                 blocks = frame.blocks
                 p, block = divmod_positive(p, blocks, frame.blocks_inverse)
-            self.own, leader = block * way.warps + team, (thread == 0) & (block == 0)
+            self.own = block * way.warps + convert(first_lane(team), "i8")
+            leader = (thread == 0) & (block == 0)
             self.step = constant(p, way.warps, "i8") * blocks  # from a warp's part to its next
             self.board = self._board(p, width(op))
         self.row = op.row(frame, p, self.ok, leader, self._peek)
@@ -281,7 +284,7 @@ class Walk:
                 reduced = join(op, self.board, self._over_parts)
         params = op.finish(self.row, reduced)
         if self.walker.out is not None:
-            self._each(lambda part, i, _: self._read(part, i).map(op, params), _nothing)
+            self._each(lambda part, i, _: self._map(part, i, params), _nothing)
 
     def _each(self, visit, begin):
         """Visit the parts of this warp, after a beginning that is to come after the first loads."""
@@ -291,7 +294,8 @@ class Walk:
         begin()
 
         def in_round(i):
-            visit(self.own + i * self.step, i, _nothing)
+            part = self.own + i * self.step
+            when(part < self.count, lambda: visit(part, i, _nothing) or [], [])
             return ()
 
         repeat(self.frame.rounds, in_round)
@@ -301,10 +305,17 @@ class Walk:
         if self.way.kept == "registers":
             self.held = span
         elif self.way.kept == "shared":
-            self.shelf.put(self._own_number(i), span.words, part < self.count)
+            self.shelf.put(self._own_number(i), span.words)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
+        self.maximum = numbers[0]
+
+    def _map(self, part, i, params):
+        span, m = self._read(part, i), None
+        if self.op.relative and not self.part.single:
+            m = self.maximum if self.held else self.board.get(part, None, 1)[0]
+        span.map(self.op, self.op.in_part(params, m))
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
@@ -318,7 +329,7 @@ class Walk:
 
     def _own_number(self, i):
         """That of this warp's part of round i among the parts of the block."""
-        return narrow(i * self.way.warps) + (self.thread >> 5)
+        return narrow(i * self.way.warps) + first_lane(self.thread >> 5)
 
     def _place(self, part):
         first = part * self.part.span + convert(self.lane, "i8") * self.part.group
@@ -362,23 +373,23 @@ class Shelf:
 
     def __init__(self, lane, address, parts, walker):
         self.pieces = shelved(walker.part, walker.inputs)
-        self.address, self.last = address + lane * ACCESS, parts - 1
+        self.address = address + lane * ACCESS
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
     def _places(self, n):
         at = self.address + n * (len(self.pieces) * WARP * ACCESS)
         return [(at + i * (WARP * ACCESS), *piece) for i, piece in enumerate(self.pieces)]
 
-    def put(self, n, words, there):
-        """Keep the words of part n, where `there`."""
+    def put(self, n, words):
+        """Keep the words of part n."""
         for place, access, name, v, at in self._places(n):
             some = words[name][v][at : at + access.per_chunk]
-            put_shared_words(place, access.word, some, there)
+            put_shared_words(place, access.word, some)
 
     def get(self, n):
-        """Have them again; any of a part that there is not."""
+        """Have them again."""
         words = {}
-        for place, access, name, v, _ in self._places(smaller_integer(n, self.last)):
+        for place, access, name, v, _ in self._places(n):
             found = words.setdefault(name, {})
             found.setdefault(v, []).extend(shared_words(place, access.word, access.per_chunk))
         return words

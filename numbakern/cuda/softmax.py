@@ -74,15 +74,19 @@ def share_of(op, row, left, numbers, m):
     return Share(sum_tree(counts), rest, *linear)
 
 
+def decay(m, top):
+    """exp(m − top) of a maximum and a larger one; 1 where it is none."""
+    # A rounded distance d would cost d ulp.
+    distance, error = two_sum(m, -top)
+    factor = exp_nonpositive(where(m < top, distance, 0.0))
+    return fma(factor, where(is_finite(distance), error, 0.0), factor)
+
+
 def moved(op, m, share, top):
     """The Share of elements with maximum m, relative to a maximum `top`."""
     below = m < top
     k, rest, q, nll = share
-    # A rounded distance d would cost d ulp.
-    distance, error = two_sum(m, -top)
-    factor = exp_nonpositive(where(below, distance, 0.0))
-    factor = fma(factor, where(is_finite(distance), error, 0.0), factor)
-    rest = where(below, (rest + k) * factor, rest)
+    rest = where(below, (rest + k) * decay(m, top), rest)
     linear = ()
     if op.linear:
         linear = q, nll + where(below, q * (safe(top) - safe(m)), 0.0)
