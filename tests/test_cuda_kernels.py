@@ -117,6 +117,15 @@ def small_chunks(monkeypatch):
     plan.cache_clear()
 
 
+@pytest.fixture
+def threads_take_columns(monkeypatch):
+    """A thread takes a row, or a part of it, wherever rows lie side by side, however few."""
+    monkeypatch.setattr(ways, "THREADS", 0)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
 # --- the family ----------------------------------------------------------------------------------
 
 
@@ -432,7 +441,7 @@ BATCHES = [((6,), 1), ((40,), 0), ((3, 17), 1), ((2, 3, 5), 1), ((2, 3, 5), 3), 
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @cases.dtypes(float32, float64, bfloat16)
 @pytest.mark.parametrize("classes", [3, 21, 100, 300])
-def test_same_bits_in_every_layout(dtype, classes, batch, axis):
+def test_same_bits_in_every_layout(dtype, classes, batch, axis, threads_take_columns):
     """A row's bits do not depend on where it lies: rows, columns, strided, reversed, padded."""
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, dtype, scale=4.0)
@@ -453,7 +462,7 @@ def test_same_bits_in_every_layout(dtype, classes, batch, axis):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @pytest.mark.parametrize("classes", [3, 21, 300])
-def test_losses_in_every_layout(classes, batch, axis, soft):
+def test_losses_in_every_layout(classes, batch, axis, soft, threads_take_columns):
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, float32, scale=4.0)
     labels = cases.probabilities(shape, axis) if soft else cases.class_labels(batch, classes)
@@ -478,7 +487,7 @@ def test_losses_in_every_layout(classes, batch, axis, soft):
 
 @pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
 @cases.dtypes(float32, float64)
-def test_columns_in_chunks(dtype, operation, small_chunks):
+def test_columns_in_chunks(dtype, operation, small_chunks, threads_take_columns):
     """Rows in chunks, side by side or strided: the bits of contiguous ones."""
     for classes in (5, 128, 300):
         x = cases.logits((classes, 9), dtype, scale=4.0)
@@ -766,6 +775,15 @@ def test_few_long_rows_find_many_blocks(count):
     for way, grid, threads, _ in ways_of(128256, count):
         elements = count * 128256
         assert grid * threads >= min(elements // 64, 132 * 1024), way
+
+
+def test_who_takes_columns():
+    """Threads where they are many enough to fill the machine, or else warps: of the same bits."""
+    for shape, walker in [((21, 9000), "columns"), ((21, 1000), "rows"), ((128256, 70), "columns"),
+                          ((128256, 9), "rows"), ((10_000_000, 6), "rows")]:  # fmt: skip
+        layouts = tuple((n, Layout("f4", (4 * shape[1], 4), True)) for n in ("x", "out"))
+        made = plan("log_softmax", (), shape, 0, "f4", layouts)
+        assert {dict(step.spec.params)["walker"] for step in made.steps} == {walker}
 
 
 def test_what_is_chosen(monkeypatch):

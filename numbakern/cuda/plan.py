@@ -16,11 +16,9 @@ from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.ways import MACHINE, launches
+from numbakern.cuda.ways import MACHINE, launches, walks_columns
 
 BAD_BITS = kernels.BAD_BITS
-COLUMNS_FROM = 8
-"""Neighbouring rows that are worth a lane each."""
 
 
 class Layout(NamedTuple):
@@ -281,7 +279,9 @@ class _Planner:
             return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
         neighbours = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
         modes = tuple((n, "strided") for n in layouts)
-        if neighbours and self.sizes[-1] >= COLUMNS_FROM:
+        if neighbours and walks_columns(
+            self.sizes[-1], self.rows * part.parts(self.classes), self.machine
+        ):
             return "columns", modes
         return "rows", modes
 

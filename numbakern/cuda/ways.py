@@ -29,6 +29,12 @@ BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 
 
+NEIGHBOURS = 8
+"""Rows side by side that are worth a thread each: what a sector of float32 holds."""
+THREADS = 64
+"""Of each multiprocessor that there must be for that, or rows are a warp each in spite of it."""
+
+
 class Machine(NamedTuple):
     """What the choice depends on beside the rows.
 
@@ -67,6 +73,11 @@ def machine_of(multiprocessors, shared, capability):
     names = chosen()
     cluster = 8 if "cluster" in names and capability >= (9, 0) else 1
     return Machine(multiprocessors, shared, "shared" in names, cluster)
+
+
+def walks_columns(neighbours, parts, machine):
+    """Whether a thread takes each of so many parts of rows, that many of which are neighbours."""
+    return neighbours >= NEIGHBOURS and parts >= THREADS * machine.multiprocessors
 
 
 class Launch(NamedTuple):
