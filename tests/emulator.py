@@ -197,9 +197,11 @@ class Emulator:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
 
-    def shuffle_next(self, word):
-        lanes = np.minimum(np.arange(WARP) + 1, WARP - 1)
-        return self._by_lane(word)[:, :, lanes].reshape(self.shape)
+    def shuffle_from(self, word, lane):
+        lane = np.broadcast_to(lane, self.shape).reshape(self.shape[0], -1, WARP)
+        if np.any((lane < 0) | (lane >= WARP)):
+            raise Fault("shuffle from no lane")
+        return np.take_along_axis(self._by_lane(word), lane, axis=2).reshape(self.shape)
 
     def first_lane(self, word):
         words = self._by_lane(word)

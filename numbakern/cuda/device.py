@@ -288,9 +288,9 @@ def shuffle_xor(v, offset):
     return _by_words(v, lambda w: w.like(w.machine.shuffle_xor(w.value, offset)))
 
 
-def shuffle_next(v):
-    """The value of the next lane of this warp; of the last lane its own."""
-    return _by_words(v, lambda w: w.like(w.machine.shuffle_next(w.value)))
+def shuffle_from(v, lane):
+    """The value of another lane of this warp, given its number for each lane."""
+    return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
 
 
 def first_lane(v):

@@ -55,11 +55,11 @@ class Row:
         Of the row in the batch.
     peek : function (j, read) -> Value
         What ``read(mask)`` gives of class j before anything is written, for those who need it.
-    near : pair of Value
-        Whether the lanes before and behind have the groups before and behind.
+    team : (Value, int)
+        The thread's lane in its warp, and how many lanes share a part of the row.
     """
 
-    x_label = near = None
+    x_label = team = None
 
     def __init__(self, places, classes, ok, leader, number, peek):
         self.places, self.classes, self.width = places, classes, classes

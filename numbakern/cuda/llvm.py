@@ -125,13 +125,13 @@ class LLVM:
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
 
-    def shuffle_next(self, word):
-        """See device.shuffle_next."""
-        return self._call("nvvm.shfl.sync.down.i32", _i32, _i32(_ALL), word, _i32(1), _i32(31))
+    def shuffle_from(self, word, lane):
+        """See device.shuffle_from."""
+        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
 
     def first_lane(self, word):
         """See device.first_lane."""
-        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, _i32(0), _i32(31))
+        return self.shuffle_from(word, _i32(0))
 
     def barrier(self):
         """See device.barrier."""

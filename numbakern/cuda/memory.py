@@ -22,7 +22,7 @@ from numbakern.cuda.device import (
     load,
     narrow,
     pack_halves,
-    shuffle_next,
+    shuffle_from,
     smaller_integer,
     store,
     unpack_half,
@@ -196,12 +196,24 @@ class Whole:
         """The numbers in what `load` gave."""
         return self.format.elements(words)
 
-    def store(self, place, n, numbers, ok, _near):
-        """Write the group n elements behind a Place, of a row that is to be written where `ok`."""
-        words, mask = self.format.words(numbers), ok & (place.left > n)
-        address = place.address + n * self.format.size
-        for i in range(0, len(words), self.per_chunk):
-            store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
+    def store(self, place, groups, numbers, ok, _team):
+        """Write a lane's groups, of a row that is to be written where `ok`.
+
+        Parameters
+        ----------
+        place : Place
+        groups : sequence of int
+            How many elements behind it each group begins.
+        numbers : iterable of list of Value
+            Those of each group; taken when the group before is written.
+        team : (Value, int)
+            The thread's lane, and how many lanes share the row's part.
+        """
+        for n, group in zip(groups, numbers, strict=True):
+            words, mask = self.format.words(group), ok & (place.left > n)
+            address = place.address + n * self.format.size
+            for i in range(0, len(words), self.per_chunk):
+                store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
 
 
 class Shifted(Whole):
@@ -249,14 +261,30 @@ class Shifted(Whole):
 
         return when(~inside, singly, words)
 
-    def store(self, place, n, numbers, ok, near):
-        """As Whole.store; `near`: whether lanes hold the groups before and behind."""
-        has_before, has_next = near
+    def store(self, place, groups, numbers, ok, team):
+        """As Whole.store."""
+        lane, lanes = team
+        behind = (lane & -lanes) | ((lane + 1) & (lanes - 1))  # the lane with the next group
+        first, last = (lane & (lanes - 1)) == 0, (lane & (lanes - 1)) == lanes - 1
+        waiting = has_before = None
+        for n, group in zip(groups, numbers, strict=True):
+            words = self.format.words(group)
+            if waiting:
+                # Behind a team's last lane comes what its first one has next.
+                given = [where(first, *p) for p in zip(words, waiting[2], strict=True)]
+                following = [shuffle_from(w, behind) for w in given[: self.per_chunk]]
+                self._store(place, *waiting, following, ok, has_before, constant(ok, True, "b1"))
+            has_before = constant(ok, True, "b1") if waiting else ~first
+            waiting = n, group, words
+        following = [shuffle_from(w, behind) for w in waiting[2][: self.per_chunk]]
+        self._store(place, *waiting, following, ok, has_before, ~last)
+
+    def _store(self, place, n, numbers, words, following, ok, has_before, has_next):
+        """Write a group; whether lanes hold the groups before it and behind it, which begins so."""
         fmt, chunk, word = self.format, self.chunk, self.word
-        address, words = place.address + n * fmt.size, fmt.words(numbers)
+        address = place.address + n * fmt.size
         offset, shifted = self._offset(place)
         own = constant(offset, chunk, "i4") - offset  # bytes before the next aligned piece
-        following = [shuffle_next(w) for w in words[: self.per_chunk]]
         moved = words + following
         first = own & (chunk - 1)
         steps = self.per_chunk // 2
@@ -310,8 +338,9 @@ class Strided:
         """As Whole.numbers."""
         return words
 
-    def store(self, place, n, numbers, ok, _near):
+    def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""
-        at = place.address + place.step * n
-        for i, number in enumerate(numbers):
-            self.format.put(at + place.step * i, number, ok & (place.left > n + i))
+        for n, group in zip(groups, numbers, strict=True):
+            at = place.address + place.step * n
+            for i, number in enumerate(group):
+                self.format.put(at + place.step * i, number, ok & (place.left > n + i))

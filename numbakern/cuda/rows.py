@@ -203,9 +203,11 @@ class Lane:
         out = self.walker.out
         if out is None:
             return
-        for v, n in enumerate(self.groups):
-            numbers = [op.value(params, self.first, *values) for values in self.group(v, n)]
-            out.store(self.places["out"], n, numbers, self.row.ok, self.row.near)
+        numbers = (
+            [op.value(params, self.first, *values) for values in self.group(v, n)]
+            for v, n in enumerate(self.groups)
+        )
+        out.store(self.places["out"], self.groups, numbers, self.row.ok, self.row.team)
 
 
 class Walk:
@@ -242,7 +244,7 @@ class Walk:
             self.step = constant(p, way.warps, "i8") * blocks  # from a warp's part to its next
             self.board = self._board(p, width(op))
         self.row = op.row(frame, p, self.ok, leader, self._peek)
-        self.row.near = self.lane > 0, self.lane < lanes - 1
+        self.row.team = thread & (WARP - 1), lanes
 
     def _board(self, p, entries):
         way = self.way
