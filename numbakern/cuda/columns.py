@@ -13,6 +13,7 @@ from numbakern.cuda.device import (
     divmod_positive,
     larger,
     max_tree,
+    narrow,
     repeat,
     smaller_integer,
     tree,
@@ -60,7 +61,7 @@ class _Columns(Walk):
         if self.way.spread:
             blocks = frame.blocks
             p, block = divmod_positive(p, blocks, frame.blocks_inverse)
-        self.own, self.step = block, constant(p, 1, "i8") * blocks
+        self.own, self.step = narrow(block), narrow(constant(p, 1, "i8") * blocks)
         p = p * BLOCK + convert(self.thread, "i8")
         self.ok = p < frame.rows
         p = smaller_integer(p, frame.rows - 1)
@@ -70,7 +71,7 @@ class _Columns(Walk):
         self.row = op.row(frame, p, self.ok, block == 0, self._peek)
 
     def _place(self, part):
-        return Slots(self.walker, self.row, part * self.part.span)
+        return Slots(self.walker, self.row, convert(part, "i8") * self.part.span)
 
     def _over_parts(self, values, combine, start, count):
         """As `softmax.join` asks: what the lanes of a warp would do, one after the other."""
@@ -82,7 +83,7 @@ class _Columns(Walk):
 
         def slot(lane):
             def add(i, *state):
-                part = i * WARP + lane
+                part = narrow(i * WARP + lane)
                 found = values(part, part < self.count)
                 return tuple(combine(s, v) for s, v in zip(state, found, strict=True))
 

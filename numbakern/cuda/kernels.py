@@ -87,9 +87,10 @@ class Operation:
 
     @property
     def relative(self):
-        """Whether the map takes them relative to the maximum of a part, as the reduction did.
+        """Whether the map of a row that is held takes them relative to a part's maximum.
 
-        Then they need not be taken twice. In float64 the factor in between would cost an ulp.
+        So did the reduction: they need not be taken twice. In float64 the factor in between would
+        cost an ulp.
         """
         return self.exponential and self.softmax and self.elem == "f4"
 

@@ -14,7 +14,6 @@ from numbakern.cuda.device import (
     float_of,
     larger,
     load,
-    narrow,
     shared_load,
     shared_store,
     shuffle_xor,
@@ -121,7 +120,7 @@ class SharedBoard(Board):
 
     def put(self, part, numbers, lane, there):
         """As Board.put; a lane for each block."""
-        at, peer = self.address + narrow(part) * (8 * self.width), None
+        at, peer = self.address + part * (8 * self.width), None
         if self.cluster > 1:
             peer = lane & (self.cluster - 1)
         for i, v in enumerate(numbers):
@@ -130,7 +129,7 @@ class SharedBoard(Board):
     def get(self, part, there, count=None):
         """As Board.get."""
         part = part if there is None else where(there, part, 0)
-        at = self.address + narrow(part) * (8 * self.width)
+        at = self.address + part * (8 * self.width)
         found = [shared_load(at + 8 * i) for i in range(count or self.width)]
         if there is None:
             return found

@@ -216,8 +216,8 @@ class Walk:
     def __init__(self, walker, frame, op):
         self.walker, self.frame, self.op = walker, frame, op
         self.part, self.way, self.thread = walker.part, walker.way, frame.thread
-        count = constant(frame.block, self.part.parts(1), "i8")
-        self.count = frame.parts if self.part.chunks else count
+        count = constant(frame.thread, self.part.parts(1), "i4")
+        self.count = narrow(frame.parts) if self.part.chunks else count
         self.board = self.shelf = self.held = None
         self._begin(frame, op)
 
@@ -229,7 +229,7 @@ class Walk:
         self.lane, team = thread & (lanes - 1), thread >> bits
         self.ok, block = constant(p, True, "b1"), constant(p, 0, "i8")
         if part.single:
-            p, self.own = p * (BLOCK >> bits) + convert(team, "i8"), block
+            p, self.own = p * (BLOCK >> bits) + convert(team, "i8"), narrow(block)
             self.ok = p < frame.rows
             p, leader = smaller_integer(p, frame.rows - 1), self.lane == 0
         else:
@@ -239,9 +239,11 @@ class Walk:
             elif way.spread:
                 blocks = frame.blocks
                 p, block = divmod_positive(p, blocks, frame.blocks_inverse)
-            self.own = block * way.warps + convert(first_lane(team), "i8")
+            if way.kept != "registers":
+                team = first_lane(team)
+            self.own = narrow(block) * way.warps + team
             leader = (thread == 0) & (block == 0)
-            self.step = constant(p, way.warps, "i8") * blocks  # from a warp's part to its next
+            self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
             self.board = self._board(p, width(op))
         self.row = op.row(frame, p, self.ok, leader, self._peek)
         self.row.team = thread & (WARP - 1), lanes
@@ -253,8 +255,8 @@ class Walk:
         address = dynamic_shared(self.thread)
         if way.kept == "shared":
             # A block alone has all parts, in their order; one of several a share with gaps.
-            parts = self.frame.rounds * way.warps if way.cluster > 1 else self.count
-            self.shelf = Shelf(self.lane, address, narrow(parts), self.walker)
+            parts = narrow(self.frame.rounds) * way.warps if way.cluster > 1 else self.count
+            self.shelf = Shelf(self.lane, address, parts, self.walker)
             address = self.shelf.behind
         return SharedBoard(entries, address, way.cluster)
 
@@ -264,7 +266,7 @@ class Walk:
             (logit,) = self.board.get(self.count, None, 1)
             return logit
         if self.board is None and not self.part.single:  # only who has class j needs it
-            first = self.own * self.part.span
+            first = convert(self.own, "i8") * self.part.span
             return read((j >= first) & (j < first + self.part.span))
         return read(constant(j, True, "b1"))
 
@@ -296,7 +298,7 @@ class Walk:
         begin()
 
         def in_round(i):
-            part = self.own + i * self.step
+            part = self.own + narrow(i) * self.step
             when(part < self.count, lambda: visit(part, i, _nothing) or [], [])
             return ()
 
@@ -315,7 +317,7 @@ class Walk:
 
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
-        if self.op.relative and not self.part.single:
+        if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, None, 1)[0]
         span.map(self.op, self.op.in_part(params, m))
 
@@ -331,16 +333,16 @@ class Walk:
 
     def _own_number(self, i):
         """That of this warp's part of round i among the parts of the block."""
-        return narrow(i * self.way.warps) + first_lane(self.thread >> 5)
+        return narrow(i) * self.way.warps + first_lane(self.thread >> 5)
 
     def _place(self, part):
-        first = part * self.part.span + convert(self.lane, "i8") * self.part.group
-        return Lane(self.walker, self.row, first)
+        first = convert(part, "i8") * self.part.span
+        return Lane(self.walker, self.row, first + convert(self.lane * self.part.group, "i8"))
 
     def _over_parts(self, values, combine, start, count):
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
         start = [constant(self.own, start, "f8")] * count
-        lane = convert(self.lane, "i8")
+        lane = self.lane
         if not self.part.chunks:
             joiners = self.part.lanes // WARP
             found = values(lane & (joiners - 1), None)
@@ -349,7 +351,7 @@ class Walk:
             joiners = WARP
 
             def add(i, *state):
-                part = i * WARP + lane
+                part = narrow(i) * WARP + lane
                 found = values(part, part < self.count)
                 return tuple(combine(s, v) for s, v in zip(state, found, strict=True))
 
