@@ -117,10 +117,10 @@ def test_machine_code(one, arch):
 LONG = {
     "reduce": Way(4, "reduce", True, kept="no"),
     "map": Way(4, "map", True, kept="no"),
-    "shared": Way(16, kept="shared"),
+    "shared": Way(12, kept="shared"),
     "cluster-8": Way(8, cluster=8),
     "cluster-16": Way(16, cluster=8),
-    "cluster-shared": Way(16, cluster=4, kept="shared"),
+    "cluster-shared": Way(12, cluster=4, kept="shared"),
 }
 
 

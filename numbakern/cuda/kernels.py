@@ -412,7 +412,7 @@ class CrossEntropy(Operation):
         return (
             convert(scale * total, self.elem),
             convert(scale * row.spread, self.elem),
-            where(row.skip, -1, row.label),
+            narrow(where(row.skip, -1, row.label)),
             convert(label_grad, self.elem),
         )
 
@@ -440,7 +440,7 @@ class CrossEntropy(Operation):
             grad = formulas.cross_entropy_grad(p, factor, target)
         else:
             grad = p * factor
-        return where(narrow(label - first) == i, label_grad, grad)
+        return where(label - narrow(first) == i, label_grad, grad)
 
     def _soft_value(self, params, p, x, y, w):
         scale, factor, high, low, peak, second, keep, spread = params
@@ -523,9 +523,9 @@ class NllBackward(Operation):
         """The gradient at the label, and elsewhere."""
         grad = convert(row.grad, self.elem)
         elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
-        return where(row.skip, -1, row.label), grad, elsewhere
+        return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 
     def value(self, params, first, i, _x, _y, _w):
         """The gradient."""
         label, grad, elsewhere = params
-        return where(narrow(label - first) == i, grad, elsewhere)
+        return where(label - narrow(first) == i, grad, elsewhere)

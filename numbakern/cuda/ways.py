@@ -23,8 +23,10 @@ FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
+WALKING = 12
+"""Warps of a block that takes long rows part by part; with 16 a register is missing."""
 EVEN = 8
-"""Blocks that walk long rows have a multiple of so many warps: each number is another kernel."""
+"""Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 
@@ -125,8 +127,9 @@ def _together(parts, count, board, shelf, machine):
     """`launches` of a block or a cluster for each row; None where that is not the way."""
 
     def one(kept, blocks):
-        rounds = _ceil(parts, TEAM // WARP * blocks)
-        warps = EVEN * _ceil(parts, EVEN * rounds * blocks)
+        held = kept == "registers"
+        rounds = _ceil(parts, (TEAM // WARP if held else WALKING) * blocks)
+        warps = EVEN * _ceil(parts, EVEN * blocks) if held and rounds == 1 else WALKING
         size = board
         if kept == "shared":
             size += shelf * (parts if blocks == 1 else rounds * warps)
