@@ -46,7 +46,7 @@ BUDGET = {
     "log_softmax_backward": 36,
     "softmax_backward": 26,
     "cross_entropy": 34,
-    "cross_entropy_value_and_grad": 46,
+    "cross_entropy_value_and_grad": 47,
     "cross_entropy_backward": 46,
     "cross_entropy_backward-lse": 34,
     "cross_entropy_value_and_grad-smooth": 62,
@@ -56,6 +56,8 @@ BUDGET = {
 JOIN = 9
 """Those of the loops that join the parts of a long row, counted as if they ran for each part; they
 run for every 32."""
+LONG_BUDGET = {"softmax": 50}
+"""Where the exponentials of a row that is read twice are taken twice."""
 SINGLE = 8
 """Accesses of less than 16 bytes for what there is one of a row: label, logit there, weight, …"""
 SOME = ("log_softmax", "softmax_backward", "cross_entropy_value_and_grad")
@@ -81,7 +83,8 @@ def check(one, arch):
         assert found.wide % vectors == 0, found
         assert found.narrow <= (0 if chunks else SINGLE), found
     if one.layout == "whole" and vectors * group >= 31 and one.kind != "f8":
-        assert found.instructions <= BUDGET[one.operation] + JOIN * chunks, found
+        budget = LONG_BUDGET.get(one.operation, BUDGET[one.operation] + JOIN)
+        assert found.instructions <= (budget if chunks else BUDGET[one.operation]), found
     return found
 
 

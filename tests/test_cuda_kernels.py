@@ -485,6 +485,21 @@ def test_losses_in_every_layout(classes, batch, axis, soft, threads_take_columns
         assert cases.same_bits(loss, want_loss), layout
 
 
+@pytest.mark.parametrize("classes", [1100, 2100])
+@cases.dtypes(float32, float64, bfloat16)
+def test_columns_of_several_parts(dtype, classes, threads_take_columns):
+    """Rows of two to five parts that a block holds, by threads: the bits of contiguous ones."""
+    x = cases.logits((classes, 9), dtype, scale=4.0)
+    rows = np.ascontiguousarray(x.T)
+    labels = cases.class_labels(9, classes)
+    for operation, given in [("softmax", {}), ("cross_entropy", {"labels": labels})]:
+        want, out = empty_like(rows), empty_like(x)
+        run(operation, {"x": rows, "out": want, **given}, 1)
+        made = run(operation, {"x": x, "out": out, **given}, 0)
+        assert dict(made.steps[-1].spec.params)["walker"] == "columns"
+        assert cases.same_bits(out.T, want)
+
+
 @pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
 @cases.dtypes(float32, float64)
 def test_columns_in_chunks(dtype, operation, small_chunks, threads_take_columns):

@@ -20,7 +20,7 @@ from numbakern.cuda.device import (
     where,
 )
 from numbakern.cuda.reduce import WARP, Board
-from numbakern.cuda.rows import Lane, Walk
+from numbakern.cuda.rows import Lane, Walk, joiners_of
 from numbakern.cuda.softmax import share_of, sum_of_terms, width
 
 BLOCK = 128
@@ -79,7 +79,7 @@ class _Columns(Walk):
         if self.part.chunks:
             rounds, joiners = self.frame.joins, WARP
         else:
-            rounds, joiners = constant(self.own, 1, "i8"), self.part.lanes // WARP
+            rounds, joiners = constant(self.own, 1, "i8"), joiners_of(self.part)
 
         def slot(lane):
             def add(i, *state):

@@ -85,10 +85,10 @@ def partition(classes, size, halved=False):
     lanes = 1
     while lanes < WARP and lanes * group * (most // 2) < classes:
         lanes *= 2
-    while lanes < TEAM and lanes * group * most < classes:
-        lanes *= 2
-    if lanes * group * most < classes:
+    parts = -(-classes // (lanes * group * most))
+    if parts > TEAM // WARP:
         return Partition(TEAM, most, group, True)
+    lanes *= max(1, parts)
     return Partition(lanes, max(1, -(-classes // (lanes * group))), group, False)
 
 
@@ -344,8 +344,9 @@ class Walk:
         start = [constant(self.own, start, "f8")] * count
         lane = self.lane
         if not self.part.chunks:
-            joiners = self.part.lanes // WARP
-            found = values(lane & (joiners - 1), None)
+            joiners, parts = joiners_of(self.part), self.part.lanes // WARP
+            part = lane & (joiners - 1)
+            found = values(part, None if parts == joiners else part < parts)
             found = [combine(s, v) for s, v in zip(start, found, strict=True)]
         else:
             joiners = WARP
@@ -357,6 +358,11 @@ class Walk:
 
             found = repeat(self.frame.joins, add, *start)
         return [team_fold(v, joiners, combine) for v in found]
+
+
+def joiners_of(part):
+    """Lanes that join the parts of a row that is held: a power of two."""
+    return 1 << (part.lanes // WARP - 1).bit_length()
 
 
 def _nothing():
