@@ -29,8 +29,6 @@ EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
-
-
 NEIGHBOURS = 8
 """Rows side by side that are worth a thread each: what a sector of float32 holds."""
 THREADS = 64
