@@ -104,7 +104,7 @@ def bound(dtype, full):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Rows in parts of 128 float32 or 64 float64, by a block of four warps if it is one."""
+    """Rows in parts of 128 float32 or 64 float64; a block holds four, or walks two at a time."""
 
     def partition(classes, size, halved):
         group = max(2, min(8, 16 // size))
@@ -112,6 +112,7 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr(plans, "partition", partition)
     monkeypatch.setattr(ways, "TEAM", 4 * WARP)
+    monkeypatch.setattr(ways, "WALKING", 2)
     plan.cache_clear()
     yield
     plan.cache_clear()
@@ -266,8 +267,8 @@ WAYS = {
     "blocks": Machine(multiprocessors=132),
     "few blocks": Machine(multiprocessors=7),
     "shared": Machine(shelf=True),
-    "cluster": Machine(cluster=8),
-    "cluster, shared": Machine(shelf=True, cluster=2),
+    "cluster": Machine(cluster=16),
+    "cluster, shared": Machine(shelf=True, cluster=2, shared=12 << 10),
 }
 
 
