@@ -9,6 +9,8 @@ too. What a real GPU would punish by wrong numbers or a fault raises `Fault` her
 - two threads that write to the same place, or one that reads what another one wrote, without a
   barrier between them (in global memory: of different blocks at all);
 - shared memory that is read before it is written, or beyond what was asked for;
+- a write to the shared memory of another block of the cluster before that has started, or with no
+  barrier of the cluster before it ends;
 - a loop whose count differs from thread to thread: barriers and shuffles in it would diverge.
 """
 
@@ -26,6 +28,7 @@ from numbakern.cuda.device import Kernel, Value
 
 WARP = 32
 LANES_AT_ONCE = 1 << 17
+SHARED = 227 << 10  # bytes that a block can have
 DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 
 
@@ -98,14 +101,16 @@ class Memory:
 class Emulator:
     """The machine that `device.Value`s are on in a test; its methods are those of `device`."""
 
-    def __init__(self, memory, blocks, threads):
-        self.memory = memory
+    def __init__(self, memory, blocks, threads, shared=0, cluster=1):
+        self.memory, self.cluster = memory, cluster
         self.blocks = np.asarray(blocks, np.int64)[:, None]
         self.threads = threads
         self.shape = (len(blocks), threads)
         self.number = self.blocks * threads + np.arange(threads) + 1  # of the thread, from 1
         self.time = 1  # phases between barriers
-        self.cells: list[_Shared] = []
+        self.cluster_time = 1 if cluster == 1 else 0  # the phase that all of a cluster have reached
+        self.remote_time = -1  # the last phase with a write to another block's shared memory
+        self.cells: list[_Shared] = [_Shared(self, shared)]
         self.active = np.True_  # the threads that are not in another branch
 
     def argument(self, value, elem):
@@ -182,7 +187,9 @@ class Emulator:
             raise Fault(f"{what} in a branch that not all threads take")
 
     def _by_lane(self, word):
-        self._together("a shuffle")
+        active = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
+        if np.any(active.any(axis=1) != active.all(axis=1)):
+            raise Fault("a shuffle in a branch that not all threads of a warp take")
         return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
 
     def shuffle_xor(self, word, offset):
@@ -190,13 +197,35 @@ class Emulator:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
 
-    def shuffle_next(self, word):
-        lanes = np.minimum(np.arange(WARP) + 1, WARP - 1)
-        return self._by_lane(word)[:, :, lanes].reshape(self.shape)
+    def shuffle_from(self, word, lane):
+        lane = np.broadcast_to(lane, self.shape).reshape(self.shape[0], -1, WARP)
+        if np.any((lane < 0) | (lane >= WARP)):
+            raise Fault("shuffle from no lane")
+        return np.take_along_axis(self._by_lane(word), lane, axis=2).reshape(self.shape)
+
+    def first_lane(self, word):
+        words = self._by_lane(word)
+        if np.any(words != words[:, :, :1]):
+            raise Fault("lanes of a warp that should agree do not")
+        return words.reshape(self.shape)
 
     def barrier(self):
         self._together("a barrier")
         self.time += 1
+
+    def cluster_barrier(self):
+        self.barrier()
+        self.cluster_time = self.time
+
+    def cluster_rank(self):
+        if self.cluster == 1:
+            raise Fault("a block's number in a cluster, without clusters")
+        return (self.blocks % self.cluster).astype(np.int32)
+
+    def end(self):
+        """Whether the blocks may end now."""
+        if self.remote_time >= self.cluster_time:
+            raise Fault("a block may end while another one writes to its shared memory")
 
     def repeat(self, count, body, state):
         self._together("a loop")
@@ -291,66 +320,97 @@ class Emulator:
         self.cells.append(_Shared(self, size))
         return np.int32((len(self.cells) - 1) << 20)
 
-    def _cell(self, address, mask):
+    def dynamic_shared(self):
+        return np.int32(0)
+
+    def _cell(self, address):
         address = np.broadcast_to(address, self.shape)
         area = np.unique(address >> 20)
         if len(area) != 1 or not 0 <= area[0] < len(self.cells):
             raise Fault("shared memory out of bounds")
         return self.cells[area[0]], address & ((1 << 20) - 1)
 
-    def shared_load(self, address):
-        cell, at = self._cell(address, None)
-        return cell.load(at)
+    def shared_load(self, address, size, count):
+        cell, at = self._cell(address)
+        mask = np.broadcast_to(self.active, self.shape)
+        found = np.zeros((*self.shape, size * count // 4), np.uint32)
+        found[mask] = cell.load(at, size * count, mask)
+        words = found.view(f"i{size}")
+        return [words[:, :, i] for i in range(count)]
 
-    def shared_store(self, address, v, mask):
-        cell, at = self._cell(address, mask)
-        cell.store(at, np.broadcast_to(v, self.shape), np.broadcast_to(mask, self.shape))
+    def shared_store(self, address, size, words, mask, peer):
+        cell, at = self._cell(address)
+        mask = self.active if mask is None else np.logical_and(self.active, mask)
+        mask = np.broadcast_to(mask, self.shape)
+        lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
+        raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
+        blocks = np.nonzero(mask)[0]
+        if peer is not None:
+            peer = np.broadcast_to(peer, self.shape)[mask]
+            if np.any((peer < 0) | (peer >= self.cluster)):
+                raise Fault("no such block in the cluster")
+            if self.cluster_time == 0:
+                raise Fault("another block of the cluster may not have started")
+            self.remote_time = self.time
+            blocks = blocks // self.cluster * self.cluster + peer
+        cell.store(at, raw, mask, blocks)
 
 
 class _Shared:
-    """An area of every block's shared memory, in float64 cells."""
+    """An area of every block's shared memory, in words of 4 bytes."""
 
     def __init__(self, machine, size):
-        self.machine, self.count = machine, size // 8
+        self.machine, self.count = machine, size // 4
         shape = (machine.shape[0], self.count)
-        self.values = np.full(shape, np.nan)
-        self.writer = np.full(shape, -1)
-        self.written = np.zeros(shape, int)  # the phase in which
-        self.reader = np.full(shape, -1)  # −2: several threads
-        self.read = np.zeros(shape, int)
+        self.values = np.zeros(shape, np.uint32)
+        self.writer = np.zeros(shape, np.int32)  # number of the thread, 0 for none
+        self.written = np.zeros(shape, np.int32)  # the phase in which
+        self.reader = np.zeros(shape, np.int32)  # −2: several threads
+        self.read = np.zeros(shape, np.int32)
 
-    def _index(self, at, mask):
-        if np.any(at[mask] % 8) or np.any(at[mask] < 0) or np.any(at[mask] >= 8 * self.count):
+    def _index(self, at, width, blocks):
+        """The words of some accesses, one in each row."""
+        if np.any(at % width) or np.any(at < 0) or np.any(at + width > 4 * self.count):
             raise Fault("shared memory misaligned or out of bounds")
-        blocks, threads = np.nonzero(mask)
-        return blocks, at[mask] // 8, threads
+        return blocks[:, None], at[:, None] // 4 + np.arange(width // 4)
 
-    def load(self, at):
-        blocks, cells, threads = self._index(at, np.ones(at.shape, bool))
-        wrote, when = self.writer[blocks, cells], self.written[blocks, cells]
-        if np.any(wrote < 0):
+    def _unseen(self, other, when, mine):
+        """Whether an access of another thread is not known to have come before ours."""
+        machine = self.machine
+        same_block = (other - 1) // machine.threads == (mine - 1) // machine.threads
+        return (other != mine) & (when >= np.where(same_block, machine.time, machine.cluster_time))
+
+    def load(self, at, width, mask):
+        where = self._index(at[mask], width, np.nonzero(mask)[0])
+        mine = self.machine.number[mask][:, None]
+        wrote = self.writer[where]
+        if np.any(wrote == 0):
             raise Fault("shared memory is read before it is written")
-        if np.any((wrote != threads) & (when == self.machine.time)):
+        if np.any(self._unseen(wrote, self.written[where], mine)):
             raise Fault("shared memory is read without a barrier behind another thread's write")
-        fresh = self.read[blocks, cells] != self.machine.time
-        self.reader[blocks[fresh], cells[fresh]] = threads[fresh]
-        self.read[blocks, cells] = self.machine.time
-        several = self.reader[blocks, cells] != threads
-        self.reader[blocks[several], cells[several]] = -2
-        return self.values[blocks, cells].reshape(at.shape)
+        mine = np.broadcast_to(mine, wrote.shape)
+        fresh = self.read[where] != self.machine.time
+        index = tuple(np.broadcast_to(w, fresh.shape) for w in where)
+        self.reader[tuple(w[fresh] for w in index)] = mine[fresh]
+        self.read[where] = self.machine.time
+        several = self.reader[where] != mine
+        self.reader[tuple(w[several] for w in index)] = -2
+        return self.values[where]
 
-    def store(self, at, v, mask):
-        blocks, cells, threads = self._index(at, mask)
-        now = self.machine.time
-        wrote = (self.written[blocks, cells] == now) & (self.writer[blocks, cells] != threads)
-        read = (self.read[blocks, cells] == now) & (self.reader[blocks, cells] != threads)
-        if np.any(wrote) or np.any(read):
+    def store(self, at, raw, mask, blocks):
+        where = self._index(at[mask], 4 * raw.shape[1], blocks)
+        mine, now = self.machine.number[mask][:, None], self.machine.time
+        wrote, read = self.writer[where], self.reader[where]
+        unseen = (wrote != 0) & self._unseen(wrote, self.written[where], mine)
+        owner = self.machine.number[blocks, :1]  # only a block's own threads read it
+        seen_by = np.where(read == -2, owner + (mine == owner), read)
+        if np.any(unseen | (read != 0) & self._unseen(seen_by, self.read[where], mine)):
             raise Fault("shared memory is written without a barrier behind another thread's access")
-        self.writer[blocks, cells] = threads
-        if np.any(self.writer[blocks, cells] != threads):
+        self.writer[where] = mine
+        if np.any(self.writer[where] != mine):
             raise Fault("two threads write to the same place of shared memory")
-        self.written[blocks, cells] = now
-        self.values[blocks, cells] = v[mask]
+        self.written[where] = now
+        self.values[where] = raw
 
 
 def _float16_bits(v):
@@ -409,11 +469,17 @@ def emulate(kernel: Kernel, grid, block, args, arrays, shared=0, cluster=1):
     """
     if block % WARP or not 0 < block <= 1024:
         raise Fault(f"a block of {block} threads")
+    if cluster < 1 or cluster > 16 or grid % cluster:
+        raise Fault(f"{grid} blocks in clusters of {cluster}")
+    if not 0 <= shared <= SHARED:
+        raise Fault(f"{shared} bytes of shared memory")
     memory = Memory(arrays)
-    step = max(1, LANES_AT_ONCE // block)
+    step = max(1, LANES_AT_ONCE // (block * cluster)) * cluster
     with np.errstate(all="ignore"):
         for first in range(0, grid, step):
-            machine = Emulator(memory, range(first, min(grid, first + step)), block)
+            blocks = range(first, min(grid, first + step))
+            machine = Emulator(memory, blocks, block, shared, cluster)
             elems = kernel.args.values()
             values = [machine.argument(v, e) for v, e in zip(args, elems, strict=True)]
             kernel.run(machine, values)
+            machine.end()

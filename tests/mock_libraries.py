@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from numbakern.cuda import launch, pool
+from numbakern.cuda.ways import Machine
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -305,6 +306,7 @@ class Device:
     def __init__(self, ordinal, report, start):
         self.ordinal, self.report, self._start = ordinal, report, start
         self.take_bad_label, self.calls = report.take, {}
+        self.machine = Machine()
         self.own_stream = Stream(self, 0x0E)
         self._streams = {}
 

@@ -68,6 +68,7 @@ class Emulator:
 
     def __init__(self):
         from numbakern.cuda import bad_labels, compile, families, launch, plan
+        from numbakern.cuda.ways import Machine
         from tests.emulator import emulate
 
         words, touched = Words(), []
@@ -113,6 +114,7 @@ class Emulator:
                 capability=(9, 0),
                 shared=232448,
                 multiprocessors=132,
+                machine=Machine(),
                 report=report,
                 take_bad_label=report.take,
                 calls={},

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from numbakern.arrays import kind_of
+from numbakern.cuda import device, ways
 from numbakern.cuda import plan as plans
 from numbakern.cuda.plan import Layout, kernel_of, plan
-from numbakern.cuda.rows import Partition
-from tests import accuracy, cases, reference
+from numbakern.cuda.rows import Partition, partition
+from numbakern.cuda.ways import MACHINE, Machine
+from tests import accuracy, cases, emulator, reference
 from tests.cases import bfloat16, float16, float32, float64
-from tests.emulator import Fault, emulate
+from tests.emulator import WARP, Fault, emulate
 
 WORK = np.longdouble
 NONE = np.iinfo(np.int64).max
@@ -44,14 +46,14 @@ def compute_of(dtype):
     return kind_of(np.dtype(dtype)).compute
 
 
-def run(operation, arrays, axis, elem=None, *, of="x", record=None, **values):
+def run(operation, arrays, axis, elem=None, *, of="x", record=None, machine=MACHINE, **values):
     """Plan and emulate an operation over these arrays; options and values by name."""
     elem = elem or compute_of(arrays[of].dtype)
     names = ("soft", "smooth", "given", "ignores", "reduction")
     options = tuple((n, values.pop(n)) for n in names if n in values)
     arrays = {n: a for n, a in arrays.items() if a is not None}
     layouts = tuple((n, layout_of(a)) for n, a in arrays.items())
-    made = plan(operation, options, arrays[of].shape, axis, elem, layouts)
+    made = plan(operation, options, arrays[of].shape, axis, elem, layouts, machine)
     temporaries = {n: np.full(-(-size // 8), np.nan) for n, size in made.temporaries}
     bad = np.full(1, NONE) if record is None else record
     memory = {**arrays, **temporaries, "bad": bad}
@@ -59,7 +61,8 @@ def run(operation, arrays, axis, elem=None, *, of="x", record=None, **values):
     slots = {"scale": 1.0, "keep": 1.0, "spread": 0.0, **made.constants, **slots, **values}
     for step in made.steps:
         args = [slots[n] for n in step.args]
-        emulate(kernel_of(step.spec), step.grid, step.block, args, list(memory.values()))
+        kernel, memories = kernel_of(step.spec), list(memory.values())
+        emulate(kernel, step.grid, step.block, args, memories, step.shared, step.cluster)
     if record is None:
         assert bad[0] == NONE
     return made
@@ -101,13 +104,24 @@ def bound(dtype, full):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Rows in chunks of 128 float32 or 64 float64, by a team of one warp."""
+    """Rows in parts of 128 float32 or 64 float64; a block holds four, or walks two at a time."""
 
     def partition(classes, size, halved):
         group = max(2, min(8, 16 // size))
         return Partition(32, 1, group, True)
 
     monkeypatch.setattr(plans, "partition", partition)
+    monkeypatch.setattr(ways, "TEAM", 4 * WARP)
+    monkeypatch.setattr(ways, "WALKING", 2)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+@pytest.fixture
+def threads_take_columns(monkeypatch):
+    """A thread takes a row, or a part of it, wherever rows lie side by side, however few."""
+    monkeypatch.setattr(ways, "THREADS", 0)
     plan.cache_clear()
     yield
     plan.cache_clear()
@@ -248,6 +262,70 @@ def test_cross_entropy_in_chunks(small_chunks, soft, smoothing, weighted, reduct
     test_cross_entropy(float32, 300, soft, smoothing, weighted, reduction)
 
 
+WAYS = {
+    "block": Machine(multiprocessors=1),
+    "blocks": Machine(multiprocessors=132),
+    "few blocks": Machine(multiprocessors=7),
+    "shared": Machine(shelf=True),
+    "cluster": Machine(cluster=16),
+    "cluster, shared": Machine(shelf=True, cluster=2, shared=12 << 10),
+}
+
+
+@pytest.fixture
+def one_block_at_a_time(monkeypatch):
+    """What one block has written the next one finds, as it may on a GPU."""
+    monkeypatch.setattr(emulator, "LANES_AT_ONCE", 1)
+
+
+def long_row_calls(x, y):
+    """(operation, inputs beside x, results, options and values) of every operation on rows."""
+    rows, classes = x.shape
+    labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, np.float32)
+    labels[1] = -100
+    hard, loss, lse = {"labels": labels, "weight": weight}, ("loss", "out"), reference.logsumexp(x)
+    ignore = {"ignores": True, "ignore_index": -100}
+    smooth = ignore | {"smooth": True} | smoothing_values(0.125, classes)
+    soft = {"soft": True} | smoothing_values(0.125, classes)
+    return [
+        ("log_softmax", {}, ("out",), {}),
+        ("softmax", {}, ("out",), {}),
+        ("logsumexp", {}, ("row_lse",), {}),
+        ("log_softmax_backward", {"y": y}, ("out",), {}),
+        ("softmax_backward", {"y": y}, ("out",), {}),
+        ("cross_entropy", hard, (*loss, "row_lse"), ignore),
+        ("cross_entropy", hard, loss, smooth),
+        ("cross_entropy", {"y": y}, loss, soft),
+        ("cross_entropy", hard | {"row_lse": lse}, ("out",), ignore | {"given": True}),
+        ("cross_entropy", hard | {"row_lse": lse}, ("out",), smooth | {"given": True}),
+        ("cross_entropy", {"y": y, "row_lse": lse}, ("out",), soft | {"given": True}),
+    ]
+
+
+@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("classes", [900, pytest.param(4100, marks=pytest.mark.slow)])
+def test_who_takes_the_parts_changes_no_bit(
+    classes, number, small_chunks, one_block_at_a_time, dtype=float32
+):
+    """Rows of 8 and of 33 parts, by a block, several or a cluster; in place, and unaligned."""
+    x = placed(cases.logits((3, classes), dtype, scale=4.0), 1)
+    y = placed(cases.probabilities(x.shape, 1, dtype), 1)
+    operation, inputs, results, call = long_row_calls(x, y)[number]
+    want, taken = None, set()
+    for machine in WAYS.values():
+        own = placed(x, 1) if "out" in results and want is not None else x
+        found = {n: np.full(len(x), 7.0) for n in results if n != "out"}
+        if "out" in results:
+            found["out"] = empty_like(x) if want is None else own
+        made = run(operation, {"x": own, **inputs, **found}, 1, machine=machine, **call)
+        taken |= {dict(step.spec.params)["way"] for step in made.steps}
+        want = found if want is None else want
+        for name, array in want.items():
+            assert cases.same_bits(found[name], array), (name, machine)
+    mapped_only = call.get("given") and not {"smooth", "soft"} & set(call)
+    assert len(taken) >= (1 if mapped_only else 5)
+
+
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @cases.dtypes(*cases.FLOATS)
@@ -364,7 +442,7 @@ BATCHES = [((6,), 1), ((40,), 0), ((3, 17), 1), ((2, 3, 5), 1), ((2, 3, 5), 3), 
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @cases.dtypes(float32, float64, bfloat16)
 @pytest.mark.parametrize("classes", [3, 21, 100, 300])
-def test_same_bits_in_every_layout(dtype, classes, batch, axis):
+def test_same_bits_in_every_layout(dtype, classes, batch, axis, threads_take_columns):
     """A row's bits do not depend on where it lies: rows, columns, strided, reversed, padded."""
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, dtype, scale=4.0)
@@ -385,7 +463,7 @@ def test_same_bits_in_every_layout(dtype, classes, batch, axis):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @pytest.mark.parametrize("classes", [3, 21, 300])
-def test_losses_in_every_layout(classes, batch, axis, soft):
+def test_losses_in_every_layout(classes, batch, axis, soft, threads_take_columns):
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, float32, scale=4.0)
     labels = cases.probabilities(shape, axis) if soft else cases.class_labels(batch, classes)
@@ -408,9 +486,24 @@ def test_losses_in_every_layout(classes, batch, axis, soft):
         assert cases.same_bits(loss, want_loss), layout
 
 
+@pytest.mark.parametrize("classes", [1100, 2100])
+@cases.dtypes(float32, float64, bfloat16)
+def test_columns_of_several_parts(dtype, classes, threads_take_columns):
+    """Rows of two to five parts that a block holds, by threads: the bits of contiguous ones."""
+    x = cases.logits((classes, 9), dtype, scale=4.0)
+    rows = np.ascontiguousarray(x.T)
+    labels = cases.class_labels(9, classes)
+    for operation, given in [("softmax", {}), ("cross_entropy", {"labels": labels})]:
+        want, out = empty_like(rows), empty_like(x)
+        run(operation, {"x": rows, "out": want, **given}, 1)
+        made = run(operation, {"x": x, "out": out, **given}, 0)
+        assert dict(made.steps[-1].spec.params)["walker"] == "columns"
+        assert cases.same_bits(out.T, want)
+
+
 @pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
 @cases.dtypes(float32, float64)
-def test_columns_in_chunks(dtype, operation, small_chunks):
+def test_columns_in_chunks(dtype, operation, small_chunks, threads_take_columns):
     """Rows in chunks, side by side or strided: the bits of contiguous ones."""
     for classes in (5, 128, 300):
         x = cases.logits((classes, 9), dtype, scale=4.0)
@@ -546,7 +639,8 @@ def broken(change):
     made = plan("log_softmax", (), x.shape, 1, "f4", layouts).constants
     slots = {"x": x.ctypes.data, "out": out.ctypes.data, **made}
     change(slots)
-    emulate(kernel_of(step.spec), step.grid, step.block, [slots[n] for n in step.args], [x, out])
+    args = [slots[n] for n in step.args]
+    emulate(kernel_of(step.spec), step.grid, step.block, args, [x, out], step.shared)
 
 
 @pytest.mark.parametrize(
@@ -568,3 +662,155 @@ def test_a_wrong_argument_is_noticed(name, by, message):
         return
     with pytest.raises(Fault, match=message):
         broken(change)
+
+
+def in_clusters(body, blocks=4, cluster=2, shared=64):
+    """Run body(thread, address of the shared memory) for 32 threads a block."""
+
+    def run_it(frame):
+        body(frame.thread, device.dynamic_shared(frame.thread))
+
+    emulate(device.Kernel("test", run_it, {}), blocks, 32, [], [], shared, cluster)
+
+
+def tell(thread, address, peer, cluster=2):
+    """Lane 0 writes the block's number in the cluster to a place of its own at another block."""
+    rank = device.cluster_rank(thread)
+    at = address + (rank << 3)
+    v = device.convert(rank, "f8")
+    device.shared_store(at, v, thread == 0, (rank + peer) & (cluster - 1))
+
+
+def test_blocks_of_a_cluster_write_to_each_other():
+    found = []
+
+    def body(thread, address):
+        device.cluster_barrier(thread)
+        tell(thread, address, 1)
+        device.cluster_barrier(thread)
+        other = 1 - device.cluster_rank(thread)
+        found.append(device.shared_load(address + (other << 3)).value[:, 0])
+
+    in_clusters(body)
+    np.testing.assert_array_equal(found, [[1, 0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("write end", "may not have started"),
+        ("wait write", "may end"),
+        ("wait write read wait", "before it is written|without a barrier"),
+        ("wait write sync read wait", "without a barrier"),
+        ("wait write wait read write wait", "without a barrier"),
+        ("wait beyond wait", "no such block"),
+        ("wait outside wait", "out of bounds"),
+    ],
+)
+def test_what_a_cluster_must_not_do(steps, message):
+    def body(thread, address):
+        other = 1 - device.cluster_rank(thread)
+        do = {
+            "wait": lambda: device.cluster_barrier(thread),
+            "sync": lambda: device.barrier(thread),
+            "write": lambda: tell(thread, address, 1),
+            "read": lambda: device.shared_load(address + (other << 3)),
+            "beyond": lambda: tell(thread, address, 1, cluster=4),
+            "outside": lambda: tell(thread, address + 64, 1),
+            "end": lambda: None,
+        }
+        for step in steps.split():
+            do[step]()
+
+    with pytest.raises(Fault, match=message):
+        in_clusters(body)
+
+
+def test_shared_memory_of_a_launch_has_an_end():
+    with pytest.raises(Fault, match="out of bounds"):
+        in_clusters(lambda _, address: device.shared_load(address + 60), cluster=1)
+    with pytest.raises(Fault, match="bytes of shared memory"):
+        in_clusters(lambda *_: None, cluster=1, shared=228 << 10)
+    with pytest.raises(Fault, match="in clusters of"):
+        in_clusters(lambda *_: None, cluster=3)
+
+
+# --- who takes the parts -------------------------------------------------------------------------
+
+
+def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
+    part = partition(classes, size)
+    shelf = 16 * 32 * part.vectors
+    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, False, machine)
+    return found
+
+
+def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
+    """Every element is in one part, whatever the number of rows and whatever is chosen."""
+    for size in (2, 4, 8):
+        for classes in [*range(1, 1300), *range(1300, 300_000, 97), 128256, 262144]:
+            part = partition(classes, size)
+            parts = part.parts(classes)
+            held = part.span * parts
+            assert held >= classes
+            # No part is empty where several are full, and no lane has twice what it needs.
+            assert part.chunks or held <= max(2 * classes, part.group) + 32 * part.group * parts
+            assert part.span * size <= 4096
+
+
+@pytest.mark.parametrize(
+    "classes, count, machine, stages, kept, cluster",
+    [
+        (1000, 1, MACHINE, ["all"], "registers", 1),
+        (16384, 1, MACHINE, ["all"], "registers", 1),
+        (128256, 1, MACHINE, ["reduce", "map"], "no", 1),
+        (128256, 263, MACHINE, ["reduce", "map"], "no", 1),
+        (128256, 264, MACHINE, ["all"], "no", 1),
+        (10_000_000, 264, MACHINE, ["reduce", "map"], "no", 1),
+        (50_000, 1, Machine(shelf=True), ["all"], "shared", 1),
+        (50_000, 1, Machine(shelf=True, shared=163 << 10), ["reduce", "map"], "no", 1),
+        (20_000, 1, Machine(cluster=8), ["all"], "registers", 2),
+        (128256, 1, Machine(cluster=8), ["all"], "registers", 8),
+        (262144, 300, Machine(cluster=8), ["all"], "no", 1),
+        (262144, 300, Machine(cluster=8, shelf=True), ["all"], "shared", 8),
+    ],
+)
+def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
+    found = ways_of(classes, count, machine)
+    assert [launch.way.stage for launch in found] == stages
+    for way, grid, threads, shared in found:
+        assert (way.kept, way.cluster) == (kept, cluster)
+        assert 32 * way.warps <= threads <= 512
+        assert grid % cluster == 0
+        assert shared <= machine.shared
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+def test_few_long_rows_find_many_blocks(count):
+    """1 to 64 rows of 128256: as many threads as there are elements for, or the machine is full."""
+    for way, grid, threads, _ in ways_of(128256, count):
+        elements = count * 128256
+        assert grid * threads >= min(elements // 64, 132 * 1024), way
+
+
+def test_who_takes_columns():
+    """Threads where they are many enough to fill the machine, or else warps: of the same bits."""
+    for shape, walker in [((21, 9000), "columns"), ((21, 1000), "rows"), ((128256, 70), "columns"),
+                          ((128256, 9), "rows"), ((10_000_000, 6), "rows")]:  # fmt: skip
+        layouts = tuple((n, Layout("f4", (4 * shape[1], 4), True)) for n in ("x", "out"))
+        made = plan("log_softmax", (), shape, 0, "f4", layouts)
+        assert {dict(step.spec.params)["walker"] for step in made.steps} == {walker}
+
+
+def test_what_is_chosen(monkeypatch):
+    for setting, shelf, cluster in [
+        ("", False, 1),
+        ("shared", True, 1),
+        ("cluster, shared", True, 8),
+    ]:
+        monkeypatch.setenv(ways.SETTING, setting)
+        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (shelf, cluster)
+        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (shelf, 1)
+    monkeypatch.setenv(ways.SETTING, "clusters")
+    with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*, got clusters$"):
+        ways.machine_of(132, 227 << 10, (9, 0))

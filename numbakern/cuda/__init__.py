@@ -644,7 +644,8 @@ class Target:
                 values[name] = array.place
                 kind = arrays.kind_of(array.dtype).kind
                 layouts.append((name, Layout(kind, array.strides, self._is_aligned(array))))
-        plan = plan_of(operation, options, shape, axis, compute, tuple(layouts))
+        machine = self.queue.device.machine
+        plan = plan_of(operation, options, shape, axis, compute, tuple(layouts), machine)
         values.update(plan.constants)
         values.update((name, self._room(size)) for name, size in plan.temporaries)
         for step in plan.steps:

@@ -18,6 +18,8 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
     "f2": (64, 1024, 4096, 65536),
     "f8": (16, 128, 2048, 65536),
 }
+ROWS = 16384
+"""Enough that no way for few of them is taken."""
 
 
 class Case(NamedTuple):
@@ -65,12 +67,12 @@ class Figures(NamedTuple):
 
 
 def _arrays(operation, kind, classes, layout, elem):
-    """(operation of plan, options, axis, layouts) of an operation on 1024 rows."""
+    """(operation of plan, options, axis, layouts) of an operation on ROWS rows."""
     size = 2 if kind == "bf" else int(kind[1])
     wide = {
         "whole": Layout(kind, (classes * size, size), True),
         "shifted": Layout(kind, (classes * size, size), False),
-        "columns": Layout(kind, (1024 * size, size), True),
+        "columns": Layout(kind, (ROWS * size, size), True),
     }[layout]
     result = Layout("f8" if elem == "f8" else "f4", (), True)
     x, y, out = ("x", wide), ("y", wide), ("out", wide)
@@ -121,7 +123,7 @@ def case(operation, kind, classes, layout="whole"):
     """The Case of a public function on rows of a kind and length."""
     elem = "f8" if kind == "f8" else "f4"
     name, options, arrays = _arrays(operation, kind, classes, layout, elem)
-    shape, axis = ((classes, 1024), 0) if layout == "columns" else ((1024, classes), 1)
+    shape, axis = ((classes, ROWS), 0) if layout == "columns" else ((ROWS, classes), 1)
     made = plan(name, options, shape, axis, elem, arrays)
     (step,) = (s for s in made.steps if s.spec.kernel == name)
     return Case(operation, kind, classes, layout, step)

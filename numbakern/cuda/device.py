@@ -288,9 +288,14 @@ def shuffle_xor(v, offset):
     return _by_words(v, lambda w: w.like(w.machine.shuffle_xor(w.value, offset)))
 
 
-def shuffle_next(v):
-    """The value of the next lane of this warp; of the last lane its own."""
-    return _by_words(v, lambda w: w.like(w.machine.shuffle_next(w.value)))
+def shuffle_from(v, lane):
+    """The value of another lane of this warp, given its number for each lane."""
+    return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
+
+
+def first_lane(v):
+    """The int32 of the warp's first lane: that of all, where the compiler is to know it."""
+    return v.like(v.machine.first_lane(v.value))
 
 
 def _by_words(v, move):
@@ -305,6 +310,16 @@ def _by_words(v, move):
 def barrier(of):
     """Wait for all threads of the block."""
     of.machine.barrier()
+
+
+def cluster_barrier(of):
+    """Wait for all threads of the cluster's blocks."""
+    of.machine.cluster_barrier()
+
+
+def cluster_rank(of):
+    """Number of the block in its cluster, int32."""
+    return of.like(of.machine.cluster_rank(), "i4")
 
 
 def repeat(count, body, *state):
@@ -322,7 +337,8 @@ def repeat(count, body, *state):
 def when(mask, compute, otherwise):
     """What `compute()` gives where the mask holds, `otherwise` elsewhere.
 
-    A branch: lanes of a warp that all do without skip it. So `compute` must not shuffle or wait.
+    A branch: lanes of a warp that all do without skip it. So `compute` must not wait for others,
+    and only shuffle where a warp's lanes go together.
 
     Parameters
     ----------
@@ -362,18 +378,40 @@ def atomic_min(address, v, mask):
 
 
 def shared(of, size):
-    """Address of `size` bytes of the block's shared memory, for shared_load and shared_store."""
+    """Address of `size` bytes of the block's shared memory, for the functions below."""
     return of.like(of.machine.shared(size), "i4")
+
+
+def dynamic_shared(of):
+    """Address of the shared memory whose size comes with the launch."""
+    return of.like(of.machine.dynamic_shared(), "i4")
+
+
+def shared_words(address, size, count):
+    """`count` words of `size` bytes (4 or 8) from an aligned address in shared memory."""
+    words = address.machine.shared_load(address.value, size, count)
+    return [address.like(w, "i8" if size == 8 else "i4") for w in words]
+
+
+def put_shared_words(address, size, words):
+    """Write words of `size` bytes (4 or 8) to an aligned address in shared memory."""
+    address.machine.shared_store(address.value, size, [w.value for w in words], None, None)
 
 
 def shared_load(address):
     """The float64 at this address in shared memory."""
-    return address.like(address.machine.shared_load(address.value), "f8")
+    return float_of(*shared_words(address, 8, 1))
 
 
-def shared_store(address, v, mask):
-    """Write a float64 to shared memory, where the mask holds."""
-    address.machine.shared_store(address.value, v.value, mask.value)
+def shared_store(address, v, mask, peer=None):
+    """Write a float64 to shared memory, where the mask holds.
+
+    `peer`: number in the cluster of the block whose shared memory it is, None for the own one.
+    Between that block's start and the first write, and between the last one and that block's end,
+    stands a `cluster_barrier`.
+    """
+    peer = None if peer is None else peer.value
+    address.machine.shared_store(address.value, 8, [bits_of(v).value], mask.value, peer)
 
 
 # ---------------------------------------------------------------- kernels

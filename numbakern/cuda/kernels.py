@@ -1,7 +1,8 @@
 """The operations: a reduction, a finish, a map, over any walker (`rows`, `columns`).
 
 An operation names what it reduces (`softmax`, or the sum of its `term`), what it makes of that for
-the whole row (`finish`, which writes what there is one of a row) and of each element (`value`).
+the whole row (`finish`, which writes what there is one of a row) and of each element: `value` is
+given the class of a lane's first element, and how many elements behind it this one is.
 """
 
 import math
@@ -20,6 +21,7 @@ from numbakern.cuda.device import (
 )
 from numbakern.cuda.reduce import offsets
 from numbakern.cuda.softmax import (
+    decay,
     exponentials,
     log_sum_exp,
     row_log_sum,
@@ -51,13 +53,17 @@ class Row:
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
         Of the row in the batch.
-    near : pair of Value
-        Whether the lanes before and behind have the groups before and behind.
+    peek : function (j, read) -> Value
+        What ``read(mask)`` gives of class j before anything is written, for those who need it.
+    team : (Value, int)
+        The thread's lane in its warp, and how many lanes share a part of the row.
     """
 
-    def __init__(self, places, classes, ok, leader, number):
+    x_label = team = None
+
+    def __init__(self, places, classes, ok, leader, number, peek):
         self.places, self.classes, self.width = places, classes, classes
-        self.ok, self.leader, self.number, self.near = ok, leader & ok, number, None
+        self.ok, self.leader, self.number, self.peek = ok, leader & ok, number, peek
 
 
 class Operation:
@@ -74,11 +80,21 @@ class Operation:
     """
 
     softmax = sums = linear = False
+    exponential = False  # whether the map takes exponentials
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
 
-    def row(self, frame, p, ok, leader):
+    @property
+    def relative(self):
+        """Whether the map of a row that is held takes them relative to a part's maximum.
+
+        So did the reduction: they need not be taken twice. In float64 the factor in between would
+        cost an ulp.
+        """
+        return self.exponential and self.softmax and self.elem == "f4"
+
+    def row(self, frame, p, ok, leader, peek=lambda _, read: read(True)):
         """Row number p of the batch."""
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
@@ -87,12 +103,16 @@ class Operation:
         places = {n: (at[n], getattr(frame, f"{n}_class")) for n in ("x", "y", "out") if n in at}
         if "weight" in frame:
             places["w"] = frame.weight, frame.weight_class
-        row = Row(places, frame.classes, ok, leader, p)
+        row = Row(places, frame.classes, ok, leader, p, peek)
         self.begin(frame, row, at)
         return row
 
     def begin(self, frame, row, at):
         """What is to be known of a row before it is read; `at` has the arrays' addresses."""
+
+    def in_part(self, params, _m):
+        """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
+        return params
 
 
 class LogSoftmax(Operation):
@@ -106,7 +126,7 @@ class LogSoftmax(Operation):
         _, _, log_sum = row_log_sum(m, share, self.elem)
         return convert(m, self.elem), convert(log_sum, self.elem)
 
-    def value(self, params, _j, _i, x, _y, _w):
+    def value(self, params, _first, _i, x, _y, _w):
         """log softmax(x)."""
         return formulas.log_softmax_value(x, *params)
 
@@ -114,31 +134,40 @@ class LogSoftmax(Operation):
 class Softmax(Operation):
     """out = softmax(x)."""
 
-    softmax = True
+    softmax = exponential = True
 
     def finish(self, row, reduced):
-        """The parameters of `probability`."""
+        """The maximum, Σ exp(x − m) and its logarithm."""
         m, share = reduced
         k, rest, log_sum = row_log_sum(m, share, self.elem)
-        return normalise(m, k + rest, log_sum, self.elem)
+        return m, k + rest, log_sum
 
-    def value(self, params, _j, _i, x, _y, _w):
+    def in_part(self, params, m):
+        """The parameters of `probability`."""
+        return normalise(*params, self.elem, m)
+
+    def value(self, params, _first, _i, x, _y, _w):
         """softmax(x); rounding may end one ulp above 1."""
         p = probability(x, *params)
         return where(p > 1.0, 1.0, p)
 
 
-def normalise(m, total, log_sum, elem):
-    """The parameters of `probability`, of a total of 1 if None; NaN where log_sum is NaN."""
-    params, factor = exponentials(m, elem)
+def normalise(m, total, log_sum, elem, part=None):
+    """The parameters of `probability`, of a total of 1 if None; NaN where log_sum is NaN.
+
+    With the maximum of a part its exponentials are those that the reduction took.
+    """
+    params, factor = exponentials(m if part is None else part, elem)
     scale = factor if total is None else divide(factor, total)
-    scale = where(log_sum == log_sum, scale, math.nan)
-    return *params, convert(scale, elem)
+    scale = convert(where(log_sum == log_sum, scale, math.nan), elem)
+    return *params, scale, part if part is None else convert(decay(part, m), elem)
 
 
-def probability(x, base, magic, floor, scale):
+def probability(x, base, magic, floor, scale, less):
     """exp(x − m) / Σ."""
-    return scaled_exp(x, base, magic, floor) * scale
+    p = scaled_exp(x, base, magic, floor) * scale
+    # Their product may be subnormal where the probability is not.
+    return p if less is None else p * less
 
 
 class LogSumExp(Operation):
@@ -174,7 +203,7 @@ class LogSoftmaxBackward(Operation):
         """The sum."""
         return (convert(total, self.elem),)
 
-    def value(self, params, _j, _i, grad, y, _w):
+    def value(self, params, _first, _i, grad, y, _w):
         """The gradient."""
         return formulas.log_softmax_grad(grad, exp(y), *params)
 
@@ -192,7 +221,7 @@ class SoftmaxBackward(Operation):
         """The sum in two parts, since grad − Σ cancels where a row is confident."""
         return in_two(total, self.elem)
 
-    def value(self, params, _j, _i, grad, y, _w):
+    def value(self, params, _first, _i, grad, y, _w):
         """The gradient."""
         high, low = params
         return formulas.softmax_grad(grad - high, y, low)
@@ -269,7 +298,7 @@ class CrossEntropy(Operation):
         self.soft, self.smooth, self.loss, self.lse = soft, smooth, loss, lse
         self.given, self.grad, self.mean = given, grad, mean
         self.weighted = "weight" in formats
-        self.softmax = not given
+        self.softmax, self.exponential = not given, True
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
@@ -281,12 +310,16 @@ class CrossEntropy(Operation):
         row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
         row.at, zero = at, constant(frame.classes, 0.0, "f8")
         row.skip = row.bad = constant(frame.classes, False, "b1")
-        row.x_label, row.w_label = zero, zero + 1.0
+        row.w_label = zero + 1.0
         if not self.soft:
             self.labels.read(frame, row, at["labels"])
             start, step = row.places["x"]
             there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
-            row.x_label = convert(self.formats["x"].get(start + row.label * step, there), "f8")
+
+            def logit(mask):
+                return convert(self.formats["x"].get(start + row.label * step, there & mask), "f8")
+
+            row.x_label = row.peek(row.label, logit)
             if self.weighted:
                 start, step = row.places["w"]
                 row.w_label = convert(
@@ -338,11 +371,16 @@ class CrossEntropy(Operation):
         scale = where(row.bad, math.nan, row.scale)
         scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
         total = None if self.given else k + rest
-        factors = list(normalise(m, total, where(row.skip, 0.0, log_sum), self.elem))
-        factors[-1] = where(row.skip, 0.0, factors[-1])
+        sums = m, total, where(row.skip, 0.0, log_sum)
         if self.soft:
-            return factors, self._soft(row, m, k, rest, scale, q)
-        return factors, self._hard(row, m, k, rest, scale, q)
+            return row.skip, sums, self._soft(row, m, k, rest, scale, q)
+        return row.skip, sums, self._hard(row, m, k, rest, scale, q)
+
+    def in_part(self, params, m):
+        """The parameters of `probability`, and the others."""
+        skip, sums, rest = params
+        *factors, scale, less = normalise(*sums, self.elem, m)
+        return (*factors, where(skip, 0.0, scale), less), rest
 
     def _put_loss(self, row, m, log_sum, q, nll):
         loss = 0.0
@@ -374,7 +412,7 @@ class CrossEntropy(Operation):
         return (
             convert(scale * total, self.elem),
             convert(scale * row.spread, self.elem),
-            where(row.skip, -1, row.label),
+            narrow(where(row.skip, -1, row.label)),
             convert(label_grad, self.elem),
         )
 
@@ -390,7 +428,7 @@ class CrossEntropy(Operation):
         own = row.own_keep, row.own_spread
         return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
 
-    def value(self, params, j, i, x, y, w):
+    def value(self, params, first, i, x, y, w):
         """The gradient."""
         factors, rest = params
         p = probability(x, *factors)
@@ -402,7 +440,7 @@ class CrossEntropy(Operation):
             grad = formulas.cross_entropy_grad(p, factor, target)
         else:
             grad = p * factor
-        return where(narrow(label - j) == i, label_grad, grad)
+        return where(label - narrow(first) == i, label_grad, grad)
 
     def _soft_value(self, params, p, x, y, w):
         scale, factor, high, low, peak, second, keep, spread = params
@@ -485,9 +523,9 @@ class NllBackward(Operation):
         """The gradient at the label, and elsewhere."""
         grad = convert(row.grad, self.elem)
         elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
-        return where(row.skip, -1, row.label), grad, elsewhere
+        return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 
-    def value(self, params, j, i, _x, _y, _w):
+    def value(self, params, first, i, _x, _y, _w):
         """The gradient."""
         label, grad, elsewhere = params
-        return where(narrow(label - j) == i, grad, elsewhere)
+        return where(label - narrow(first) == i, grad, elsewhere)

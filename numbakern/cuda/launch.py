@@ -9,6 +9,7 @@ import numpy as np
 
 from numbakern.cuda import bad_labels
 from numbakern.cuda import compile as compiler
+from numbakern.cuda.ways import machine_of
 
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory a block
 _PORTABLE_CLUSTER = 8  # blocks
@@ -63,6 +64,7 @@ class Device:
         properties = self.core.properties
         self.shared = properties.max_shared_memory_per_block_optin
         self.multiprocessors = properties.multiprocessor_count
+        self.machine = machine_of(self.multiprocessors, self.shared, self.capability)
         self.calls = {}
         """What is remembered of calls, by what it follows from; kept by the target."""
         self._current = driver().cuCtxGetDevice

@@ -14,6 +14,7 @@ _i1, _i32, _i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 _f32, _f64, _void = ir.FloatType(), ir.DoubleType(), ir.VoidType()
 _TYPE = {"f4": _f32, "f8": _f64, "i4": _i32, "i8": _i64, "b1": _i1}
 _CONSTRAINT = {"f4": "f", "f8": "d", "i4": "r", "i8": "l"}
+_WORD = {1: ("r", "i4"), 2: ("r", "i4"), 4: ("r", "i4"), 8: ("l", "i8")}  # by bytes
 _NAMES = {"add": "fadd", "sub": "fsub", "and": "and_", "or": "or_"}
 _ALL = -1  # every lane of the warp
 _serial = itertools.count()
@@ -124,13 +125,26 @@ class LLVM:
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
 
-    def shuffle_next(self, word):
-        """See device.shuffle_next."""
-        return self._call("nvvm.shfl.sync.down.i32", _i32, _i32(_ALL), word, _i32(1), _i32(31))
+    def shuffle_from(self, word, lane):
+        """See device.shuffle_from."""
+        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
+
+    def first_lane(self, word):
+        """See device.first_lane."""
+        return self.shuffle_from(word, _i32(0))
 
     def barrier(self):
         """See device.barrier."""
         self._call("nvvm.barrier0", _void)
+
+    def cluster_barrier(self):
+        """See device.cluster_barrier."""
+        for step in ("arrive.release", "wait.acquire"):
+            self._assembly(f"barrier.cluster.{step}.aligned;", _void, [], [])
+
+    def cluster_rank(self):
+        """See device.cluster_rank."""
+        return self._ptx("mov.u32 $0, %cluster_ctarank;", "i4", [])
 
     def repeat(self, count, body, state):
         """See device.repeat."""
@@ -174,35 +188,25 @@ class LLVM:
 
     def load(self, address, size, count, mask, fill, _foreign):
         """See device.load."""
-        elem = "i8" if size == 8 else "i4"
-        letter = _CONSTRAINT[elem]
+        letter, elem = _WORD[size]
         width = {1: "u8", 2: "u16", 4: "b32", 8: "b64"}[size]
-        vector, names = "", "$0"
-        if count > 1:
-            vector, names = f".v{count}", "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+        vector, names = _vector(0, count)
         constraints = [f"={letter}"] * count + ["l"]
         args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
         if mask is not None:
             bits = 64 if size == 8 else 32
             fills = "".join(f"mov.b{bits} ${i}, {fill % (1 << bits)};" for i in range(count))
             code = self._masked(code, mask, constraints, args, fills)
-        result = ir.LiteralStructType([_TYPE[elem]] * count) if count > 1 else _TYPE[elem]
-        value = self._assembly(code, result, constraints, args)
-        if count == 1:
-            return [value]
-        return [self.builder.extract_value(value, i) for i in range(count)]
+        return self._words(code, elem, count, constraints, args)
 
     def store(self, address, size, words, mask):
         """See device.store."""
-        elem = "i8" if size == 8 else "i4"
         width = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}[size]
-        count = len(words)
         if size < 4:  # of a register's lowest bits, as ld and st allow
             width = width.replace("b", "u")
-        names = ", ".join(f"${i + 1}" for i in range(count))
-        vector, names = (f".v{count}", f"{{{names}}}") if count > 1 else ("", names)
+        vector, names = _vector(1, len(words))
         code = f"st.global{vector}.{width} [$0], {names};"
-        constraints, args = ["l"] + [_CONSTRAINT[elem]] * count, [address, *words]
+        constraints, args = ["l"] + [_WORD[size][0]] * len(words), [address, *words]
         if mask is not None:
             code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
@@ -221,14 +225,33 @@ class LLVM:
         area.initializer = ir.Constant(area.value_type, ir.Undefined)
         return self.builder.ptrtoint(area, _i32)
 
-    def shared_load(self, address):
-        """See device.shared_load."""
-        return self._assembly("ld.shared.f64 $0, [$1];", _f64, ["=d", "r"], [address])
+    def dynamic_shared(self):
+        """See device.dynamic_shared."""
+        name, module = "dynamic_shared", self.builder.module
+        area = module.globals.get(name)
+        if area is None:
+            area = ir.GlobalVariable(module, ir.ArrayType(ir.IntType(8), 0), name, 3)
+            area.linkage, area.align = "external", 16
+        return self.builder.ptrtoint(area, _i32)
 
-    def shared_store(self, address, v, mask):
-        """See device.shared_store."""
-        constraints, args = ["r", "d"], [address, v]
-        code = self._masked("st.shared.f64 [$0], $1;", mask, constraints, args)
+    def shared_load(self, address, size, count):
+        """See device.shared_words."""
+        letter, kind = _WORD[size]
+        vector, names = _vector(0, count)
+        code = f"ld.shared{vector}.b{8 * size} {names}, [${count}];"
+        return self._words(code, kind, count, [f"={letter}"] * count + ["r"], [address])
+
+    def shared_store(self, address, size, words, mask, peer):
+        """See device.put_shared_words and device.shared_store."""
+        vector, names = _vector(1, len(words))
+        space, constraints = "", ["r"] + [_WORD[size][0]] * len(words)
+        if peer is not None:
+            code = "mapa.shared::cluster.u32 $0, $1, $2;"
+            address = self._ptx(code, "i4", [(address, "i4"), (peer, "i4")])
+            space = "::cluster"
+        args, code = [address, *words], f"st.shared{space}{vector}.b{8 * size} [$0], {names};"
+        if mask is not None:
+            code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     # -- emitting
@@ -247,6 +270,14 @@ class LLVM:
         assembly = ir.InlineAsm(function_type, code, ",".join(constraints), False)
         return self.builder.call(assembly, values)
 
+    def _words(self, code, elem, count, constraints, args):
+        """The words that an access gives."""
+        result = ir.LiteralStructType([_TYPE[elem]] * count) if count > 1 else _TYPE[elem]
+        value = self._assembly(code, result, constraints, args)
+        return (
+            [value] if count == 1 else [self.builder.extract_value(value, i) for i in range(count)]
+        )
+
     def _masked(self, code, mask, constraints, args, before=""):
         """An access under a mask, which inline PTX takes as an integer only."""
         index = len(constraints)
@@ -258,4 +289,12 @@ class LLVM:
         """An access to memory, in its place among the others."""
         function_type = ir.FunctionType(result, [a.type for a in args])
         constraints = ",".join([*constraints, "~{memory}"])
-        return self.builder.call(ir.InlineAsm(function_type, code, constraints, True), args)
+        assembly = ir.InlineAsm(function_type, code, constraints, True)
+        together = ("convergent",) if ".aligned" in code else ()  # not to be moved into a branch
+        return self.builder.call(assembly, args, attrs=together)
+
+
+def _vector(first, count):
+    """How PTX writes so many registers from number `first` on: (suffix, names)."""
+    names = ", ".join(f"${first + i}" for i in range(count))
+    return (f".v{count}", f"{{{names}}}") if count > 1 else ("", names)

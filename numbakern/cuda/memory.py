@@ -10,6 +10,8 @@ get at a group:
 - `Strided`: any distance between the classes; element by element.
 """
 
+from typing import Any, NamedTuple
+
 from numbakern.cuda.device import (
     bits_of,
     constant,
@@ -20,7 +22,8 @@ from numbakern.cuda.device import (
     load,
     narrow,
     pack_halves,
-    shuffle_next,
+    shuffle_from,
+    smaller_integer,
     store,
     unpack_half,
     when,
@@ -136,8 +139,39 @@ def _rotate(words, steps, mask):
     return [where(mask, words[i + steps], words[i]) for i in range(len(words) - steps)]
 
 
+class Place(NamedTuple):
+    """Where a lane's elements begin.
+
+    Attributes
+    ----------
+    address : Value
+        Of the first one.
+    left : Value
+        Elements from there to the end of the row, int32: FAR at most, perhaps below 0.
+    step : Value
+        Bytes between elements.
+    first : Value
+        Whether the row begins there.
+    """
+
+    address: Any
+    left: Any
+    step: Any
+    first: Any
+
+
+FAR = 1 << 20
+
+
+def left_of(j, classes):
+    """Elements from number j of a row on, as a Place has them."""
+    return narrow(smaller_integer(classes - j, constant(j, FAR, "i8")))
+
+
 class Whole:
     """Aligned rows of whole groups."""
+
+    wide = True  # what `load` gives are words of memory
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group
@@ -146,34 +180,63 @@ class Whole:
         self.word = min(fmt.word, self.chunk)
         self.per_chunk = self.chunk // self.word
 
-    def load(self, start, _step, j, classes):
-        """A function () -> the numbers of the group from class j on; the fill behind the row."""
-        fmt, words = self.format, []
-        address, mask = start + j * fmt.size, j < classes
+    def load(self, place, n):
+        """What is read of the group n elements behind a Place; the fill behind the row's end."""
+        words, mask = [], place.left > n
+        address = place.address + n * self.format.size
         for at in range(0, self.bytes, self.chunk):
-            words += load(address + at, self.word, self.per_chunk, mask, fmt.fill_word)
-        return lambda: fmt.elements(words)
+            words += load(address + at, self.word, self.per_chunk, mask, self.format.fill_word)
+        return words
 
-    def store(self, start, _step, j, classes, numbers, ok, _near):
-        """Write the group from class j on, of a row that is to be written where `ok`."""
-        words, mask = self.format.words(numbers), ok & (j < classes)
-        address = start + j * self.format.size
-        for i in range(0, len(words), self.per_chunk):
-            store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
+    def distance(self, j, _step):
+        """Bytes from a row's start to its element number j."""
+        return j * self.format.size
+
+    def numbers(self, words):
+        """The numbers in what `load` gave."""
+        return self.format.elements(words)
+
+    def store(self, place, groups, numbers, ok, _team):
+        """Write a lane's groups, of a row that is to be written where `ok`.
+
+        Parameters
+        ----------
+        place : Place
+        groups : sequence of int
+            How many elements behind it each group begins.
+        numbers : iterable of list of Value
+            Those of each group; taken when the group before is written.
+        team : (Value, int)
+            The thread's lane, and how many lanes share the row's part.
+        """
+        for n, group in zip(groups, numbers, strict=True):
+            words, mask = self.format.words(group), ok & (place.left > n)
+            address = place.address + n * self.format.size
+            for i in range(0, len(words), self.per_chunk):
+                store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
 
 
 class Shifted(Whole):
-    """Contiguous rows that start and end anywhere."""
+    """Contiguous rows that start and end anywhere.
 
-    def load(self, start, _step, j, classes):
+    All groups of a row lie equally far behind a multiple of 16 bytes.
+    """
+
+    def _offset(self, place):
+        """That distance in bytes, int32, and whether it is not 0."""
+        offset = narrow(place.address) & (self.chunk - 1)
+        return offset, offset != 0
+
+    def load(self, place, n):
         """As Whole.load."""
         fmt, chunk, word = self.format, self.chunk, self.word
-        address = start + j * fmt.size
-        offset = narrow(address) & (chunk - 1)
-        shifted = offset != 0
-        aligned = address - convert(offset, "i8")
-        behind = aligned + self.bytes + where(shifted, constant(address, chunk, "i8"), 0)
-        inside = (aligned >= start) & (behind <= start + classes * fmt.size)
+        offset, shifted = self._offset(place)
+        address = place.address + n * fmt.size
+        aligned = place.address - convert(offset, "i8") + n * fmt.size
+        behind = (constant(offset, chunk, "i4") - offset) >> (fmt.size.bit_length() - 1)
+        inside = place.left - where(shifted, behind, 0) >= n + self.group
+        if n == 0:
+            inside = inside & ~(place.first & shifted)
         words = []
         for at in range(0, self.bytes, chunk):
             words += load(aligned + at, word, self.per_chunk, inside, foreign=True)
@@ -191,23 +254,37 @@ class Shifted(Whole):
 
         def singly():
             single = (
-                load(address + i * fmt.size, fmt.size, 1, j + i < classes, fmt.fill_single)[0]
+                load(address + i * fmt.size, fmt.size, 1, place.left > n + i, fmt.fill_single)[0]
                 for i in range(self.group)
             )
             return fmt.joined(list(single))
 
-        words = when(~inside, singly, words)
-        return lambda: fmt.elements(words)
+        return when(~inside, singly, words)
 
-    def store(self, start, _step, j, classes, numbers, ok, near):
-        """As Whole.store; `near`: whether lanes hold the groups before and behind."""
-        has_before, has_next = near
+    def store(self, place, groups, numbers, ok, team):
+        """As Whole.store."""
+        lane, lanes = team
+        behind = (lane & -lanes) | ((lane + 1) & (lanes - 1))  # the lane with the next group
+        first, last = (lane & (lanes - 1)) == 0, (lane & (lanes - 1)) == lanes - 1
+        waiting = has_before = None
+        for n, group in zip(groups, numbers, strict=True):
+            words = self.format.words(group)
+            if waiting:
+                # Behind a team's last lane comes what its first one has next.
+                given = [where(first, *p) for p in zip(words, waiting[2], strict=True)]
+                following = [shuffle_from(w, behind) for w in given[: self.per_chunk]]
+                self._store(place, *waiting, following, ok, has_before, constant(ok, True, "b1"))
+            has_before = constant(ok, True, "b1") if waiting else ~first
+            waiting = n, group, words
+        following = [shuffle_from(w, behind) for w in waiting[2][: self.per_chunk]]
+        self._store(place, *waiting, following, ok, has_before, ~last)
+
+    def _store(self, place, n, numbers, words, following, ok, has_before, has_next):
+        """Write a group; whether lanes hold the groups before it and behind it, which begins so."""
         fmt, chunk, word = self.format, self.chunk, self.word
-        address, words = start + j * fmt.size, fmt.words(numbers)
-        offset = narrow(address) & (chunk - 1)
+        address = place.address + n * fmt.size
+        offset, shifted = self._offset(place)
         own = constant(offset, chunk, "i4") - offset  # bytes before the next aligned piece
-        shifted = offset != 0
-        following = [shuffle_next(w) for w in words[: self.per_chunk]]
         moved = words + following
         first = own & (chunk - 1)
         steps = self.per_chunk // 2
@@ -217,9 +294,9 @@ class Shifted(Whole):
         if fmt.size < word:
             bits = (first & (word - 1)) << 3
             moved = [funnel(a, b, bits) for a, b in zip(moved, moved[1:] + moved[:1], strict=True)]
-        full = ok & (j + self.group <= classes)
-        next_full = full & has_next & (j + 2 * self.group <= classes)
-        base = address + convert(first, "i8")
+        full = ok & (place.left >= n + self.group)
+        next_full = full & has_next & (place.left >= n + 2 * self.group)
+        base = place.address + convert(first, "i8") + n * fmt.size
         for i in range(0, len(words), self.per_chunk):
             last = i + self.per_chunk == len(words)
             mask = where(shifted, next_full if last else full, full)
@@ -234,7 +311,7 @@ class Shifted(Whole):
                 in_tail = own <= at + chunk - self.bytes
                 alone = ((own > at) & ~taken) | (in_tail & ~next_full) | ~full
                 alone = where(shifted, alone, ~full)
-                fmt.put(address + at, number, (j + i < classes) & alone)
+                fmt.put(address + at, number, (place.left > n + i) & alone)
             return []
 
         when(ok & (~full | (shifted & ~(taken & next_full))), singly, [])
@@ -243,17 +320,27 @@ class Shifted(Whole):
 class Strided:
     """Elements at any distance."""
 
+    wide = False
+
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group
 
-    def load(self, start, step, j, classes):
-        """As Whole.load."""
-        at = start + j * step
-        numbers = [self.format.get(at + step * i, j + i < classes) for i in range(self.group)]
-        return lambda: numbers
+    def load(self, place, n):
+        """As Whole.load; the numbers themselves."""
+        at, get = place.address + place.step * n, self.format.get
+        return [get(at + place.step * i, place.left > n + i) for i in range(self.group)]
 
-    def store(self, start, step, j, classes, numbers, ok, _near):
+    def distance(self, j, step):
+        """As Whole.distance."""
+        return j * step
+
+    def numbers(self, words):
+        """As Whole.numbers."""
+        return words
+
+    def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""
-        at = start + j * step
-        for i, number in enumerate(numbers):
-            self.format.put(at + step * i, number, ok & (j + i < classes))
+        for n, group in zip(groups, numbers, strict=True):
+            at = place.address + place.step * n
+            for i, number in enumerate(group):
+                self.format.put(at + place.step * i, number, ok & (place.left > n + i))

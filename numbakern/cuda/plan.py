@@ -13,11 +13,12 @@ from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
-from numbakern.cuda.rows import Partition, Rows, partition
+from numbakern.cuda.reduce import WARP
+from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
+from numbakern.cuda.softmax import width
+from numbakern.cuda.ways import MACHINE, launches, walks_columns
 
 BAD_BITS = kernels.BAD_BITS
-COLUMNS_FROM = 8
-"""Neighbouring rows that are worth a lane each."""
 
 
 class Layout(NamedTuple):
@@ -92,7 +93,7 @@ _WITH_A_PLACE = ("x", "y", "out", "labels", "row_scale", "row_lse")
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(operation, options, shape, axis, elem, layouts):
+def plan(operation, options, shape, axis, elem, layouts, machine=MACHINE):
     """The Plan of an operation over rows along one axis.
 
     Parameters
@@ -115,12 +116,15 @@ def plan(operation, options, shape, axis, elem, layouts):
         scalar has strides of 0) and row_lse of the shape without the class axis; weight; loss (of
         the shape without the class axis under "none", else a scalar). What is there says what is
         computed: out the gradient, loss the loss, row_lse the log-sum-exp.
+    machine : Machine
+        What it is for. No bit of a result depends on it.
     """
-    return _Planner(operation, dict(options), shape, axis, elem, dict(layouts)).plan()
+    return _Planner(operation, dict(options), shape, axis, elem, dict(layouts), machine).plan()
 
 
 class _Planner:
-    def __init__(self, operation, options, shape, axis, elem, layouts):
+    def __init__(self, operation, options, shape, axis, elem, layouts, machine):
+        self.machine = machine
         self.operation, self.options, self.elem = operation, options, elem
         self.layouts, self.axis, self.classes = layouts, axis, shape[axis]
         self.batch = shape[:axis] + shape[axis + 1 :]
@@ -181,8 +185,8 @@ class _Planner:
         self._step(Spec(kernel, params), parts, totals.BLOCK)
         self._step(Spec("combine", (("parts", kernel), *last)), 1, totals.BLOCK)
 
-    def _step(self, spec, grid, block):
-        self.steps.append(Step(spec, grid, block, 0, 1, tuple(kernel_of(spec).args)))
+    def _step(self, spec, grid, block, shared=0, cluster=1):
+        self.steps.append(Step(spec, grid, block, shared, cluster, tuple(kernel_of(spec).args)))
 
     # -- rows
 
@@ -240,9 +244,24 @@ class _Planner:
             ("modes", modes),
             ("part", tuple(part)),
         )
-        threads = part.threads if walker == "rows" else Columns.threads
-        rows = threads // part.lanes if walker == "rows" else threads
-        self._step(Spec(self.operation, params), -(-self.rows // rows), threads)
+        self._launches(params, part)
+
+    def _launches(self, params, part):
+        """The steps of the operation on the rows."""
+        op, accesses = _made(self.operation, dict(params))
+        parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
+        columns = dict(params)["walker"] == "columns"
+        shelf = ACCESS * WARP * len(shelved(part, accesses))
+        found, constants = launches(
+            part, self.classes, self.rows, numbers, shelf, maps is not None, columns, self.machine
+        )
+        self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
+        if any(launch.way.stage == "reduce" for launch in found):
+            self.temporaries.append(("shares", 8 * self.rows * (parts * numbers + 1)))
+        for way, grid, threads, shared in found:
+            name = self.operation + "_parts" * (way.stage == "reduce")
+            spec = Spec(name, (*params, ("way", tuple(way))))
+            self._step(spec, grid, threads, shared, way.cluster)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
@@ -258,9 +277,11 @@ class _Planner:
         sizes = {n: _size(a.kind) for n, a in layouts.items()}
         if self.classes <= 1 or all(a.strides[self.axis] == sizes[n] for n, a in layouts.items()):
             return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
-        side_by_side = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
+        neighbours = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
         modes = tuple((n, "strided") for n in layouts)
-        if side_by_side and self.sizes[-1] >= COLUMNS_FROM:
+        if neighbours and walks_columns(
+            self.sizes[-1], self.rows * part.parts(self.classes), self.machine
+        ):
             return "columns", modes
         return "rows", modes
 
@@ -320,7 +341,8 @@ def kernel_of(spec):
 _ACCESS = {"whole": Whole, "shifted": Shifted, "strided": Strided}
 
 
-def _row_kernel(operation, params):
+def _made(operation, params):
+    """The operation of `kernels`, and how it gets at its elements."""
     elem, options, arrays = params["elem"], dict(params["options"]), dict(params["arrays"])
     part, modes = Partition(*params["part"]), dict(params["modes"])
     formats = {n: Format(kind, elem if n in modes else "f8") for n, kind in arrays.items() if kind}
@@ -330,12 +352,19 @@ def _row_kernel(operation, params):
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
     if "x" in access and op.softmax:
         access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
-    x = access.get("x") if op.softmax or op.sums or "out" in access else None
-    w = None
+    if "x" in access and not (op.softmax or op.sums or "out" in access):
+        del access["x"]
     if "weight" in formats and options.get("soft", options.get("smooth")):
-        w = Strided(Format(params["weight"], elem), part.group)
-    walker = Rows if params["walker"] == "rows" else Columns
-    walk = walker(part, x, access.get("y"), w, access.get("out"))
+        access["w"] = Strided(Format(params["weight"], elem), part.group)
+    return op, access
+
+
+def _row_kernel(operation, params):
+    op, access = _made(operation.removesuffix("_parts"), params)
+    part, way = Partition(*params["part"]), Way(*params["way"])
+    options, arrays = dict(params["options"]), dict(params["arrays"])
+    walk = (Rows if params["walker"] == "rows" else Columns)(part, way, access)
+    modes = dict(params["modes"])
     args = {}
     for name in arrays:
         if name != "number":
@@ -353,12 +382,20 @@ def _row_kernel(operation, params):
         args["ignore_index"] = "i8"
     if "labels" in arrays:
         args["bad"] = "i8"
-    if operation == "cross_entropy":
+    if isinstance(op, kernels.CrossEntropy):
         args |= {"keep": "f8", "spread": "f8"}
-    if operation in ("cross_entropy", "nll_backward") and "out" in arrays:
+    if isinstance(op, (kernels.CrossEntropy, kernels.NllBackward)) and "out" in arrays:
         args["scale"] = "f8"
         if options.get("reduction") == "mean" and not options.get("soft"):
             args["divisor"] = "i8"
+    if way.stage != "all":
+        args["shares"] = "i8"
+    if part.chunks:
+        args |= {"parts": "i8", "joins": "i8"}
+    if way.kept != "registers":
+        args["rounds"] = "i8"
+    if way.spread:
+        args |= {"blocks": "i8", "blocks_inverse": "f8"}
     return Kernel(operation, functools.partial(_run, walk, op), args)
 
 

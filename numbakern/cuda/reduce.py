@@ -1,61 +1,139 @@
-"""Sums and maxima over the lanes that share a row, and where rows lie.
+"""Sums and maxima over lanes that share a row, boards for the parts of a row, where rows lie.
 
-A team is a power of two of lanes: part of a warp, a warp, or a block of whole warps. Sums run over
-a binary tree, neighbouring lanes first, so that another walker can add in the same order.
+A team is a power of two of lanes, a warp at most. Sums run over a binary tree, neighbouring lanes
+first, so that another walker can add in the same order.
 """
+
+import math
 
 from numbakern.cuda.device import (
     barrier,
+    bits_of,
+    cluster_barrier,
     divmod_positive,
+    float_of,
     larger,
-    shared,
+    load,
     shared_load,
     shared_store,
     shuffle_xor,
+    store,
+    where,
 )
 
 WARP = 32
 
 
-def team_fold(v, lanes, thread, combine):
-    """Combine v (f4, f8 or i4) over each team of lanes; every lane gets the result.
+def team_fold(v, lanes, combine):
+    """Combine v (f4, f8 or i4) over each team of so many lanes; every lane gets the result.
 
     Parameters
     ----------
-    lanes : int
-        Size of a team; beyond a warp it is the block.
-    thread : Value
-        Number of the thread in the block.
     combine : function (a, b) -> c
         Commutative.
     """
     offset = 1
-    while offset < min(lanes, WARP):
-        v = combine(v, shuffle_xor(v, offset))
-        offset *= 2
-    if lanes <= WARP:
-        return v
-    warps = lanes // WARP
-    area = shared(thread, 8 * warps)
-    lane = thread & (WARP - 1)
-    shared_store(area + ((thread >> 5) << 3), v, lane == 0)
-    barrier(thread)
-    v = shared_load(area + ((lane & (warps - 1)) << 3))
-    offset = 1
-    while offset < warps:
+    while offset < lanes:
         v = combine(v, shuffle_xor(v, offset))
         offset *= 2
     return v
 
 
-def team_sum(v, lanes, thread):
+def team_sum(v, lanes):
     """Σ v over the team."""
-    return team_fold(v, lanes, thread, lambda a, b: a + b)
+    return team_fold(v, lanes, lambda a, b: a + b)
 
 
-def team_max(v, lanes, thread):
+def team_max(v, lanes):
     """The largest v of the team; NaN if one is."""
-    return team_fold(v, lanes, thread, larger)
+    return team_fold(v, lanes, larger)
+
+
+class Board:
+    """Where the parts of a row leave what they have reduced, in global memory for the next launch.
+
+    Parameters
+    ----------
+    width : int
+        Numbers of a part, float64: a maximum and sums, or one sum.
+    address : Value
+        Of those of the row's first part.
+    """
+
+    def __init__(self, width, address):
+        self.width, self.address = width, address
+        self.nothing = ([-math.inf] if width > 1 else [0.0]) + [0.0] * (width - 1)
+
+    @classmethod
+    def of_row(cls, frame, p, width, parts):
+        """That of row number p in the array `shares`, with a place for one more number behind."""
+        return cls(width, frame.shares + p * (parts * width + 1) * 8) if width else None
+
+    def begin(self):
+        """Has to come before the first `put`."""
+
+    def end(self):
+        """Has to come between the last `put` and the first `get`."""
+
+    def put(self, part, numbers, lane, there):
+        """Write the numbers of a part, which all lanes of its team have, where `there`."""
+        for i, v in enumerate(numbers):
+            at = self.address + (part * self.width + i) * 8
+            store(at, 8, [bits_of(v)], there & (lane == 0))
+
+    def get(self, part, there, count=None):
+        """The first `count` numbers of a part; where `there` does not hold, those of nothing."""
+        at = self.address + part * (8 * self.width)
+        fills = [_LOWEST if v else 0 for v in self.nothing[:count]]
+        return [float_of(load(at + 8 * i, 8, 1, there, v)[0]) for i, v in enumerate(fills)]
+
+
+_LOWEST = 0xFFF0 << 48  # the bits of −inf
+
+
+class SharedBoard(Board):
+    """A Board in the shared memory of the row's blocks, each of which has all of it.
+
+    Parameters
+    ----------
+    width, address
+        As of Board; the address is the same in all blocks.
+    cluster : int
+        How many blocks there are.
+    """
+
+    def __init__(self, width, address, cluster):
+        super().__init__(width, address)
+        self.cluster = cluster
+
+    def begin(self):
+        """As Board.begin: the other blocks have to have started."""
+        if self.cluster > 1:
+            cluster_barrier(self.address)
+
+    def end(self):
+        """As Board.end."""
+        if self.cluster > 1:
+            cluster_barrier(self.address)
+        else:
+            barrier(self.address)
+
+    def put(self, part, numbers, lane, there):
+        """As Board.put; a lane for each block."""
+        at, peer = self.address + part * (8 * self.width), None
+        if self.cluster > 1:
+            peer = lane & (self.cluster - 1)
+        for i, v in enumerate(numbers):
+            shared_store(at + 8 * i, v, there & (lane < self.cluster), peer)
+
+    def get(self, part, there, count=None):
+        """As Board.get."""
+        part = part if there is None else where(there, part, 0)
+        at = self.address + part * (8 * self.width)
+        found = [shared_load(at + 8 * i) for i in range(count or self.width)]
+        if there is None:
+            return found
+        return [where(there, *pair) for pair in zip(found, self.nothing[:count], strict=True)]
 
 
 def offsets(frame, row, dimensions, names):

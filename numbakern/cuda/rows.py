@@ -1,31 +1,40 @@
-"""The walker for rows: a team of lanes takes a row, in groups of neighbouring elements.
+"""The walker for rows: lanes of a warp take neighbouring elements, up to 16 bytes each.
 
-Lane l of L has the groups l, l + L, l + 2·L, … of G elements each. A row that fits is read once and
-kept in registers; a longer one is taken in chunks of V groups a lane, read once for the reduction
-and once more for the map. How a row is divided follows from the number of classes and the element
-size alone (`partition`), so its bits do not depend on its neighbours, its place or its layout.
+A row is one part, or several of equal size. A part is what a team of lanes holds in registers: lane
+l of L has the groups l, l + L, l + 2·L, … of G elements each. Short rows are one part, of a warp or
+less; a longer one is a part for each of its warps; the longest are cut into parts of full size.
+What the parts reduce to is put on a board and joined (`softmax.join`). How a row is divided follows
+from the number of classes and the element size alone (`partition`), so its bits do not depend on
+its neighbours, its place or its layout, nor on who takes the parts: that is a `Way`.
 """
 
 from typing import NamedTuple
 
 from numbakern.cuda.device import (
+    cluster_rank,
     constant,
     convert,
-    larger,
+    divmod_positive,
+    dynamic_shared,
+    first_lane,
     max_tree,
+    narrow,
+    put_shared_words,
     repeat,
+    shared_words,
     smaller_integer,
-    sum_tree,
-    where,
+    when,
 )
-from numbakern.cuda.reduce import WARP, team_max, team_sum
-from numbakern.cuda.softmax import Share, in_chunk, join_chunks, nothing_yet
+from numbakern.cuda.memory import ACCESS, Place, left_of
+from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
+from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, width
 
 BLOCK = 128
-"""Threads of a block whose teams are no larger than a warp."""
+"""Threads of a block whose rows are a part each."""
 LANE = 32
-"""Elements of a lane at most, half as many float64; half of that where rows are taken in chunks,
-for there a lane keeps the sums of what it has seen beside them."""
+"""Elements of a lane at most, half as many float64."""
+TEAM = 512
+"""Lanes of a row that is held in registers at most."""
 
 
 class Partition(NamedTuple):
@@ -34,13 +43,13 @@ class Partition(NamedTuple):
     Attributes
     ----------
     lanes : int
-        Size of the team.
+        Of a row: of its one part, or a warp for each part.
     vectors : int
-        Groups of a lane that are in flight at once.
+        Groups of a lane in a part.
     group : int
         Neighbouring elements of a lane.
     chunks : bool
-        Whether the row is longer than lanes·vectors·group and taken in chunks of that.
+        Whether the row is longer than lanes·vectors·group, and has as many parts as it takes.
     """
 
     lanes: int
@@ -49,9 +58,18 @@ class Partition(NamedTuple):
     chunks: bool
 
     @property
-    def threads(self):
-        """Of a block."""
-        return max(self.lanes, BLOCK)
+    def single(self):
+        """Whether a row is one part."""
+        return self.lanes <= WARP and not self.chunks
+
+    @property
+    def span(self):
+        """Elements of a part."""
+        return min(self.lanes, WARP) * self.vectors * self.group
+
+    def parts(self, classes):
+        """How many there are."""
+        return -(-classes // self.span) if self.chunks else max(1, self.lanes // WARP)
 
 
 def partition(classes, size, halved=False):
@@ -60,21 +78,44 @@ def partition(classes, size, halved=False):
     `halved`: of half as many elements a lane, for an operation that holds more than the row.
 
     Parts of a warp, of so few lanes that what is done once a row is shared by several rows; then a
-    warp, then blocks of 128 to 512 lanes, with as many groups a lane as it takes; longer rows in
-    chunks.
+    warp; then 2 to 16 warps, with as many groups a lane as it takes; then parts of full size.
     """
     group = max(2, min(8, 16 // size))
     most = LANE // (2 if size == 8 else 1) // (2 if halved else 1) // group
     lanes = 1
     while lanes < WARP and lanes * group * (most // 2) < classes:
         lanes *= 2
-    if lanes * group * most < classes:
-        lanes = 128
-    while lanes < 512 and lanes > WARP and lanes * group * most < classes:
-        lanes *= 2
-    if lanes * group * most < classes:
-        return Partition(512, max(1, LANE // (4 if size == 8 else 2) // group), group, True)
+    parts = -(-classes // (lanes * group * most))
+    if parts > TEAM // WARP:
+        return Partition(TEAM, most, group, True)
+    lanes *= max(1, parts)
     return Partition(lanes, max(1, -(-classes // (lanes * group))), group, False)
+
+
+class Way(NamedTuple):
+    """Who takes the parts of a row, and where the row is between reduction and map.
+
+    Attributes
+    ----------
+    warps : int
+        Of a block.
+    stage : {"all", "reduce", "map"}
+        What this launch does: between two of them the parts' sums wait in global memory.
+    spread : bool
+        Whether several blocks take the parts of a row. They know of each other by what waits in
+        global memory, or by the shared memory of a cluster.
+    cluster : int
+        Blocks of a cluster, which then have a row together.
+    kept : {"registers", "shared", "no"}
+        Where the row is between reduction and map; "no": it is read again. In registers there is
+        but one part for each warp.
+    """
+
+    warps: int
+    stage: str = "all"
+    spread: bool = False
+    cluster: int = 1
+    kept: str = "registers"
 
 
 class Rows:
@@ -83,122 +124,293 @@ class Rows:
     Parameters
     ----------
     part : Partition
-    x, y, w, out : memory access or None
-        How the inputs, the class weights and the output lie.
+    way : Way
+    accesses : dict of str to memory access
+        How x, y, w (the class weights) and out lie, as far as they are there.
     """
 
-    def __init__(self, part, x, y, w, out):
-        self.part, self.x, self.y, self.w, self.out = part, x, y, w, out
+    def __init__(self, part, way, accesses):
+        self.part, self.way, self.accesses = part, way, accesses
+        self.inputs = {n: a for n, a in accesses.items() if n != "out"}
+        self.out = accesses.get("out")
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
-        part, thread = self.part, frame.thread
-        lane, p = thread, frame.block
-        ok = constant(thread, True, "b1")
-        if part.lanes < part.threads:
-            lane = thread & (part.lanes - 1)
-            bits = part.lanes.bit_length() - 1
-            p = p * (part.threads // part.lanes) + convert(thread >> bits, "i8")
-            ok = p < frame.rows
-            p = smaller_integer(p, frame.rows - 1)
-        row = op.row(frame, p, ok, lane == 0)
-        in_warp = thread & (min(part.lanes, WARP) - 1)
-        row.near = in_warp > 0, in_warp < min(part.lanes, WARP) - 1
-        first = convert(lane, "i8") * part.group
-        if part.chunks:
-            self._in_chunks(frame, op, row, first, thread)
+        Walk(self, frame, op).run()
+
+
+class Lane:
+    """A lane's elements in a part of a row.
+
+    Parameters
+    ----------
+    walker : Rows
+    row : Row
+    first : Value
+        Class of the first of them.
+    """
+
+    def __init__(self, walker, row, first):
+        self.walker, self.row, self.first = walker, row, first
+        self.part = walker.part
+        self.left = left_of(first, row.classes)
+        self.places = {name: self._place(name) for name in walker.accesses}
+        self.words = {}
+        step = min(self.part.lanes, WARP) * self.part.group
+        self.groups = range(0, self.part.vectors * step, step)
+
+    def _place(self, name):
+        start, step = self.row.places[name]
+        left = self.left
+        if name == "out" and self.row.width is not self.row.classes:
+            left = left_of(self.first, self.row.width)
+        access = self.walker.accesses[name]
+        return Place(start + access.distance(self.first, step), left, step, self.first == 0)
+
+    def load(self):
+        """Read the elements that are not there yet."""
+        for name, access in self.walker.inputs.items():
+            if name not in self.words:
+                self.words[name] = [access.load(self.places[name], n) for n in self.groups]
+
+    def numbers(self):
+        """(number behind the first, x, y, w) of each element."""
+        return (v for v, n in enumerate(self.groups) for v in self.group(v, n))
+
+    def group(self, v, n):
+        """Those of group v, which starts n elements behind the first."""
+        inputs = self.walker.inputs
+        nothing = [None] * self.part.group
+        columns = (
+            inputs[name].numbers(self.words[name][v]) if name in inputs else nothing
+            for name in ("x", "y", "w")
+        )
+        for i, values in enumerate(zip(*columns, strict=True)):
+            yield n + i, *values
+
+    def reduce(self, op):
+        """What the part comes to: [m, *Share] or [Σ of terms]; every lane has it."""
+        lanes = min(self.part.lanes, WARP)
+        if not op.softmax:
+            return [team_sum(sum_of_terms(op, self.row, self.left, self.numbers()), lanes)]
+        m = team_max(max_tree(x for _, x, _, _ in self.numbers()), lanes)
+        m = convert(m, "f8")
+        share = share_of(op, self.row, self.left, self.numbers(), m)
+        return [m, *(convert(team_sum(v, lanes), "f8") for v in share.known)]
+
+    def map(self, op, params):
+        """Write the result of every element."""
+        out = self.walker.out
+        if out is None:
+            return
+        numbers = (
+            [op.value(params, self.first, *values) for values in self.group(v, n)]
+            for v, n in enumerate(self.groups)
+        )
+        out.store(self.places["out"], self.groups, numbers, self.row.ok, self.row.team)
+
+
+class Walk:
+    """A warp's way through a row: its only part, one of several, or one in each round."""
+
+    def __init__(self, walker, frame, op):
+        self.walker, self.frame, self.op = walker, frame, op
+        self.part, self.way, self.thread = walker.part, walker.way, frame.thread
+        count = constant(frame.thread, self.part.parts(1), "i4")
+        self.count = narrow(frame.parts) if self.part.chunks else count
+        self.board = self.shelf = self.held = None
+        self._begin(frame, op)
+
+    def _begin(self, frame, op):
+        """Which row, which parts, and their board."""
+        part, way, thread, p = self.part, self.way, self.thread, frame.block
+        lanes = min(part.lanes, WARP)
+        bits = lanes.bit_length() - 1
+        self.lane, team = thread & (lanes - 1), thread >> bits
+        self.ok, block = constant(p, True, "b1"), constant(p, 0, "i8")
+        if part.single:
+            p, self.own = p * (BLOCK >> bits) + convert(team, "i8"), narrow(block)
+            self.ok = p < frame.rows
+            p, leader = smaller_integer(p, frame.rows - 1), self.lane == 0
         else:
-            self._held(op, row, first, thread)
+            blocks = way.cluster
+            if way.cluster > 1:
+                block, p = convert(cluster_rank(thread), "i8"), p >> (way.cluster.bit_length() - 1)
+            elif way.spread:
+                blocks = frame.blocks
+                p, block = divmod_positive(p, blocks, frame.blocks_inverse)
+            if way.kept != "registers":
+                team = first_lane(team)
+            self.own = narrow(block) * way.warps + team
+            leader = (thread == 0) & (block == 0)
+            self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
+            self.board = self._board(p, width(op))
+        self.row = op.row(frame, p, self.ok, leader, self._peek)
+        self.row.team = thread & (WARP - 1), lanes
 
-    def _load(self, row, first):
-        """The groups of a chunk: (class, x, y, w) each, functions that give the numbers."""
-        part, groups = self.part, []
-        for v in range(part.vectors):
-            j = first + v * part.lanes * part.group
-            groups.append((j, *(self._group(row, name, j) for name in ("x", "y", "w"))))
-        return groups
+    def _board(self, p, entries):
+        way = self.way
+        if way.stage != "all" or not entries:
+            return Board.of_row(self.frame, p, entries, self.count)
+        address = dynamic_shared(self.thread)
+        if way.kept == "shared":
+            # A block alone has all parts, in their order; one of several a share with gaps.
+            parts = narrow(self.frame.rounds) * way.warps if way.cluster > 1 else self.count
+            self.shelf = Shelf(self.lane, address, parts, self.walker)
+            address = self.shelf.behind
+        return SharedBoard(entries, address, way.cluster)
 
-    def _group(self, row, name, j):
-        access = getattr(self, name)
-        if access is None:
-            return lambda: [None] * self.part.group
-        start, step = row.places[name]
-        return access.load(start, step, j, row.classes)
+    def _peek(self, j, read):
+        """As `kernels.Row.peek`."""
+        if self.way.stage == "map":
+            (logit,) = self.board.get(self.count, None, 1)
+            return logit
+        if self.board is None and not self.part.single:  # only who has class j needs it
+            first = convert(self.own, "i8") * self.part.span
+            return read((j >= first) & (j < first + self.part.span))
+        return read(constant(j, True, "b1"))
 
-    def _numbers(self, groups):
-        """(class, x, y, w) of each element."""
-        for j, x, y, w in groups:
-            for i, values in enumerate(zip(x(), y(), w(), strict=True)):
-                yield j + i, *values
+    def run(self):
+        """Reduce, join, map; as far as this launch does it."""
+        op, stage, reduced = self.op, self.way.stage, None
+        if op.softmax or op.sums:
+            if self.part.single:
+                self.held = self._read(self.own, None)
+                reduced = reduced_of(op, self.held.reduce(op))
+            else:
+                if stage != "map":
+                    self._each(self._reduce, self.board.begin)
+                if stage == "reduce":
+                    if self.row.x_label is not None:
+                        self.board.put(self.count, [self.row.x_label], self.lane, self.row.leader)
+                    return
+                self.board.end()
+                reduced = join(op, self.board, self._over_parts)
+        params = op.finish(self.row, reduced)
+        if self.walker.out is not None:
+            self._each(lambda part, i, _: self._map(part, i, params), _nothing)
 
-    def _held(self, op, row, first, thread):
-        part, share = self.part, None
-        groups = self._load(row, first) if op.softmax or op.sums or self.out else []
-        if op.softmax:
-            m = max_tree(x for _, x, _, _ in self._numbers(groups))
-            m = convert(team_max(m, part.lanes, thread), "f8")
-            share = self._add_up(op, row, in_chunk(op, row, self._numbers(groups), m), m, thread)
-        elif op.sums:
-            share = self._sum(op, row, groups, thread)
-        params = op.finish(row, share)
-        if self.out is not None:
-            self._store(op, row, groups, params)
+    def _each(self, visit, begin):
+        """Visit the parts of this warp, after a beginning that is to come after the first loads."""
+        if self.way.kept == "registers":
+            visit(self.own, None, begin)
+            return
+        begin()
 
-    def _in_chunks(self, frame, op, row, first, thread):
-        part, share = self.part, None
-        span = part.lanes * part.vectors * part.group
-        inverse = 1.0 / span  # a power of two
-        count = convert(convert(frame.classes + (span - 1), "f8") * inverse, "i8")
-        if op.softmax:
+        def in_round(i):
+            part = self.own + narrow(i) * self.step
+            when(part < self.count, lambda: visit(part, i, _nothing) or [], [])
+            return ()
 
-            def absorb(i, *state):
-                groups = self._load(row, first + i * span)
-                m = convert(max_tree(x for _, x, _, _ in self._numbers(groups)), "f8")
-                m = larger(state[0], m)
-                new = in_chunk(op, row, self._numbers(groups), m)
-                joined = join_chunks(op, state[0], Share(*state[1:]), m, new)
-                return m, *joined.known
+        repeat(self.frame.rounds, in_round)
 
-            m, *state = repeat(count, absorb, *nothing_yet(op, first))
-            top = team_max(m, part.lanes, thread)
-            mine = join_chunks(op, m, Share(*state), top, None)
-            share = self._add_up(op, row, mine, top, thread)
-        elif op.sums:
+    def _reduce(self, part, i, begin):
+        span = self._read(part, None)
+        if self.way.kept == "registers":
+            self.held = span
+        elif self.way.kept == "shared":
+            self.shelf.put(self._own_number(i), span.words)
+        begin()
+        numbers, there = span.reduce(self.op), self.ok & (part < self.count)
+        self.board.put(part, numbers, self.lane, there)
+        self.maximum = numbers[0]
 
-            def add(i, total):
-                return (total + self._lane_sum(op, row, self._load(row, first + i * span)),)
+    def _map(self, part, i, params):
+        span, m = self._read(part, i), None
+        if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
+            m = self.maximum if self.held else self.board.get(part, None, 1)[0]
+        span.map(self.op, self.op.in_part(params, m))
 
-            (total,) = repeat(count, add, constant(first, 0.0, "f8"))
-            share = team_sum(total, part.lanes, thread)
-        params = op.finish(row, share)
-        if self.out is not None:
+    def _read(self, part, i):
+        """The elements of a part: held ones, those of round i on the shelf, or read now."""
+        if self.held:
+            return self.held
+        span = self._place(part)
+        if self.shelf and i is not None:
+            span.words = self.shelf.get(self._own_number(i))
+        span.load()
+        return span
 
-            def sweep(i):
-                self._store(op, row, self._load(row, first + i * span), params)
-                return ()
+    def _own_number(self, i):
+        """That of this warp's part of round i among the parts of the block."""
+        return narrow(i) * self.way.warps + first_lane(self.thread >> 5)
 
-            repeat(count, sweep)
+    def _place(self, part):
+        first = convert(part, "i8") * self.part.span
+        return Lane(self.walker, self.row, first + convert(self.lane * self.part.group, "i8"))
 
-    def _add_up(self, op, row, share, m, thread):
-        """The row's share of each sum from the lanes'."""
-        sums = [v if v is None else team_sum(v, self.part.lanes, thread) for v in share]
-        return m, Share(*sums)
+    def _over_parts(self, values, combine, start, count):
+        """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
+        start = [constant(self.own, start, "f8")] * count
+        lane = self.lane
+        if not self.part.chunks:
+            joiners, parts = joiners_of(self.part), self.part.lanes // WARP
+            part = lane & (joiners - 1)
+            found = values(part, None if parts == joiners else part < parts)
+            found = [combine(s, v) for s, v in zip(start, found, strict=True)]
+        else:
+            joiners = WARP
 
-    def _sum(self, op, row, groups, thread):
-        return team_sum(self._lane_sum(op, row, groups), self.part.lanes, thread)
+            def add(i, *state):
+                part = narrow(i) * WARP + lane
+                found = values(part, part < self.count)
+                return tuple(combine(s, v) for s, v in zip(state, found, strict=True))
 
-    def _lane_sum(self, op, row, groups):
-        terms = [
-            where(j < row.classes, op.term(row, x, y, w), 0.0)
-            for j, x, y, w in self._numbers(groups)
-        ]
-        return sum_tree(terms)
+            found = repeat(self.frame.joins, add, *start)
+        return [team_fold(v, joiners, combine) for v in found]
 
-    def _store(self, op, row, groups, params):
-        start, step = row.places["out"]
-        for j, x, y, w in groups:
-            numbers = [
-                op.value(params, j, i, *values)
-                for i, values in enumerate(zip(x(), y(), w(), strict=True))
-            ]
-            self.out.store(start, step, j, row.width, numbers, row.ok, row.near)
+
+def joiners_of(part):
+    """Lanes that join the parts of a row that is held: a power of two."""
+    return 1 << (part.lanes // WARP - 1).bit_length()
+
+
+def _nothing():
+    pass
+
+
+class Shelf:
+    """Places in shared memory for what lanes have read of the parts of a row.
+
+    Parameters
+    ----------
+    lane, address : Value
+        Of the warp; where the places begin.
+    parts : Value
+        How many there are room for.
+    walker : Rows
+    """
+
+    def __init__(self, lane, address, parts, walker):
+        self.pieces = shelved(walker.part, walker.inputs)
+        self.address = address + lane * ACCESS
+        self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
+
+    def _places(self, n):
+        at = self.address + n * (len(self.pieces) * WARP * ACCESS)
+        return [(at + i * (WARP * ACCESS), *piece) for i, piece in enumerate(self.pieces)]
+
+    def put(self, n, words):
+        """Keep the words of part n."""
+        for place, access, name, v, at in self._places(n):
+            some = words[name][v][at : at + access.per_chunk]
+            put_shared_words(place, access.word, some)
+
+    def get(self, n):
+        """Have them again."""
+        words = {}
+        for place, access, name, v, _ in self._places(n):
+            found = words.setdefault(name, {})
+            found.setdefault(v, []).extend(shared_words(place, access.word, access.per_chunk))
+        return words
+
+
+def shelved(part, inputs):
+    """A thread's pieces of 16 bytes on a Shelf in a round: (access, array, group, first word)."""
+    return [
+        (access, name, v, at)
+        for name, access in inputs.items()
+        if access.wide
+        for v in range(part.vectors)
+        for at in range(0, access.bytes // access.word, access.per_chunk)
+    ]

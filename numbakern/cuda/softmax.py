@@ -6,9 +6,10 @@ over any part of a row, relative to any maximum, and be moved to a larger one.
 """
 
 import math
+import operator
 from typing import Any, NamedTuple
 
-from numbakern.cuda.device import at_least, constant, convert, fma, sum_tree, where
+from numbakern.cuda.device import at_least, constant, convert, fma, larger, sum_tree, where
 from numbakern.vmath import centre, exp_nonpositive, exp_scaled, is_finite, log_sum, two_sum
 
 
@@ -24,13 +25,6 @@ class Share(NamedTuple):
     def known(self):
         """What is there."""
         return tuple(v for v in self if v is not None)
-
-
-def nothing_yet(op, of):
-    """(m, *Share) of no elements."""
-    zero = constant(of, 0.0, "f8")
-    linear = (zero, zero) if op.linear else ()
-    return constant(of, -math.inf, "f8"), constant(of, 0, "i4"), zero, *linear
 
 
 def safe(m):
@@ -49,20 +43,28 @@ def scaled_exp(x, base, magic, floor):
     return exp_scaled(at_least(x - base, floor), magic)
 
 
-def in_chunk(op, row, numbers, m):
-    """The Share of some elements, relative to a maximum that is no smaller than any of them."""
+def share_of(op, row, left, numbers, m):
+    """The Share of some elements, relative to a maximum that is no smaller than any of them.
+
+    Parameters
+    ----------
+    left : Value
+        How many there are.
+    numbers : iterable of (int, x, y, w)
+        Number of the element, logit, target, class weight.
+    """
     elem = op.elem
     params, factor = exponentials(m, elem)
     top, subtracted = convert(m, elem), convert(safe(m), elem)
     rests, counts, qs, nlls = [], [], [], []
-    for j, x, y, w in numbers:
+    for i, x, y, w in numbers:
         below = x < top
         e = scaled_exp(x, *params)
         rests.append(where(below, e, -0.0))
         # What is not below is the maximum, unless there is none: then k is of no account.
         counts.append(where(below, constant(x, 0, "i4"), 1))
         if op.linear:
-            there = j < row.classes
+            there = left > i
             q, own = op.target(row, y, w)
             qs.append(where(there, q, 0.0))
             # A class that is no target adds nothing, not even where its logit is −inf.
@@ -72,24 +74,64 @@ def in_chunk(op, row, numbers, m):
     return Share(sum_tree(counts), rest, *linear)
 
 
-def join_chunks(op, m, share, top, new):
-    """The Share of elements with maximum m, moved to a maximum `top`, and joined with another."""
-    below = m < top
-    k, rest, q, nll = share
+def decay(m, top):
+    """exp(m − top) of a maximum and a larger one; 1 where it is none."""
     # A rounded distance d would cost d ulp.
     distance, error = two_sum(m, -top)
-    factor = exp_nonpositive(where(below, distance, 0.0))
-    factor = fma(factor, where(is_finite(distance), error, 0.0), factor)
-    rest = where(below, (rest + convert(k, "f8")) * factor, rest)
-    k = where(below, 0, k)
+    factor = exp_nonpositive(where(m < top, distance, 0.0))
+    return fma(factor, where(is_finite(distance), error, 0.0), factor)
+
+
+def moved(op, m, share, top):
+    """The Share of elements with maximum m, relative to a maximum `top`."""
+    below = m < top
+    k, rest, q, nll = share
+    rest = where(below, (rest + k) * decay(m, top), rest)
     linear = ()
     if op.linear:
-        moved = q * (safe(top) - safe(m))
-        linear = q, nll + where(below, moved, 0.0)
-    joined = Share(k, rest, *linear)
-    if new is None:
-        return joined
-    return Share(*(a if a is None else a + b for a, b in zip(joined, new, strict=True)))
+        linear = q, nll + where(below, q * (safe(top) - safe(m)), 0.0)
+    return Share(where(below, 0.0, k), rest, *linear)
+
+
+def sum_of_terms(op, row, left, numbers):
+    """Σ of an operation's terms over some elements, float64."""
+    return sum_tree(where(left > i, op.term(row, x, y, w), 0.0) for i, x, y, w in numbers)
+
+
+def width(op):
+    """How many float64 say all of a part of a row: (m, *Share), or the sum of its terms."""
+    return (5 if op.linear else 3) if op.softmax else int(op.sums)
+
+
+def reduced_of(op, numbers):
+    """(m, Share) or the sum of terms, which such numbers say."""
+    return (numbers[0], Share(*numbers[1:])) if op.softmax else numbers[0]
+
+
+def join(op, board, over_parts):
+    """(m, Share) of a row, or the sum of its terms, from those of its parts.
+
+    Parameters
+    ----------
+    board : reduce.Board
+        Where they are.
+    over_parts : function (values, combine, start, count) -> list of Value
+        What ``values(part, there)``, lists of `count`, combine to.
+    """
+
+    def sums(part, there):
+        values = board.get(part, there)
+        return moved(op, values[0], Share(*values[1:]), top).known if op.softmax else values
+
+    top = None
+    if op.softmax:
+
+        def maximum(part, there):
+            return board.get(part, there, 1)
+
+        (top,) = over_parts(maximum, larger, -math.inf, 1)
+    found = over_parts(sums, operator.add, 0.0, width(op) - (top is not None))
+    return reduced_of(op, [v for v in (top, *found) if v is not None])
 
 
 def row_log_sum(m, share, elem):

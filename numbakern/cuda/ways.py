@@ -1,0 +1,171 @@
+"""Who takes the parts of the rows, and where a row stays meanwhile: the launches of an operation.
+
+Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
+holds in registers are a block each. For longer ones there are
+
+- a block each, which reads the row once to reduce it and once more to map it;
+- several blocks each, where there are too few rows to fill the machine: a launch that reduces and
+  one that joins and maps, the parts' sums waiting in global memory in between;
+- a block each that keeps the row in its shared memory (`Machine.shelf`);
+- a cluster of blocks each, which hold the row in registers or keep it in their shared memory and
+  tell each other the parts' sums (`Machine.cluster`).
+"""
+
+import os
+from typing import NamedTuple
+
+from numbakern.cuda.columns import BLOCK as COLUMNS
+from numbakern.cuda.reduce import WARP
+from numbakern.cuda.rows import BLOCK, TEAM, Way
+
+SETTING = "NUMBAKERN_CUDA_PATHS"
+FEW = 4
+"""Warps of a block where several blocks have a row."""
+FULL = 1024
+"""Threads that keep a multiprocessor busy."""
+WALKING = 12
+"""Warps of a block that takes long rows part by part; with 16 a register is missing."""
+EVEN = 8
+"""Warps of a block of a cluster are a multiple of this: each number is another kernel."""
+BOARD = 16 << 10
+"""Bytes of shared memory for a board in a block beside which others are to find room."""
+NEIGHBOURS = 8
+"""Rows side by side that are worth a thread each: what a sector of float32 holds."""
+THREADS = 64
+"""Of each multiprocessor that there must be for that, or rows are a warp each in spite of it."""
+
+
+class Machine(NamedTuple):
+    """What the choice depends on beside the rows.
+
+    Attributes
+    ----------
+    multiprocessors : int
+    shared : int
+        Bytes of shared memory that a block can have.
+    shelf : bool
+        Whether rows may be kept in it.
+    cluster : int
+        Blocks of the largest cluster that rows may be taken by; 1 for none.
+    """
+
+    multiprocessors: int = 132
+    shared: int = 227 << 10
+    shelf: bool = False
+    cluster: int = 1
+
+
+MACHINE = Machine()
+"""An H100 and what is chosen if nothing is."""
+
+
+def chosen():
+    """The ways that the environment variable NUMBAKERN_CUDA_PATHS allows beside the default."""
+    names = {name.strip() for name in os.environ.get(SETTING, "").split(",")} - {""}
+    if names - {"shared", "cluster"}:
+        wrong = ", ".join(sorted(names - {"shared", "cluster"}))
+        raise ValueError(f"{SETTING}: expected any of shared, cluster, got {wrong}")
+    return names
+
+
+def machine_of(multiprocessors, shared, capability):
+    """The Machine that a device is, with what is chosen."""
+    names = chosen()
+    cluster = 8 if "cluster" in names and capability >= (9, 0) else 1
+    return Machine(multiprocessors, shared, "shared" in names, cluster)
+
+
+def walks_columns(neighbours, parts, machine):
+    """Whether a thread takes each of so many parts of rows, that many of which are neighbours."""
+    return neighbours >= NEIGHBOURS and parts >= THREADS * machine.multiprocessors
+
+
+class Launch(NamedTuple):
+    """One launch: the Way, blocks, threads of each, bytes of shared memory."""
+
+    way: Way
+    grid: int
+    threads: int
+    shared: int = 0
+
+
+def launches(part, classes, count, numbers, shelf, maps, columns, machine):
+    """The launches for `count` rows of so many classes, and constants that they need.
+
+    Parameters
+    ----------
+    part : Partition
+    numbers : int
+        What each part leaves, in float64 (`softmax.width`); 0 for a map alone.
+    shelf : int
+        Bytes that a warp needs to keep a part in shared memory; 0 if it cannot.
+    maps : bool
+        Whether there is a map.
+    columns : bool
+        Whether rows lie side by side, and a thread takes what is a warp's elsewhere.
+    machine : Machine
+    """
+    parts = part.parts(classes)
+    if columns:
+        if part.single:
+            return [Launch(Way(1), _ceil(count, COLUMNS), COLUMNS)], {}
+        return _spread(_ceil(count, COLUMNS), parts, 1, COLUMNS, numbers, maps, machine)
+    if part.single:
+        return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
+    if not part.chunks:
+        return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
+    if numbers:
+        together = _together(parts, count, 8 * parts * numbers, shelf, machine)
+        if together:
+            return together
+    return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
+
+
+def _together(parts, count, board, shelf, machine):
+    """`launches` of a block or a cluster for each row; None where that is not the way."""
+
+    def one(kept, blocks):
+        held = kept == "registers"
+        rounds = _ceil(parts, (TEAM // WARP if held else WALKING) * blocks)
+        warps = EVEN * _ceil(parts, EVEN * blocks) if held and rounds == 1 else WALKING
+        size = board
+        if kept == "shared":
+            size += shelf * (parts if blocks == 1 else rounds * warps)
+        way = Way(warps, "all", False, blocks, kept)
+        return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
+
+    blocks = 1
+    while blocks <= machine.cluster:
+        found, constants = one("registers", blocks)
+        if constants["rounds"] == 1:
+            return found, constants
+        found, constants = one("shared", blocks)
+        if machine.shelf and shelf and found[0].shared <= machine.shared:
+            return found, constants
+        blocks *= 2
+    if count >= 2 * machine.multiprocessors and board <= BOARD:
+        return one("no", 1)
+    return None
+
+
+def _spread(groups, parts, warps, threads, numbers, maps, machine):
+    """`launches` of several blocks for each group of rows."""
+    most = _ceil(parts, warps)  # blocks
+    if not numbers:
+        blocks, rounds = most, 1
+        found = [Launch(Way(warps, spread=True), groups * blocks, threads)]
+    else:
+        wanted = _ceil(machine.multiprocessors * FULL, threads * groups)
+        rounds = _ceil(most, min(most, wanted))
+        blocks = _ceil(most, rounds)
+        reduce = Way(warps, "reduce", True, kept="no")
+        found = [Launch(reduce, groups * blocks, threads)]
+        if maps:
+            found.append(Launch(reduce._replace(stage="map"), groups * blocks, threads))
+        else:
+            found.append(Launch(reduce._replace(stage="map", spread=False), groups, threads))
+    return found, {"blocks": blocks, "blocks_inverse": 1.0 / blocks, "rounds": rounds}
+
+
+def _ceil(a, b):
+    return -(-a // b)
