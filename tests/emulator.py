@@ -187,9 +187,7 @@ class Emulator:
             raise Fault(f"{what} in a branch that not all threads take")
 
     def _by_lane(self, word):
-        active = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
-        if np.any(active.any(axis=1) != active.all(axis=1)):
-            raise Fault("a shuffle in a branch that not all threads of a warp take")
+        self._together("a shuffle")
         return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
 
     def shuffle_xor(self, word, offset):
@@ -202,12 +200,6 @@ class Emulator:
         if np.any((lane < 0) | (lane >= WARP)):
             raise Fault("shuffle from no lane")
         return np.take_along_axis(self._by_lane(word), lane, axis=2).reshape(self.shape)
-
-    def first_lane(self, word):
-        words = self._by_lane(word)
-        if np.any(words != words[:, :, :1]):
-            raise Fault("lanes of a warp that should agree do not")
-        return words.reshape(self.shape)
 
     def barrier(self):
         self._together("a barrier")
@@ -340,8 +332,7 @@ class Emulator:
 
     def shared_store(self, address, size, words, mask, peer):
         cell, at = self._cell(address)
-        mask = self.active if mask is None else np.logical_and(self.active, mask)
-        mask = np.broadcast_to(mask, self.shape)
+        mask = np.broadcast_to(np.logical_and(self.active, mask), self.shape)
         lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
         raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
         blocks = np.nonzero(mask)[0]

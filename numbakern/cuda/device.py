@@ -293,11 +293,6 @@ def shuffle_from(v, lane):
     return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
 
 
-def first_lane(v):
-    """The int32 of the warp's first lane: that of all, where the compiler is to know it."""
-    return v.like(v.machine.first_lane(v.value))
-
-
 def _by_words(v, move):
     if v.elem == "i4":
         return move(v)
@@ -337,8 +332,7 @@ def repeat(count, body, *state):
 def when(mask, compute, otherwise):
     """What `compute()` gives where the mask holds, `otherwise` elsewhere.
 
-    A branch: lanes of a warp that all do without skip it. So `compute` must not wait for others,
-    and only shuffle where a warp's lanes go together.
+    A branch: lanes of a warp that all do without skip it. So `compute` must not shuffle or wait.
 
     Parameters
     ----------
@@ -393,9 +387,9 @@ def shared_words(address, size, count):
     return [address.like(w, "i8" if size == 8 else "i4") for w in words]
 
 
-def put_shared_words(address, size, words):
-    """Write words of `size` bytes (4 or 8) to an aligned address in shared memory."""
-    address.machine.shared_store(address.value, size, [w.value for w in words], None, None)
+def put_shared_words(address, size, words, mask):
+    """Write words of `size` bytes (4 or 8) to an aligned address, where the mask holds."""
+    address.machine.shared_store(address.value, size, [w.value for w in words], mask.value, None)
 
 
 def shared_load(address):

@@ -129,10 +129,6 @@ class LLVM:
         """See device.shuffle_from."""
         return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
 
-    def first_lane(self, word):
-        """See device.first_lane."""
-        return self.shuffle_from(word, _i32(0))
-
     def barrier(self):
         """See device.barrier."""
         self._call("nvvm.barrier0", _void)
@@ -250,8 +246,7 @@ class LLVM:
             address = self._ptx(code, "i4", [(address, "i4"), (peer, "i4")])
             space = "::cluster"
         args, code = [address, *words], f"st.shared{space}{vector}.b{8 * size} [$0], {names};"
-        if mask is not None:
-            code = self._masked(code, mask, constraints, args)
+        code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     # -- emitting

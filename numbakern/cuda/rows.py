@@ -16,14 +16,12 @@ from numbakern.cuda.device import (
     convert,
     divmod_positive,
     dynamic_shared,
-    first_lane,
     max_tree,
     narrow,
     put_shared_words,
     repeat,
     shared_words,
     smaller_integer,
-    when,
 )
 from numbakern.cuda.memory import ACCESS, Place, left_of
 from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
@@ -239,8 +237,6 @@ class Walk:
             elif way.spread:
                 blocks = frame.blocks
                 p, block = divmod_positive(p, blocks, frame.blocks_inverse)
-            if way.kept != "registers":
-                team = first_lane(team)
             self.own = narrow(block) * way.warps + team
             leader = (thread == 0) & (block == 0)
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
@@ -298,8 +294,9 @@ class Walk:
         begin()
 
         def in_round(i):
-            part = self.own + narrow(i) * self.step
-            when(part < self.count, lambda: visit(part, i, _nothing) or [], [])
+            # Of a part that there is not, nothing is read or written. A branch around shuffles
+            # would cost more.
+            visit(self.own + narrow(i) * self.step, i, _nothing)
             return ()
 
         repeat(self.frame.rounds, in_round)
@@ -309,7 +306,7 @@ class Walk:
         if self.way.kept == "registers":
             self.held = span
         elif self.way.kept == "shared":
-            self.shelf.put(self._own_number(i), span.words)
+            self.shelf.put(self._own_number(i), span.words, part < self.count)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
@@ -318,7 +315,7 @@ class Walk:
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
-            m = self.maximum if self.held else self.board.get(part, None, 1)[0]
+            m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
         span.map(self.op, self.op.in_part(params, m))
 
     def _read(self, part, i):
@@ -333,7 +330,7 @@ class Walk:
 
     def _own_number(self, i):
         """That of this warp's part of round i among the parts of the block."""
-        return narrow(i) * self.way.warps + first_lane(self.thread >> 5)
+        return narrow(i) * self.way.warps + (self.thread >> 5)
 
     def _place(self, part):
         first = convert(part, "i8") * self.part.span
@@ -383,23 +380,23 @@ class Shelf:
 
     def __init__(self, lane, address, parts, walker):
         self.pieces = shelved(walker.part, walker.inputs)
-        self.address = address + lane * ACCESS
+        self.address, self.last = address + lane * ACCESS, parts - 1
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
     def _places(self, n):
         at = self.address + n * (len(self.pieces) * WARP * ACCESS)
         return [(at + i * (WARP * ACCESS), *piece) for i, piece in enumerate(self.pieces)]
 
-    def put(self, n, words):
-        """Keep the words of part n."""
+    def put(self, n, words, there):
+        """Keep the words of part n, where `there`."""
         for place, access, name, v, at in self._places(n):
             some = words[name][v][at : at + access.per_chunk]
-            put_shared_words(place, access.word, some)
+            put_shared_words(place, access.word, some, there)
 
     def get(self, n):
-        """Have them again."""
+        """Have them again; any of a part that there is not."""
         words = {}
-        for place, access, name, v, _ in self._places(n):
+        for place, access, name, v, _ in self._places(smaller_integer(n, self.last)):
             found = words.setdefault(name, {})
             found.setdefault(v, []).extend(shared_words(place, access.word, access.per_chunk))
         return words
