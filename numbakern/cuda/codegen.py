@@ -49,7 +49,7 @@ class Figures(NamedTuple):
     single : int
         Accesses of less for what there is one of a row.
     calls : int
-        To subroutines.
+        Returns from subroutines; a call without one is how sm_80 leaves a loop with shuffles.
     instructions : float
         For each element: of the whole kernel for a row in registers, of the loops for chunks.
     double : float
@@ -205,7 +205,7 @@ def figures(case: Case, arch: str) -> Figures:
         len(wide),
         narrow,
         single,
-        sum(op.startswith("CALL") for _, op, _ in found),
+        sum(op.startswith("RET") for _, op, _ in found),
         len(inside) / elements,
         double / elements,
     )
