@@ -407,7 +407,7 @@ def test_every_change_of_kernel_is_a_threshold():
 def _sweep(monkeypatch, shares):
     """The Points of a sweep whose predictions have these shares by (classes, layout)."""
 
-    def predict(operation, kind, rows, classes, layout, gpu):
+    def predict(gpu, operation, kind, rows, classes, layout):
         least = 2 * rows * classes * codegen.size_of(kind) / gpu.copy
         share = shares[classes, layout]
         step, _ = predict_one
@@ -500,14 +500,14 @@ def test_the_trace_moves_what_the_machine_code_moves(operation, kind, classes):
 @compiles
 def test_more_rows_take_longer_and_a_faster_gpu_less():
     times = [
-        model.predict("log_softmax", "f4", rows, 1024, "whole", H100).seconds
+        model.predict(H100, "log_softmax", "f4", rows, 1024).seconds
         for rows in (1, 100, 1000, 10**4, 10**5, 10**6)
     ]
     assert times == sorted(times) and times[-1] > 5 * times[-2]
-    h200 = model.predict("log_softmax", "f4", 10**6, 1024, "whole", model.GPUS["H200"])
+    h200 = model.predict(model.GPUS["H200"], "log_softmax", "f4", 10**6, 1024)
     assert h200.seconds < times[-1]
     longer = [
-        model.predict("log_softmax", "f4", 1024, classes, "whole", H100).seconds
+        model.predict(H100, "log_softmax", "f4", 1024, classes).seconds
         for classes in (65536, 131072, 262144)
     ]
     assert longer == sorted(longer)
@@ -515,7 +515,7 @@ def test_more_rows_take_longer_and_a_faster_gpu_less():
 
 @compiles
 def test_a_call_is_the_sum_of_its_steps():
-    found = model.predict("cross_entropy_value_and_grad", "f4", 4096, 1024, "whole", H100)
+    found = model.predict(H100, "cross_entropy_value_and_grad", "f4", 4096, 1024)
     assert [s.spec.kernel for s, _ in found.steps] == [
         "count", "combine", "cross_entropy", "total", "combine",
     ]  # fmt: skip
@@ -546,6 +546,26 @@ def test_a_document_without_marks_is_refused(tmp_path, monkeypatch):
         predictions.document(file)
 
 
+@compiles
+def test_the_benchmarks_table_has_predictions_beside_measurements(monkeypatch):
+    from benchmarks import bounds, predicted, report
+
+    cases = [
+        bounds.cuda_bound("log_softmax", 1024, "float32"),
+        bounds.cuda_bound("cross_entropy", 1024, "float32"),
+    ]
+    rows = [report.Row(case, 1e-3, 2000.0, {"numbakern": 1.11}) for case in cases]
+    monkeypatch.setattr(bounds, "CUDA", tuple(cases))
+    assert "model" not in report.text_table(rows)  # no GPU here that it knows
+    monkeypatch.setattr(predicted, "gpu_here", lambda: "H100")
+    header, _, first, second = report.text_table(rows).splitlines()
+    at = header.split().index("model") - len(header.split())
+    found = model.predict(H100, "log_softmax", "f4", 2**18, 1024)
+    assert float(first.split()[at]) == pytest.approx(1 / found.share, rel=0.01)
+    found = model.predict(H100, "cross_entropy", "f4", 2**18, 1024)
+    assert float(second.split()[at]) == pytest.approx(0.5 / found.share, rel=0.01)
+
+
 @pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
@@ -554,4 +574,4 @@ def test_every_kernel_pairs_with_its_trace(operation, gpu):
     for case in codegen.cases([operation]):
         rows = 2**20 // case.classes + 1
         of = operation, case.kind, rows, case.classes, case.layout
-        assert 0 < model.predict(*of, model.GPUS[gpu]).share < 1.1, case.name
+        assert 0 < model.predict(model.GPUS[gpu], *of).share < 1.1, case.name

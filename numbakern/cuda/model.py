@@ -544,11 +544,12 @@ STREAMS = {
 """Arrays of the logits' shape that a call moves at least."""
 
 
-def predict(operation, kind, rows, classes, layout, gpu) -> Prediction:
+def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Prediction:
     """The Prediction of a public function.
 
     Parameters
     ----------
+    gpu : Gpu
     operation : str
         Of `codegen.OPERATIONS`.
     kind : {"f4", "bf", "f2", "f8"}
@@ -556,7 +557,6 @@ def predict(operation, kind, rows, classes, layout, gpu) -> Prediction:
     layout : {"whole", "shifted", "columns"}
         Rows that start at multiples of 16 bytes if their length allows it; that do not; the class
         axis first.
-    gpu : Gpu
     """
     plan, layouts = codegen.call(operation, kind, rows, classes, layout)
     size, elements = codegen.size_of(kind), rows * classes

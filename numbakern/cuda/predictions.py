@@ -58,9 +58,9 @@ _HEADER = (
 )  # fmt: skip
 
 
-def row(operation, kind, rows, classes, layout, gpu: Gpu) -> list[str]:
+def row(gpu: Gpu, operation, kind, rows, classes, layout) -> list[str]:
     """The cells of `table` for one call."""
-    made = predict(operation, kind, rows, classes, layout, gpu)
+    made = predict(gpu, operation, kind, rows, classes, layout)
     step, b = made.main
     warps = -(-step.block // WARP)
     # Cycles of a warp as cycles for each element, like the issue slots.
@@ -97,7 +97,7 @@ def markdown(header, lines) -> str:
 def table(cases, gpu: Gpu) -> str:
     """What is known of these calls: (operation, kind, rows, classes, layout) each."""
     shown = progress(cases, lambda c: f"{gpu.name} {c[0]} {c[1]} {c[3]}")
-    return markdown(_HEADER, [row(*case, gpu=gpu) for case in shown])
+    return markdown(_HEADER, [row(gpu, *case) for case in shown])
 
 
 def judged(operations=None, kinds=("f4", "f2", "bf"), classes=CLASSES, rows=None, layout="whole"):
@@ -115,7 +115,7 @@ def overview(gpus) -> str:
     lines, cases = [], [(case, gpu) for case in judged() for gpu in gpus]
     shares = {}
     for case, gpu in progress(cases, lambda c: f"{c[1].name} {c[0][0]} {c[0][1]} {c[0][3]}"):
-        shares[case, gpu.name] = predict(*case, gpu=gpu).share
+        shares[case, gpu.name] = predict(gpu, *case).share
     for case in judged():
         operation, kind, _, classes, _ = case
         must, goal = JUDGED[operation]
@@ -206,7 +206,7 @@ def sweep(operation: str, kind: str, gpu: Gpu, counts=None) -> list[Point]:
     cases = [(n, layout) for n in counts for layout in ("whole", "shifted")]
     found = {}
     for n, layout in progress(cases, lambda c: f"{gpu.name} {operation} {kind} {c[0]}"):
-        found[n, layout] = predict(operation, kind, max(1, ELEMENTS // n), n, layout, gpu)
+        found[n, layout] = predict(gpu, operation, kind, max(1, ELEMENTS // n), n, layout)
     size = codegen.size_of(kind)
     points, best = [], float("inf")
     for n in counts:
