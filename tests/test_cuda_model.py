@@ -275,7 +275,7 @@ def test_a_row_is_read_and_written_as_its_length_says(operation, layout, kind):
         params = dict(plan.steps[-1].spec.params)
         read, written = (_bytes(plan, layouts, what) for what in ("read", "written"))
         # What lies at a row's two ends, or at those of its chunks, is in two sectors.
-        slack = 0.02 * array + rows * 4 * footprint.SECTOR
+        slack = 0.03 * array + rows * 4 * footprint.SECTOR
         assert array <= written["out"] <= array + slack
         for name in ("x", "y") if operation == "softmax_backward" else ("x",):
             held = params["walker"] == "rows" and classes <= 8192
@@ -432,7 +432,7 @@ def test_the_smooth_curve_never_rises(monkeypatch):
     assert excess[16, "whole"] == pytest.approx(1 / 0.95 - 1)
     assert excess[16, "shifted"] == pytest.approx(1.0)
     lines = predictions.cliffs(points).splitlines()[2:]
-    assert len(lines) == 1 and lines[0].startswith("| 8 … 16 | anywhere | +100% at 16 | 2.00 |")
+    assert len(lines) == 1 and lines[0].startswith("| 8 … 16 (3) | whole | +100% at 16 | 2.00 |")
 
 
 def test_the_picture_is_drawn(monkeypatch, tmp_path):
@@ -575,3 +575,52 @@ def test_every_kernel_pairs_with_its_trace(operation, gpu):
         rows = 2**20 // case.classes + 1
         of = operation, case.kind, rows, case.classes, case.layout
         assert 0 < model.predict(model.GPUS[gpu], *of).share < 1.1, case.name
+
+
+# The numbers of classes at which predicted times are further above the smooth curve than they
+# should be, and how far at most. A range that has become smooth is to be taken out.
+SHIFT = "shifting rows into place takes as much as the rest; each shift waits for its own loads"
+IDLE = "up to half of the slots of a warp's lanes are idle just above a power of two"
+ONE = "so many registers that a multiprocessor holds one block, which nothing overlaps"
+TWICE = "rows in chunks are read twice, the second time past L2; the last chunk is mostly idle"
+SLOTS = "a half has half the time of a float32, and takes as many instructions"
+CLIFFS = (
+    ("log_softmax", "f4", "shifted", 5, 1544, 0.40, (SHIFT, IDLE)),
+    ("log_softmax", "f4", "shifted", 10241, 16384, 0.55, (SHIFT, ONE)),
+    ("log_softmax", "f4", "shifted", 16385, 262144, 0.90, (SHIFT, TWICE)),
+    ("log_softmax", "f4", "whole", 32000, 262144, 0.50, (TWICE,)),
+    ("log_softmax", "bf", "shifted", 8, 8192, 2.40, (SHIFT, IDLE, SLOTS)),
+    ("log_softmax", "bf", "shifted", 8193, 262144, 1.90, (SHIFT, ONE, TWICE, SLOTS)),
+    ("log_softmax", "bf", "whole", 24, 6152, 1.00, (IDLE, SLOTS)),
+    ("log_softmax", "bf", "whole", 8200, 16384, 1.00, (ONE, IDLE)),
+    ("log_softmax", "bf", "whole", 16392, 262144, 0.60, (TWICE, SLOTS)),
+    ("cross_entropy_value_and_grad", "f4", "shifted", 5, 64, 0.55, (SHIFT, IDLE)),
+    ("cross_entropy_value_and_grad", "f4", "shifted", 65, 16384, 1.30, (SHIFT, IDLE, ONE)),
+    ("cross_entropy_value_and_grad", "f4", "shifted", 16385, 262144, 1.00, (SHIFT, TWICE)),
+    ("cross_entropy_value_and_grad", "f4", "whole", 4, 10248, 0.40, (IDLE, ONE)),
+    ("cross_entropy_value_and_grad", "f4", "whole", 16392, 262144, 0.50, (TWICE,)),
+    ("cross_entropy_value_and_grad", "bf", "shifted", 8, 1024, 1.65, (SHIFT, IDLE, SLOTS)),
+    ("cross_entropy_value_and_grad", "bf", "shifted", 1025, 262144, 2.30, (SHIFT, IDLE, TWICE)),
+    ("cross_entropy_value_and_grad", "bf", "whole", 24, 8192, 1.20, (IDLE, SLOTS)),
+    ("cross_entropy_value_and_grad", "bf", "whole", 8200, 16384, 1.60, (ONE, IDLE, SLOTS)),
+    ("cross_entropy_value_and_grad", "bf", "whole", 16392, 262144, 1.10, (TWICE, SLOTS)),
+)
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize("operation, kind", predictions.SWEPT)
+def test_predicted_times_are_on_a_smooth_curve(operation, kind):
+    known = [c[2:] for c in CLIFFS if c[:2] == (operation, kind)]
+    needed, above = set(), []
+    for p in predictions.sweep(operation, kind, H100):
+        if p.excess <= predictions.LIMIT:
+            continue
+        modes = dict(dict(p.prediction.main[0].spec.params).get("modes", ()))
+        at = [c for c in known if c[0] == modes.get("x") and c[1] <= p.classes <= c[2]]
+        if at and p.excess <= at[0][3]:
+            needed.add(at[0])
+        else:
+            above.append((p.classes, p.layout, round(p.excess, 2)))
+    assert not above
+    assert needed == set(known), "these ranges have become smooth: take them out"

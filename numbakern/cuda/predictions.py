@@ -110,18 +110,17 @@ def judged(operations=None, kinds=("f4", "f2", "bf"), classes=CLASSES, rows=None
     ]
 
 
-def overview(gpus) -> str:
-    """Shares of the copy rate on all GPUs, one line a call."""
-    lines, cases = [], [(case, gpu) for case in judged() for gpu in gpus]
-    shares = {}
-    for case, gpu in progress(cases, lambda c: f"{c[1].name} {c[0][0]} {c[0][1]} {c[0][3]}"):
-        shares[case, gpu.name] = predict(gpu, *case).share
-    for case in judged():
-        operation, kind, _, classes, _ = case
+def overview(gpu: Gpu) -> str:
+    """Shares of the copy rate of the calls that have bounds, as Markdown."""
+    cases = judged()
+    shown = progress(cases, lambda c: f"{gpu.name} {c[0]} {c[1]} {c[3]}")
+    shares = {case: predict(gpu, *case).share for case in shown}
+    lines = []
+    for operation, kind in dict.fromkeys(case[:2] for case in cases):
         must, goal = JUDGED[operation]
-        cells = [_marked(shares[case, gpu.name], must) for gpu in gpus]
-        lines.append([operation, f"{classes} {_NAMES[kind]}", *cells, f"{must:.2f}", f"{goal:.2f}"])
-    return markdown(["call", "classes", *(g.name for g in gpus), "must", "goal"], lines)
+        cells = [_marked(share, must) for c, share in shares.items() if c[:2] == (operation, kind)]
+        lines.append([operation, _NAMES[kind], *cells, f"{must:.2f}", f"{goal:.2f}"])
+    return markdown(["call", "dtype", *map(str, CLASSES), "must", "goal"], lines)
 
 
 def _marked(share, must):
@@ -220,45 +219,44 @@ def sweep(operation: str, kind: str, gpu: Gpu, counts=None) -> list[Point]:
     return points
 
 
-def cliffs(points) -> str:
-    """The ranges of a sweep that are over LIMIT above its curve, as Markdown."""
+def cliffs(points, most=None) -> str:
+    """The kernels whose times are over LIMIT above a sweep's curve, as Markdown.
+
+    `most`: so many of them, the worst ones.
+    """
+    over: dict[object, list[Point]] = {}
+    for p in points:
+        if p.excess > LIMIT:
+            over.setdefault(_kernel_of(p), []).append(p)
+    worst = {key: max(found, key=lambda p: p.excess) for key, found in over.items()}
+    shown = sorted(worst, key=lambda key: -worst[key].excess)[:most]
     lines = []
-    for layout in ("whole", "shifted"):
-        ranges: list[list[Point]] = []
-        previous = None
-        for p in (p for p in points if p.layout == layout):
-            key = _kernel_of(p) if p.excess > LIMIT else None
-            if key is not None and key == previous:
-                ranges[-1].append(p)
-            elif key is not None:
-                ranges.append([p])
-            previous = key
-        for found in ranges:
-            worst = max(found, key=lambda p: p.excess)
-            b = worst.prediction.main[1]
-            first, last = found[0].classes, found[-1].classes
-            lines.append(
-                [
-                    str(first) if first == last else f"{first} … {last}",
-                    {"whole": "at 16 bytes", "shifted": "anywhere"}[layout],
-                    f"+{worst.excess:.0%} at {worst.classes}",
-                    f"{worst.copies:.2f}",
-                    b.bound,
-                    f"{b.instructions:.0f}",
-                    str(b.resident),
-                    f"{b.hit:.0%}" if b.again > b.bytes / 100 else "",
-                ]
-            )
+    for key in sorted(shown, key=lambda key: over[key][0].classes):
+        counts, p = sorted({p.classes for p in over[key]}), worst[key]
+        step, b = p.prediction.main
+        span = f"{counts[0]} … {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        lines.append(
+            [
+                f"{span} ({len(over[key])})",
+                " ".join(sorted({mode for _, mode in dict(step.spec.params).get("modes", ())})),
+                f"+{p.excess:.0%} at {p.classes}",
+                f"{p.copies:.2f}",
+                b.bound,
+                f"{b.instructions:.0f}",
+                f"{b.resident} × {step.block}",
+                f"{b.hit:.0%}" if b.again > b.bytes / 100 else "",
+            ]
+        )
     header = [
-        "classes", "rows start", "worst", "× copy", "bound", "issue / element", "blocks", "L2 hits",
+        "classes (points)", "access", "worst", "× copy", "bound", "issue / element", "blocks",
+        "L2 hits",
     ]  # fmt: skip
     return markdown(header, lines) if lines else "none"
 
 
 def _kernel_of(point):
     step = point.prediction.main[0]
-    params = dict(step.spec.params)
-    return step.spec.kernel, step.block, params.get("part"), params.get("modes")
+    return step.spec, step.block
 
 
 def draw(sweeps, path: Path) -> None:
@@ -293,7 +291,7 @@ def draw(sweeps, path: Path) -> None:
                 shown = [p for p in points if p.layout == layout]
                 axes.plot(
                     [p.classes for p in shown], [p.copies for p in shown], color=colour,
-                    marker=".", markersize=2.5, linewidth=0.8, label=label,
+                    linewidth=0.8, label=label,
                 )  # fmt: skip
             curve = [(p.classes, p.copies / (1 + p.excess)) for p in points]
             axes.plot(*zip(*curve, strict=True), color=ink, linewidth=1, linestyle="--",
@@ -323,16 +321,18 @@ def document(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     h100 = GPUS["H100"]
     sweeps = {(op, kind): sweep(op, kind, h100) for op, kind in SWEPT}
-    parts = [
-        f"### Share of the copy rate, {ELEMENTS} elements\n",
-        overview(GPUS.values()) + "\n",
+    parts = []
+    for gpu in GPUS.values():
+        parts += [
+            f"### Share of the copy rate on {gpu.name}, 2**28 elements\n",
+            overview(gpu) + "\n",
+        ]
+    parts += [
         "### How it comes about on an H100\n",
-        table(judged(kinds=("f4", "bf")), h100) + "\n",
-        "### Few rows: (1 … 64, 128256)\n",
-        table(
-            [(op, "bf", n, 128256, "whole") for op in JUDGED for n in (1, 8, 64)], h100
-        ) + "\n",
-        "### Few classes, rows beside one another or one after the other\n",
+        table(judged(kinds=("f4", "bf"), classes=(1024, 16384, 262144)), h100) + "\n",
+        "### Few rows\n",
+        table([(op, "bf", n, 128256, "whole") for op in JUDGED for n in (1, 64)], h100) + "\n",
+        "### Few classes, one row after the other and beside one another\n",
         table(
             [
                 (op, "f4", ELEMENTS // n, n, layout)
@@ -341,13 +341,16 @@ def document(file: Path) -> None:
                 for layout in ("whole", "columns")
             ],
             h100,
-        ) + "\n",
-    ]  # fmt: skip
+        )
+        + "\n",
+    ]
     for (operation, kind), points in sweeps.items():
+        over = [p for p in points if p.excess > LIMIT]
         parts += [
             f"### Cliffs of {operation}, {_NAMES[kind]}, on an H100\n",
-            f"Predicted times over {LIMIT:.0%} above the smooth curve, of {len(points)} points:\n",
-            cliffs(points) + "\n",
+            f"{len(over)} of {len(points)} predicted times are over {LIMIT:.0%} above the smooth "
+            f"curve, {len({_kernel_of(p) for p in over})} kernels. The worst ones:\n",
+            cliffs(points, 12) + "\n",
         ]
     pattern = re.escape(BEGIN) + ".*" + re.escape(END)
     new, count = re.subn(
