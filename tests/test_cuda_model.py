@@ -616,8 +616,7 @@ def test_predicted_times_are_on_a_smooth_curve(operation, kind):
     for p in predictions.sweep(operation, kind, H100):
         if p.excess <= predictions.LIMIT:
             continue
-        modes = dict(dict(p.prediction.main[0].spec.params).get("modes", ()))
-        at = [c for c in known if c[0] == modes.get("x") and c[1] <= p.classes <= c[2]]
+        at = [c for c in known if c[0] == p.access and c[1] <= p.classes <= c[2]]
         if at and p.excess <= at[0][3]:
             needed.add(at[0])
         else:

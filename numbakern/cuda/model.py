@@ -447,12 +447,12 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         raise ValueError(f"no block of {step.spec.kernel} fits on an {gpu.name}")
     read, written = scope.total("read"), scope.total("written")
     compulsory = {n: min(step.grid * size, rows_bytes.get(n, math.inf)) for n, size in read.items()}
+    # What rows share at their ends is no second read.
     again = {n: step.grid * read[n] - compulsory[n] for n in read}
+    again = {n: size for n, size in again.items() if size > 0.1 * compulsory[n]}
     at_once = min(step.grid, held * gpu.multiprocessors)
-    # What rows share at their ends is no second read. Half of L2 serves: a line whose home is the
-    # other partition is held in both.
-    twice = [n for n in again if again[n] > 0.1 * compulsory[n]]
-    reused = at_once * sum(compulsory[n] for n in twice) / step.grid
+    # Half of L2 serves: a line whose home is the other partition is held in both.
+    reused = at_once * sum(compulsory[n] for n in again) / step.grid
     hit = min(1.0, gpu.l2 / 2 / reused) if reused else 1.0
     each = sum(read.values()) + sum(written.values())  # bytes of a block
     stored = {n: min(step.grid * size, rows_bytes.get(n, math.inf)) for n, size in written.items()}

@@ -79,7 +79,7 @@ def row(gpu: Gpu, operation, kind, rows, classes, layout) -> list[str]:
         f"{b.resident} × {step.block}",
         f"{b.waves:.1f}",
         str(len(made.steps)),
-        f"{b.hit:.0%}" if b.again > b.bytes / 100 else "",
+        f"{b.hit:.0%}" if b.again else "",
         b.bound,
         f"{made.seconds * 1e6:.0f}",
         f"{made.share:.2f}",
@@ -137,6 +137,8 @@ class Point(NamedTuple):
     ----------
     classes : int
     layout : {"whole", "shifted"}
+    access : str
+        How the kernel gets at the logits: a row of "whole" layout may be too odd for that.
     copies : float
         Predicted time in copies of the array.
     excess : float
@@ -146,6 +148,7 @@ class Point(NamedTuple):
 
     classes: int
     layout: str
+    access: str
     copies: float
     excess: float
     prediction: Prediction
@@ -215,7 +218,11 @@ def sweep(operation: str, kind: str, gpu: Gpu, counts=None) -> list[Point]:
             for layout in ("whole", "shifted")
         }
         best = min(best, *copies.values())
-        points += [Point(n, at, c, c / best - 1, found[n, at]) for at, c in copies.items()]
+        for layout, c in copies.items():
+            prediction = found[n, layout]
+            modes = dict(dict(prediction.main[0].spec.params).get("modes", ()))
+            access = modes.get("x", layout)
+            points.append(Point(n, layout, access, c, c / best - 1, prediction))
     return points
 
 
@@ -238,13 +245,13 @@ def cliffs(points, most=None) -> str:
         lines.append(
             [
                 f"{span} ({len(over[key])})",
-                " ".join(sorted({mode for _, mode in dict(step.spec.params).get("modes", ())})),
+                p.access,
                 f"+{p.excess:.0%} at {p.classes}",
                 f"{p.copies:.2f}",
                 b.bound,
                 f"{b.instructions:.0f}",
                 f"{b.resident} × {step.block}",
-                f"{b.hit:.0%}" if b.again > b.bytes / 100 else "",
+                f"{b.hit:.0%}" if b.again else "",
             ]
         )
     header = [
@@ -284,11 +291,11 @@ def draw(sweeps, path: Path) -> None:
             sharex=True,
         )  # fmt: skip
         for axes, ((operation, kind), points) in zip(panels.flat, sweeps.items(), strict=False):
-            for layout, colour, label in zip(
+            for access, colour, label in zip(
                 ("shifted", "whole"), colours[::-1], ("rows start anywhere", "at 16 bytes"),
                 strict=True,
             ):  # fmt: skip
-                shown = [p for p in points if p.layout == layout]
+                shown = [p for p in points if p.access == access]
                 axes.plot(
                     [p.classes for p in shown], [p.copies for p in shown], color=colour,
                     linewidth=0.8, label=label,
