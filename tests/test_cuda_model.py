@@ -448,7 +448,7 @@ def test_the_picture_is_drawn(monkeypatch, tmp_path):
 
 
 @compiles
-@pytest.mark.parametrize("classes, loops", [(1024, 0), (65536, 2)])
+@pytest.mark.parametrize("classes, loops", [(1024, False), (65536, True)])
 def test_slots_are_those_of_the_listing(classes, loops):
     """Counted here line by line, without the parser."""
     case = codegen.case("log_softmax", "f4", classes)
@@ -464,7 +464,7 @@ def test_slots_are_those_of_the_listing(classes, loops):
     traced = footprint.footprint(case.step, plan, layouts)
     expected = len(listed)
     bodies = [s for s in program.spans if s.kind == "loop"]
-    assert len(bodies) == loops
+    assert bool(bodies) == loops
     for body, part in zip(bodies, (p for p in traced.parts if p.kind == "loop"), strict=True):
         inside = sum(body.first <= a <= body.last for a, _ in listed)
         expected += (part.weight - 1) * inside
