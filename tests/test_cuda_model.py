@@ -139,11 +139,14 @@ def test_a_loop_of_constant_rounds_may_have_been_unrolled():
 
 def test_a_loop_may_take_several_rounds_at_once():
     program = codegen.Program(
-        straight(*["LDG.E"] * 4, "BRA", "LDG.E", "BRA", "EXIT"),
-        (codegen.Span(0, 64, "loop", ()), codegen.Span(80, 96, "loop", ())),
+        straight(*["LDS"] * 8, "BRA", *["LDG.E"] * 4, "BRA", "LDG.E", "BRA", "EXIT"),
+        tuple(codegen.Span(16 * a, 16 * b, "loop", ()) for a, b in ((0, 8), (9, 13), (14, 15))),
     )
-    cycles = model.busy(model.weighed(program, scope(parts=[scope("loop", 11)])), H100)
-    assert cycles["issue"] == 2 * 5 + 3 * 2 + 1  # 11 = 2 × 4 + 3
+    parts = [scope("loop", 5), scope("loop", 11)]
+    cycles = model.busy(model.weighed(program, scope(parts=parts)), H100)
+    assert cycles["issue"] == 5 * 9 + 2 * 5 + 3 * 2 + 1  # 11 = 2 × 4 + 3
+    with pytest.raises(ValueError, match="1 loops were traced, the machine code has 3"):
+        model.weighed(program, scope(parts=[scope("loop", 11)]))
 
 
 def test_a_warp_alone_waits_for_its_scoreboards():
@@ -464,10 +467,10 @@ def test_slots_are_those_of_the_listing(classes, loops):
     traced = footprint.footprint(case.step, plan, layouts)
     expected = len(listed)
     bodies = [s for s in program.spans if s.kind == "loop"]
-    assert bool(bodies) == loops
-    for body, part in zip(bodies, (p for p in traced.parts if p.kind == "loop"), strict=True):
-        inside = sum(body.first <= a <= body.last for a, _ in listed)
-        expected += (part.weight - 1) * inside
+    assert bool(bodies) == loops and not any(body.parts for body in bodies)
+    scopes = [part for part in traced.parts if part.kind == "loop"]
+    for body, (_, rounds) in model._pair_loops(program.instructions, bodies, scopes).items():
+        expected += (rounds - 1) * sum(body.first <= a <= body.last for a, _ in listed)
     slots = model.busy(model.weighed(program, traced), H100)["issue"]
     assert slots == pytest.approx(expected)
 

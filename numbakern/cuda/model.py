@@ -221,27 +221,34 @@ def _pair_loops(instructions, spans, scopes):
         scopes.remove(min(unrolled, key=lambda s: s.weight))
     while len(groups) > len(scopes):
         # A loop that takes several rounds at once, and one behind it for those that remain.
-        factors = [_accesses(instructions, g[0]) / _accesses(instructions, h[0])
-                   for g, h in itertools.pairwise(groups)]  # fmt: skip
-        at = next((i for i, f in enumerate(factors) if f >= 2 and f == int(f)), None)
+        pairs = enumerate(itertools.pairwise(groups))
+        at = next((i for i, (g, h) in pairs if _factor(instructions, g[0], h[0])), None)
         if at is None:
             raise ValueError(message)
         groups[at : at + 2] = [[groups[at][0], groups[at + 1][0]]]
-    pairs = {}
+    rounds = {}
     for group, scope in zip(groups, scopes, strict=True):
-        if len(group) == 1:
-            pairs[group[0]] = scope, scope.weight
-            continue
-        factor = _accesses(instructions, group[0]) // _accesses(instructions, group[1])
-        pairs[group[0]] = scope, scope.weight // factor
-        pairs[group[1]] = scope, scope.weight % factor
-    return pairs
+        rounds[group[0]] = scope, scope.weight
+        if len(group) == 2:
+            factor = _factor(instructions, *group)
+            rounds[group[0]] = scope, scope.weight // factor
+            rounds[group[1]] = scope, scope.weight % factor
+    return rounds
 
 
-def _accesses(instructions, span):
-    """Accesses to memory in a loop, one at least."""
-    return max(1, sum(pipe_of(i) == "memory" for i in instructions
-                      if span.first <= i.address <= span.last))  # fmt: skip
+def _factor(instructions, several, one):
+    """How many rounds of the loop `one` a round of `several` takes, by its accesses; 0 for none."""
+    first, second = (
+        Counter(
+            i.opcode
+            for i in instructions
+            if span.first <= i.address <= span.last and pipe_of(i) == "memory"
+        )
+        for span in (several, one)
+    )
+    factor = sum(first.values()) // max(1, sum(second.values()))
+    same = first == Counter({opcode: factor * n for opcode, n in second.items()})
+    return factor if same and factor >= 2 else 0
 
 
 _SHORT = 6
