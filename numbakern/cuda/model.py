@@ -454,9 +454,10 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         raise ValueError(f"no block of {step.spec.kernel} fits on an {gpu.name}")
     read, written = scope.total("read"), scope.total("written")
     compulsory = {n: min(step.grid * size, rows_bytes.get(n, math.inf)) for n, size in read.items()}
-    # What rows share at their ends is no second read.
+    # What rows share at their ends, or one value a row has in its sector, is no second read.
     again = {n: step.grid * read[n] - compulsory[n] for n in read}
-    again = {n: size for n, size in again.items() if size > 0.1 * compulsory[n]}
+    least = 0.1 * max(compulsory.values(), default=0.0)
+    again = {n: size for n, size in again.items() if size > least}
     at_once = min(step.grid, held * gpu.multiprocessors)
     # Half of L2 serves: a line whose home is the other partition is held in both.
     reused = at_once * sum(compulsory[n] for n in again) / step.grid
@@ -570,7 +571,7 @@ def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Predict
     sizes = {
         n: (elements if len(a.strides) == 2 else rows) * codegen.size_of(a.kind)
         for n, a in layouts.items()
-    } | {"row_loss": 8 * rows}
+    } | dict(plan.temporaries)
     steps = tuple((s, bounds(s, plan, layouts, sizes, gpu, elements)) for s in plan.steps)
     seconds = sum(b.seconds for _, b in steps)
     return Prediction(seconds, STREAMS[operation] * elements * size / gpu.copy / seconds, steps)
