@@ -539,6 +539,36 @@ def test_the_command_prints_a_line_a_call(capsys):
     assert len(lines) == 6
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["model", "--classes", "0"], "argument --classes: expected 1 or more, got 0"),
+        (["model", "--device", "X1"], "argument --device: invalid choice: 'X1'"),
+        (["model", "--call", "tan"], "argument --call: invalid choice: 'tan'"),
+    ],
+)
+def test_a_wrong_command_is_one_line(words, message, capsys):
+    from numbakern.cuda.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_missing_is_one_line(monkeypatch):
+    from numbakern.cuda import __main__
+
+    def missing(*_):
+        raise RuntimeError("nvdisasm is not installed")
+
+    monkeypatch.setattr(predictions, "predict", missing)
+    with pytest.raises(SystemExit, match="^error: nvdisasm is not installed$"):
+        __main__.main(["model"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="^error: matplotlib is not installed"):
+        __main__.main(["cliffs", "--plot", "cliffs"])
+
+
 def test_a_document_without_marks_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "page.md"
     file.write_text("no marks")

@@ -1,10 +1,18 @@
 """``python -m numbakern.cuda``: what the kernels became, and how fast they should be."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 from numbakern.cuda import codegen, model, predictions
+
+
+def _count(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
 
 
 def parser():
@@ -14,8 +22,8 @@ def parser():
     code = commands.add_parser("code", help="instructions and registers of every kernel (default)")
     code.add_argument("architectures", nargs="*", metavar="ARCH", help="such as sm_90a")
     told = commands.add_parser("model", help="predicted times, and what they are made of")
-    told.add_argument("--rows", type=int, help="so many, instead of 2**28 elements")
-    told.add_argument("--classes", type=int, nargs="+", default=predictions.CLASSES, metavar="C")
+    told.add_argument("--rows", type=_count, help="so many, instead of 2**28 elements")
+    told.add_argument("--classes", type=_count, nargs="+", default=predictions.CLASSES, metavar="C")
     told.add_argument(
         "--layout",
         choices=("whole", "shifted", "columns"),
@@ -26,7 +34,13 @@ def parser():
     found.add_argument("--plot", type=Path, metavar="PATH", help="also PATH-light.svg, -dark.svg")
     for one in told, found:
         one.add_argument("--device", nargs="+", choices=model.GPUS, default=["H100"])
-        one.add_argument("--call", nargs="+", choices=codegen.OPERATIONS)
+        one.add_argument(
+            "--call",
+            nargs="+",
+            choices=codegen.OPERATIONS,
+            metavar="CALL",
+            help=", ".join(codegen.OPERATIONS),
+        )
         one.add_argument("--dtype", nargs="+", choices=predictions.DTYPES)
     written = commands.add_parser("document", help="write the tables of the documentation anew")
     written.add_argument("file", type=Path, nargs="?", default=Path("docs/cuda-performance.md"))
@@ -39,6 +53,21 @@ def main(argv):
         argv = ["code", *argv]
     options = parser().parse_args(argv)
     kinds = [predictions.DTYPES[name] for name in getattr(options, "dtype", None) or ()]
+    if options.command == "document" or getattr(options, "plot", None):
+        _need_matplotlib()
+    try:
+        _run(options, kinds)
+    except RuntimeError as error:  # nothing that compiles or disassembles
+        raise SystemExit(f"error: {error}") from None
+
+
+def _need_matplotlib():
+    """Say so before anything is computed where there is none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("error: matplotlib is not installed: pip install 'numbakern[bench]'")
+
+
+def _run(options, kinds):
     if options.command == "code":
         for arch in options.architectures or codegen.ARCHITECTURES:
             print(codegen.table(codegen.cases(), arch), flush=True)
