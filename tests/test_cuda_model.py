@@ -462,7 +462,7 @@ def test_slots_are_those_of_the_listing(classes, loops):
     listed = [(int(m.group(1), 16), m.group(2)) for m in rows if m]
     end = max(a for a, code in listed if code.strip() == "EXIT")
     listed = [(a, code) for a, code in listed if a <= end and not code.startswith("NOP")]
-    plan, layouts = codegen.call("log_softmax", "f4", 1024, classes)
+    plan, layouts = codegen.call("log_softmax", "f4", codegen.ROWS, classes)
     program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block)
     traced = footprint.footprint(case.step, plan, layouts)
     expected = len(listed)
@@ -483,7 +483,7 @@ def test_slots_are_those_of_the_listing(classes, loops):
 def test_the_trace_moves_what_the_machine_code_moves(operation, kind, classes):
     """Bytes by the widths and numbers of the accesses, in rows that leave no lane idle."""
     case = codegen.case(operation, kind, classes)
-    plan, layouts = codegen.call(operation, kind, 1024, classes)
+    plan, layouts = codegen.call(operation, kind, codegen.ROWS, classes)
     program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block)
     traced = footprint.footprint(case.step, plan, layouts)
     moved = {"LDG": 0.0, "STG": 0.0}

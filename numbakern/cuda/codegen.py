@@ -21,6 +21,9 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
     "f8": (16, 128, 2048, 65536),
 }
 
+ROWS = 16384
+"""Enough that no way for few of them is taken."""
+
 
 class Case(NamedTuple):
     """A kernel that ships, and the classes it is for."""
@@ -126,7 +129,7 @@ OPERATIONS = (
 
 def case(operation, kind, classes, layout="whole"):
     """The Case of a public function on rows of a kind and length."""
-    made, _ = call(operation, kind, 1024, classes, layout)
+    made, _ = call(operation, kind, ROWS, classes, layout)
     # Beside it there are steps of one value a row, and before it what only reduces.
     *_, step = (s for s in made.steps if s.spec.kernel not in totals.KERNELS)
     return Case(operation, kind, classes, layout, step)
