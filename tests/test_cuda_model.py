@@ -137,6 +137,12 @@ def test_a_loop_of_constant_rounds_may_have_been_unrolled():
         model.weighed(LOOPED, scope(parts=[scope("loop", 4), scope("loop", 10)]))
 
 
+def test_a_jump_over_a_loop_is_no_branch():
+    branch = scope("branch", 0.5, parts=[scope("loop", 10, parts=[scope("branch", 0.25)])])
+    cycles = model.busy(model.weighed(LOOPED, scope(parts=[branch])), H100)
+    assert cycles["issue"] == pytest.approx(3 + 5 * (3 + 7 / 4))
+
+
 def test_a_loop_may_take_several_rounds_at_once():
     program = codegen.Program(
         straight(*["LDS"] * 8, "BRA", *["LDG.E"] * 4, "BRA", "LDG.E", "BRA", "EXIT"),
@@ -239,6 +245,23 @@ def test_rounds_and_shares_of_warps(monkeypatch):
     # one of two warps in the first of five rounds, 32 bytes in that round
     assert branch.weight == pytest.approx(0.5 / 5)
     assert branch.read == {"a": pytest.approx(32 / 5)}
+
+
+def test_a_loop_in_a_branch_is_kept(monkeypatch):
+    def body(frame):
+        def inside():
+            def once(i):
+                store(at(frame, "out"), 4, [frame.thread])
+                return ()
+
+            repeat(frame.count, once)
+            return []
+
+        when(frame.thread < 32, inside, [])
+
+    (branch,) = traced(monkeypatch, body).parts
+    (loop,) = branch.parts
+    assert (branch.weight, loop.weight, loop.written) == (0.5, 5, {"out": 32 * 4})
 
 
 def test_what_was_read_before_is_known(monkeypatch):
@@ -465,14 +488,23 @@ def test_slots_are_those_of_the_listing(classes, loops):
     plan, layouts = codegen.call("log_softmax", "f4", codegen.ROWS, classes)
     program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block)
     traced = footprint.footprint(case.step, plan, layouts)
-    expected = len(listed)
-    bodies = [s for s in program.spans if s.kind == "loop"]
-    assert bool(bodies) == loops and not any(body.parts for body in bodies)
-    scopes = [part for part in traced.parts if part.kind == "loop"]
-    for body, (_, rounds) in model._pair_loops(program.instructions, bodies, scopes).items():
-        expected += (rounds - 1) * sum(body.first <= a <= body.last for a, _ in listed)
-    slots = model.busy(model.weighed(program, traced), H100)["issue"]
-    assert slots == pytest.approx(expected)
+    times: dict[int, float] = {}
+
+    def add(part, outside):
+        for item in part.items:
+            if isinstance(item, model.Part):
+                add(item, outside * item.weight)
+            else:
+                times[item.address] = times.get(item.address, 0.0) + outside
+
+    weighed = model.weighed(program, traced)
+    add(weighed, 1.0)
+    assert sorted(times) == [a for a, _ in listed]
+    assert model.busy(weighed, H100)["issue"] == pytest.approx(sum(times.values()))
+    assert (max(times.values()) > 1) == loops
+    # The loads of a row's elements are in a loop over its chunks, of which each has 16 KB or more.
+    rounds = max(t for a, t in times.items() if "LDG.E.128" in dict(listed)[a])
+    assert 1 <= rounds <= classes * 4 / (16 << 10) if loops else rounds == 1
 
 
 @compiles

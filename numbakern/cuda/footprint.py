@@ -4,6 +4,7 @@ A kernel is traced, as when it is compiled, for a few of its blocks on a machine
 what addresses, masks and counts depend on. What depends on the arrays' contents stays unknown.
 """
 
+import copy
 import functools
 from collections import Counter
 from typing import Any
@@ -56,6 +57,12 @@ class Scope:
         self.written: dict[str, float] = {}
         self.again = ""
 
+    def times(self, share):
+        """The same that runs that share as often."""
+        made = copy.copy(self)
+        made.weight = self.weight * share
+        return made
+
     def total(self, what):
         """Bytes of each array over all rounds, parts included."""
         sums: Counter[str] = Counter(getattr(self, what))
@@ -99,7 +106,10 @@ class _Raw:
     @property
     def live(self):
         """Whether the compiler leaves any of it."""
-        return any(what == "written" or of.live for what, _, _, of in self.accesses)
+        rounds = [[(part, 1)] if isinstance(part, _Raw) else part for part in self.parts]
+        return any(what == "written" or of.live for what, _, _, of in self.accesses) or any(
+            raw.live for part in rounds for raw, _ in part
+        )
 
     def touched(self, what, name):
         """The sectors of an array, those of loads that nothing comes of left out."""

@@ -206,8 +206,17 @@ def _weigh(instructions, spans, scope, kind, weight, again):
 
 
 def _of_kind(scope, kind):
-    """The parts of a Scope that are of this kind."""
-    return [] if scope is None else [p for p in scope.parts if p.kind == kind]
+    """The parts of a Scope that are of this kind.
+
+    A branch around a loop is none: the jump over the loop asks as well whether it runs at all.
+    """
+    found: list[Any] = []
+    for part in () if scope is None else scope.parts:
+        if part.kind == "branch" and any(p.kind == "loop" for p in part.parts):
+            found += [p.times(part.weight) for p in _of_kind(part, kind)]
+        elif part.kind == kind:
+            found.append(part)
+    return found
 
 
 def _pair_loops(instructions, spans, scopes):
