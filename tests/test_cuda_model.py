@@ -148,6 +148,12 @@ def test_a_loop_may_take_several_rounds_at_once():
         straight(*["LDS"] * 8, "BRA", *["LDG.E"] * 4, "BRA", "LDG.E", "BRA", "EXIT"),
         tuple(codegen.Span(16 * a, 16 * b, "loop", ()) for a, b in ((0, 8), (9, 13), (14, 15))),
     )
+    twice = codegen.Program(
+        straight(*["LDS"] * 8, "BRA", *["LDS"] * 2, "BRA", "LDS", "BRA", "EXIT"),
+        tuple(codegen.Span(16 * a, 16 * b, "loop", ()) for a, b in ((0, 8), (9, 11), (12, 13))),
+    )
+    cycles = model.busy(model.weighed(twice, scope(parts=[scope("loop", 29)])), H100)
+    assert cycles["issue"] == 3 * 9 + 2 * 3 + 1 * 2 + 1  # 29 = 3 × 8 + 2 × 2 + 1
     parts = [scope("loop", 5), scope("loop", 11)]
     cycles = model.busy(model.weighed(program, scope(parts=parts)), H100)
     assert cycles["issue"] == 5 * 9 + 2 * 5 + 3 * 2 + 1  # 11 = 2 × 4 + 3

@@ -229,19 +229,20 @@ def _pair_loops(instructions, spans, scopes):
             raise ValueError(message)
         scopes.remove(min(unrolled, key=lambda s: s.weight))
     while len(groups) > len(scopes):
-        # A loop that takes several rounds at once, and one behind it for those that remain.
+        # A loop that takes several rounds at once, and others behind it for those that remain.
         pairs = enumerate(itertools.pairwise(groups))
-        at = next((i for i, (g, h) in pairs if _factor(instructions, g[0], h[0])), None)
+        at = next((i for i, (g, h) in pairs if _factor(instructions, g[-1], h[0])), None)
         if at is None:
             raise ValueError(message)
-        groups[at : at + 2] = [[groups[at][0], groups[at + 1][0]]]
+        groups[at : at + 2] = [groups[at] + groups[at + 1]]
     rounds = {}
     for group, scope in zip(groups, scopes, strict=True):
-        rounds[group[0]] = scope, scope.weight
-        if len(group) == 2:
-            factor = _factor(instructions, *group)
-            rounds[group[0]] = scope, scope.weight // factor
-            rounds[group[1]] = scope, scope.weight % factor
+        rest = scope.weight
+        for span in group[:-1]:
+            each = _factor(instructions, span, group[-1])
+            rounds[span] = scope, rest // each
+            rest %= each
+        rounds[group[-1]] = scope, rest
     return rounds
 
 
