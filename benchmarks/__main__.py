@@ -11,14 +11,16 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import digest, report, sources, suite
-from benchmarks.runner import discover, run
+from benchmarks.runner import MACHINE_NAME, Benchmark, discover, run
 
 LIBRARIES = (
     *("numbakern", "numba", "numba-cuda", "numpy", "scipy", "torch", "jax", "triton"),
@@ -52,6 +54,30 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def pattern(text: str) -> str:
+    """A regular expression, as it is."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, {error}") from None
+    return text
+
+
+def machine_name(text: str) -> str:
+    """The name of a machine, which becomes that of a folder."""
+    if not MACHINE_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits and any of -_.+, got {text!r}")
+    return text
+
+
+def write(path: str, content: Any) -> None:
+    """Write JSON at once or not at all: an interrupted run leaves what it had."""
+    part = f"{path}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(part, path)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -60,12 +86,15 @@ def parser() -> argparse.ArgumentParser:
         "--bench",
         action="append",
         default=[],
+        type=pattern,
         metavar="REGEX",
         help="only what matches, e.g. \"cpu.Speed.*'numbakern'\" (may be given again)",
     )
     made.add_argument("--list", action="store_true", help="print what would run, and stop")
     made.add_argument("--save", metavar="FILE", help="write everything measured to FILE")
-    made.add_argument("--machine", help="name of the machine in the results, e.g. h200")
+    made.add_argument(
+        "--machine", type=machine_name, help="name of the machine in the results, e.g. h200"
+    )
     return made
 
 
@@ -75,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.save and not options.machine:
         parser().error("--save: expected --machine too")
     benchmarks = discover()
+    counts = {b: sum(1 for _ in b.selected(options.bench)) for b in benchmarks}
+    if not any(counts.values()):
+        parser().error("--bench: nothing matches; --list tells what there is")
     if options.list:
-        for benchmark in benchmarks:
-            if count := len(list(benchmark.selected(options.bench))):
+        for benchmark, count in counts.items():
+            if count:
                 print(f"{benchmark.name}: {count} parameters, {benchmark.unit}")
         return 0
     saved: dict[str, Any] = {
@@ -87,9 +119,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment(),
         "results": {},
     }
+    if options.save:
+        try:
+            write(options.save, saved)
+        except OSError as error:
+            parser().error(f"--save: {error}")
+    try:
+        return measure(benchmarks, options.bench, saved, options.save)
+    except KeyboardInterrupt:
+        print("interrupted" + (f"; {options.save} has what was measured" if options.save else ""))
+        return 130
+
+
+def measure(
+    benchmarks: Sequence[Benchmark], patterns: Sequence[str], saved: dict[str, Any], path: str
+) -> int:
+    """Run, print and save what the patterns select; gives 1 if something failed."""
     failed = 0
     values: report.Values = {}
-    for benchmark, params, value, note in run(benchmarks, options.bench):
+    for benchmark, params, value, note in run(benchmarks, patterns):
         entry = saved["results"].setdefault(
             benchmark.name, {"version": benchmark.version, "values": []}
         )
@@ -101,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not math.isnan(value):
             values.setdefault(benchmark.name, {})[tuple(map(repr, params))] = value
             print(f"{text}: {value:.4g} {benchmark.unit}", flush=True)
-        if options.save:
-            with open(options.save, "w", encoding="utf-8") as file:
-                json.dump(saved, file)
+        if path:
+            write(path, saved)
     for target in ("cpu", "cuda"):
         if rows := report.rows(values, target):
             print(f"\n{report.text_table(rows)}")

@@ -17,17 +17,63 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT, digest
-from benchmarks.runner import Benchmark, discover
+from benchmarks.runner import MACHINE_NAME, Benchmark, discover
 
 RESULTS = ROOT / "benchmarks/results"
 
 
 def git(*arguments: str, root: Path = ROOT) -> str:
     """What git prints."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SystemExit("git: not found") from None
     if done.returncode:
-        raise SystemExit(done.stderr.strip())
+        raise SystemExit(f"git {arguments[0]}: {done.stderr.strip().splitlines()[0]}")
     return done.stdout
+
+
+def commit_of(name: str, root: Path = ROOT) -> str:
+    """The hash of what a name stands for."""
+    try:
+        return git("rev-parse", "--verify", f"{name}^{{commit}}", root=root).strip()
+    except SystemExit as error:
+        raise SystemExit(f"{name}: expected a commit of this repository ({error})") from None
+
+
+def branch(root: Path = ROOT) -> str:
+    """Where the history is: main, or what is known of it, or what is checked out."""
+    for name in ("main", "origin/main"):
+        if git("for-each-ref", f"refs/heads/{name}", f"refs/remotes/{name}", root=root):
+            return name
+    return "HEAD"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a file of `python -m benchmarks --save` holds; SystemExit for any other content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["environment"]
+        # These become names of files.
+        names = [content["machine"], found["python"], *found["versions"].values()]
+        if not all(MACHINE_NAME.fullmatch(name) for name in names):
+            raise ValueError(f"a name with other characters than letters, digits and -_.+: {names}")
+        if not isinstance(content["sources"], str):
+            raise TypeError("sources: expected a digest")
+        for entry in content["results"].values():
+            for params, value in [(entry["version"], None), *entry["values"]]:
+                if not all(isinstance(text, str) for text in params):
+                    raise TypeError(f"parameters: expected text, got {params!r}")
+                if not isinstance(value, (int, float, type(None))):
+                    raise TypeError(f"figure: expected a number, got {value!r}")
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SystemExit(f"{path}: not what `python -m benchmarks --save` writes: {what}") from None
+    assert isinstance(content, dict)
+    return content
 
 
 def commits_of(sources: str, root: Path = ROOT) -> Iterator[str]:
@@ -98,16 +144,18 @@ def bring_home(measured: dict[str, Any], commit: str, results: Path, root: Path 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bring_home", description=__doc__)
-    parser.add_argument("file", help="what `python -m benchmarks --save` wrote")
+    parser.add_argument("file", type=Path, help="what `python -m benchmarks --save` wrote")
     parser.add_argument("--commit", help="which of the commits that have these sources")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    measured = json.loads(Path(options.file).read_text(encoding="utf-8"))
+    measured = load(options.file)
     commits = list(commits_of(measured["sources"]))
     if not commits:
-        print("No commit of this history has the sources that were measured.", file=sys.stderr)
+        shallow = git("rev-parse", "--is-shallow-repository").strip() == "true"
+        hint = " It is cut off: git fetch --unshallow" if shallow else ""
+        print(f"No commit of this history has the sources measured.{hint}", file=sys.stderr)
         return 1
-    commit = git("rev-parse", options.commit).strip() if options.commit else commits[0]
+    commit = commit_of(options.commit) if options.commit else commits[0]
     if commit not in commits:
         print(f"{commit[:8]} does not have the sources that were measured.", file=sys.stderr)
         return 1

@@ -6,13 +6,11 @@ from typing import Any
 
 from benchmarks import bounds, suite
 from benchmarks.peers import CPU_PEERS
-from numbakern._roofline import TITLES, Bench, Case, Peer
+from numbakern._roofline import NUMBAKERN, TITLES, Arrays, Bench, Case, Peer
 
-IMPLEMENTATIONS = ["numbakern", *CPU_PEERS]
+_LIBRARIES = {NUMBAKERN.name: NUMBAKERN, **CPU_PEERS}
+IMPLEMENTATIONS = list(_LIBRARIES)
 SWEPT = ["numbakern", "torch", "jax"]  # torch.compile takes seconds to compile each case
-FUNCTIONS = ["log_softmax", "value_and_grad"]
-DTYPES = ["float32", "bfloat16"]
-SWEEP_ELEMENTS = 2**22
 _CASES = {
     (bound.case.op, suite.label(bound.case), bound.case.dtype): bound.case for bound in bounds.CPU
 }
@@ -50,40 +48,31 @@ class Speed(_Cpu):
         return _CASES.get((function, shape, dtype))
 
 
-class SweepClasses(_Cpu):
+class SweepClasses(_Cpu, suite.SweepClasses):
     """Arrays of 2**22 elements, from very many short rows to a few of a whole vocabulary."""
 
-    params = [SWEPT, FUNCTIONS, DTYPES, suite.CLASSES]
-    param_names = ["implementation", "function", "dtype", "classes"]
-
-    def case(self, function: str, dtype: str, classes: int) -> Case:
-        return Case(function, (max(1, SWEEP_ELEMENTS // classes), classes), dtype)
+    params = [SWEPT, *suite.SweepClasses.swept]
+    elements = 2**22
 
 
-class SweepRows(_Cpu):
+class SweepRows(_Cpu, suite.SweepRows):
     """Rows of 64 classes, from a single one to a million."""
 
-    params = [SWEPT, FUNCTIONS, suite.ROWS]
-    param_names = ["implementation", "function", "rows"]
-
-    def case(self, function: str, rows: int) -> Case:
-        return Case(function, (rows, 64))
+    params = [SWEPT, *suite.SweepRows.swept]
+    classes = 64
 
 
-class SweepAxis(_Cpu):
+class SweepAxis(_Cpu, suite.SweepAxis):
     """The class axis first, in the middle and last of (64, 256, 256) arrays."""
 
-    params = [SWEPT, FUNCTIONS, DTYPES, suite.AXES]
-    param_names = ["implementation", "function", "dtype", "axis"]
-
-    def case(self, function: str, dtype: str, axis: int) -> Case:
-        return Case(function, (64, 256, 256), dtype, axis)
+    params = [["numbakern", "torch"], *suite.SweepAxis.swept]
+    shape = (64, 256, 256)
 
 
 class SweepThreads(_Cpu):
     """(1024, 32000) arrays on so many threads; n/a where there are fewer cores. JAX has no say."""
 
-    params = [["numbakern", "torch"], FUNCTIONS, suite.THREADS]
+    params = [["numbakern", "torch"], suite.FUNCTIONS, suite.THREADS]
     param_names = ["implementation", "function", "threads"]
 
     def case(self, function: str, threads: int) -> Case:
@@ -95,13 +84,16 @@ class SweepThreads(_Cpu):
 
 class _Library:
     def library(self, implementation: str) -> Peer:
-        return CPU_PEERS[implementation]
+        return _LIBRARIES[implementation]
+
+    def arrays(self, case: Case) -> Arrays:
+        return Arrays(case.shape, case.dtype, case.axis)
 
 
 class Call(_Library, suite.Timed):
     """Calls over and over on the same arrays, which stay in the caches where they fit."""
 
-    params = [IMPLEMENTATIONS, FUNCTIONS, ["8x10", "64x1000", "1024x1024"]]
+    params = [IMPLEMENTATIONS, suite.FUNCTIONS, ["8x10", "64x1000", "1024x1024"]]
     param_names = ["implementation", "function", "shape"]
 
     def case(self, function: str, shape: str) -> Case:
@@ -111,7 +103,7 @@ class Call(_Library, suite.Timed):
 class PeakMemory(_Library, suite.Memory):
     """One call on (1024, 32000) arrays: what is beyond the arrays is the library and its copies."""
 
-    params = [IMPLEMENTATIONS, ["log_softmax", "cross_entropy", "value_and_grad"], DTYPES]
+    params = [IMPLEMENTATIONS, ["log_softmax", "cross_entropy", "value_and_grad"], suite.DTYPES]
     param_names = ["implementation", "function", "dtype"]
 
     def case(self, function: str, dtype: str) -> Case:

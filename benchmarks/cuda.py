@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from statistics import median
 from typing import Any
 
 from benchmarks import bounds, device, suite
-from numbakern._roofline import NUMBAKERN as _NUMBAKERN
-from numbakern._roofline import Bench, Case
+from numbakern._roofline import NUMBAKERN, Bench, Case, Peer
 
-IMPLEMENTATIONS = [_NUMBAKERN.name, *device.CUDA_PEERS]
+_LIBRARIES = {NUMBAKERN.name: NUMBAKERN, **device.CUDA_PEERS}
+IMPLEMENTATIONS = list(_LIBRARIES)
 SWEPT = ["numbakern", "torch", "quack"]
-FUNCTIONS = ["log_softmax", "value_and_grad"]
-DTYPES = ["float32", "bfloat16"]
-SWEEP_ELEMENTS = 2**26
+CUPY_ARRAYS = "numbakern, CuPy arrays"
 
 
 class _Cuda(suite.Measured):
@@ -43,69 +42,59 @@ class Speed(_Cuda):
         return bounds.cuda_bound(function, classes, dtype).case
 
 
-class SweepClasses(_Cuda):
+class SweepClasses(_Cuda, suite.SweepClasses):
     """Arrays of 2**26 elements, from very many short rows to a few of a whole vocabulary."""
 
-    params = [SWEPT, FUNCTIONS, DTYPES, suite.CLASSES]
-    param_names = ["implementation", "function", "dtype", "classes"]
-
-    def case(self, function: str, dtype: str, classes: int) -> Case:
-        return Case(function, (max(1, SWEEP_ELEMENTS // classes), classes), dtype)
+    params = [SWEPT, *suite.SweepClasses.swept]
+    elements = 2**26
 
 
-class SweepRows(_Cuda):
+class SweepRows(_Cuda, suite.SweepRows):
     """Rows of 1000 classes, from a single one to a million."""
 
-    params = [SWEPT, FUNCTIONS, suite.ROWS]
-    param_names = ["implementation", "function", "rows"]
-
-    def case(self, function: str, rows: int) -> Case:
-        return Case(function, (rows, 1000))
+    params = [SWEPT, *suite.SweepRows.swept]
+    classes = 1000
 
 
-class SweepAxis(_Cuda):
+class SweepAxis(_Cuda, suite.SweepAxis):
     """The class axis first, in the middle and last of (256, 512, 512) arrays."""
 
-    params = [["numbakern", "torch"], FUNCTIONS, DTYPES, suite.AXES]
-    param_names = ["implementation", "function", "dtype", "axis"]
-
-    def case(self, function: str, dtype: str, axis: int) -> Case:
-        return Case(function, (256, 512, 512), dtype, axis)
+    params = [["numbakern", "torch"], *suite.SweepAxis.swept]
+    shape = (256, 512, 512)
 
 
-class HostCost:
+class _Prepared(suite.Prepared):
+    where = "cuda"
+
+    def library(self, implementation: str) -> Peer:
+        return _LIBRARIES[implementation.partition(",")[0]]
+
+    def arrays(self, case: Case) -> device.DeviceArrays:
+        return device.DeviceArrays(case.shape, case.dtype, case.axis, self.where)
+
+    def given(self, implementation: str, arrays: Any) -> Any:
+        if implementation != CUPY_ARRAYS:
+            return arrays
+        try:
+            import cupy
+        except ImportError:
+            raise NotImplementedError(suite.NOT_INSTALLED) from None
+        given = copy.copy(arrays)
+        for name in ("logits", "labels", "out"):
+            setattr(given, name, cupy.from_dlpack(getattr(arrays, name)))
+        return given
+
+
+class HostCost(_Prepared):
     """What one call costs the host, which does not wait for the device: (128, 1000) float32."""
 
-    version = "1"
-    timeout = 300
-    params = [[*IMPLEMENTATIONS, "numbakern, CuPy arrays"], FUNCTIONS]
+    params = [[*IMPLEMENTATIONS, CUPY_ARRAYS], suite.FUNCTIONS]
     param_names = ["implementation", "function"]
 
     def setup(self, implementation: str, function: str) -> None:
         device.require_cuda()
         case = Case(function, (128, 1000))
-        arrays = device.DeviceArrays(case.shape, case.dtype, case.axis, "cuda")
-        if implementation == "numbakern, CuPy arrays":
-            arrays = self._cupy(arrays)
-        name = implementation.partition(",")[0]
-        library = _NUMBAKERN if name == "numbakern" else device.CUDA_PEERS[name]
-        if not library.installed:
-            suite.refuse(suite.NOT_INSTALLED)
-        call = library.build(case, arrays)
-        if call is None:
-            suite.refuse(suite.DOES_NOT_APPLY)
-        assert call is not None
-        self.call = call
-
-    @staticmethod
-    def _cupy(arrays: Any) -> Any:
-        try:
-            import cupy
-        except ImportError:
-            raise NotImplementedError(suite.NOT_INSTALLED) from None
-        for name in ("logits", "labels", "out"):
-            setattr(arrays, name, cupy.from_dlpack(getattr(arrays, name)))
-        return arrays
+        self.call = self.prepare(implementation, case, checked=case)
 
     def track_microseconds(self, implementation: str, function: str) -> float:
         import torch
@@ -123,3 +112,24 @@ class HostCost:
         return median(samples) * 1e6
 
     track_microseconds.unit = "µs"  # type: ignore[attr-defined]
+
+
+class PeakMemory(_Prepared):
+    """What one call on (4096, 32000) arrays takes of the device's memory beyond its arguments."""
+
+    params = [
+        [*IMPLEMENTATIONS, CUPY_ARRAYS],
+        ["log_softmax", "cross_entropy", "value_and_grad"],
+        suite.DTYPES,
+    ]
+    param_names = ["implementation", "function", "dtype"]
+
+    def setup(self, implementation: str, function: str, dtype: str) -> None:
+        device.require_cuda()
+        case = Case(function, (4096, 32000), dtype)
+        self.peak = device.peak_bytes(self.prepare(implementation, case, checked=case))
+
+    def track_peakmem(self, implementation: str, function: str, dtype: str) -> int:
+        return self.peak
+
+    track_peakmem.unit = "bytes"  # type: ignore[attr-defined]

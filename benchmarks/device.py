@@ -6,6 +6,8 @@ touches CUDA while it is imported.
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Mapping
 from ctypes.util import find_library
 from functools import cached_property, partial
@@ -146,6 +148,33 @@ class DeviceBench(Bench):
         anchors = copies(arrays)
         times = self.clock({**anchors, **calls}, self.rounds)
         return {name: times[name] for name in anchors}, {name: times[name] for name in calls}
+
+
+def peak_bytes(call: Call) -> int:
+    """The most memory of the device that a call holds at once beyond what is held before it.
+
+    Told by the allocators themselves, which is NotImplementedError where torch's keeps no books.
+    CuPy's pool tells no peak, but how far it grew, and it grows only when it must.
+    """
+    import torch
+
+    call()  # compiles, tunes
+    torch.cuda.synchronize()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    if not before:  # with the arguments there
+        raise NotImplementedError("torch's allocator keeps no books")
+    pool = sys.modules["cupy"].get_default_memory_pool() if "cupy" in sys.modules else None
+    held = 0
+    if pool is not None:
+        pool.free_all_blocks()
+        held = pool.total_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    grown = pool.total_bytes() - held if pool is not None else 0
+    del result
+    return int(torch.cuda.max_memory_allocated() - before + grown)
 
 
 def copies(arrays: Any) -> dict[str, Call]:

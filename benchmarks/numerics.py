@@ -13,7 +13,7 @@ from benchmarks import suite
 from numbakern._roofline import DOES_NOT_APPLY, NOT_INSTALLED, as_tensor
 
 WRONG = 1e9  # stands for every error beyond it, infinity included
-CLASSES = (10,) if suite.SMALL else (2, 3, 10, 1000)
+CLASSES = (2, 10) if suite.SMALL else (2, 3, 10, 1000)
 FUNCTIONS = ["log_softmax", "softmax", "logsumexp", "loss", "gradient"]
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # The names of `tests.accuracy.FAMILIES`, which needs pytest to be imported; a test compares them.
@@ -133,6 +133,8 @@ def _measure(implementation: str, dtype: str) -> dict[str, dict[str, Any]]:
         rows = accuracy.rows_of(family, classes, dtype)
         labels = np.argmax(rows.x.astype(np.float64), axis=1)
         for function, found in worst.items():
+            if isinstance(found.get(family), str):  # failed at another number of classes
+                continue
             try:
                 with np.errstate(all="ignore"):
                     got = np.asarray(call(function, rows.x, labels))
@@ -140,6 +142,9 @@ def _measure(implementation: str, dtype: str) -> dict[str, dict[str, Any]]:
                 found[family] = f"{type(error).__name__}: {error}"
                 continue
             want, at = _want(function, rows, labels)
+            if got.shape != want.shape:  # broadcasting would hide it
+                found[family] = f"wrong result: shape {got.shape}, expected {want.shape}"
+                continue
             ulps = float(accuracy.errors(got, want, got.dtype, at, flushed=True).max())
             found[family] = max(min(ulps, WRONG), found.get(family, 0.0))
     return worst

@@ -1,17 +1,20 @@
 """`python -m benchmarks.regression`: is the working tree slower than main?
 
 Both versions of the package run side by side, each in a process of its own, and take turns on the
-very same memory: call by call, so that a noisy neighbour hits both alike. A case is slower if the
-ratio of the lowest deciles of their times is above the threshold, and is so twice again in fresh
-processes. Then the status is 1.
+very same memory: call by call, so that a noisy neighbour hits both alike. A case that seems slower
+is measured twice again in fresh processes. It is slower if, over all of them, the ratio of the
+lowest deciles of their times is above the threshold, and if more neighbouring calls have a ratio
+above it than noise gives. Then the status is 1; where a version cannot run or is wrong, 125.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,17 +24,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from benchmarks import ROOT, bounds, suite
-from benchmarks.bring_home import git
+from benchmarks.bring_home import branch, commit_of
 from numbakern._roofline import NUMBAKERN, Arrays, Case, check, interleave, numpy_copies, table
 
 THRESHOLD = 1.15
 ATTEMPTS = 3
 ROUNDS = 16
+CHANCE = 1e-3  # of a false alarm, a case
 CASES = (
     Case("log_softmax", (512, 32000)),
     Case("log_softmax_backward", (512, 32000)),
@@ -61,6 +65,25 @@ class Compared:
     def ratio(self) -> float:
         """How many times as long the tree takes, by lowest deciles: noise hardly reaches them."""
         return float(np.quantile(self.tree, 0.1) / np.quantile(self.base, 0.1))
+
+    def chance(self, threshold: float) -> float:
+        """How probable so many pairs above the threshold are, if a pair is below it as often."""
+        pairs = len(self.base)
+        above = sum(
+            tree > threshold * base for base, tree in zip(self.base, self.tree, strict=True)
+        )
+        return sum(math.comb(pairs, n) for n in range(above, pairs + 1)) / 2**pairs
+
+    def verdict(self, threshold: float) -> str:
+        """`ok`, `slower`, or `noisy` where the pairs do not bear the ratio out."""
+        if self.ratio <= threshold:
+            return "ok"
+        return "slower" if self.chance(threshold) < CHANCE else "noisy"
+
+    def __add__(self, other: Compared) -> Compared:
+        """Both measurements of the case in one."""
+        times = (self.base, other.base), (self.tree, other.tree), (self.copy, other.copy)
+        return Compared(self.case, *([*one, *more] for one, more in times))
 
     def x_copy(self, times: Sequence[float]) -> float:
         """Median time in copies of the array."""
@@ -92,6 +115,7 @@ def attach(case: Case, folder: Path) -> Arrays:
 
 def work(pipe_in: Iterable[str], pipe_out: Any) -> None:
     """One version: prepare a case, then answer each line with the seconds of a copy and a call."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it; the parent tells
     threads = suite.available_threads()
     case, arrays, calls = None, None, {}
     with ThreadPoolExecutor(threads) as pool:
@@ -116,10 +140,17 @@ def work(pipe_in: Iterable[str], pipe_out: Any) -> None:
             print(json.dumps(answer), file=pipe_out, flush=True)
 
 
+def give_up(why: str) -> NoReturn:
+    """End with the status at which `git bisect run` skips a commit: neither good nor bad."""
+    print(why, file=sys.stderr)
+    raise SystemExit(125)
+
+
 class Version:
     """A process that measures one version of the package."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
         program = "import sys; from benchmarks.regression import work; work(sys.stdin, sys.stdout)"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -136,7 +167,7 @@ class Version:
         print(line, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"a version ended with status {self.process.wait()}")
+            give_up(f"{self.name}: its process ended with status {self.process.wait()}")
         return json.loads(answer)
 
     def end(self) -> None:
@@ -149,7 +180,7 @@ class Version:
 
 def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[Compared]:
     """Measure the cases with the packages in both folders, call by call in turn."""
-    versions = {"base": Version(base), "tree": Version(tree)}
+    versions = {"base": Version("base", base), "tree": Version("tree", tree)}
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     found = []
     try:
@@ -160,7 +191,7 @@ def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[
                 line = json.dumps({**asked, "axis": case.axis, "folder": name})
                 for which, version in versions.items():
                     if wrong := version.ask(line):
-                        raise SystemExit(f"{which}: {case.name}: wrong result: {wrong}")
+                        give_up(f"{which}: {case.name}: wrong result: {wrong}")
                 times: dict[str, list[float]] = {"base": [], "tree": [], "copy": []}
                 for turn in range(rounds):
                     for which in ("base", "tree") if turn % 2 else ("tree", "base"):
@@ -174,24 +205,22 @@ def compare(base: Path, tree: Path, cases: Iterable[Case], rounds: int) -> list[
     return found
 
 
-def verdicts(
+def measure(
     base: Path,
     tree: Path,
     cases: Sequence[Case],
     threshold: float,
     rounds: int = ROUNDS,
     attempts: int = ATTEMPTS,
-) -> list[tuple[Compared, bool]]:
-    """Each case's last measurement, and whether every attempt found it slower."""
-    last: dict[Case, Compared] = {}
-    suspects = list(cases)
+) -> list[Compared]:
+    """Each case's measurements, of those that seem slower as many as there are attempts."""
+    found: dict[Case, Compared] = {}
     for _ in range(attempts):
-        if not suspects:
-            break
-        for compared in compare(base, tree, suspects, rounds):
-            last[compared.case] = compared
-        suspects = [case for case in suspects if last[case].ratio > threshold]
-    return [(compared, case in suspects) for case, compared in last.items()]
+        suspects = [case for case in cases if case not in found or found[case].ratio > threshold]
+        for compared in compare(base, tree, suspects, rounds) if suspects else []:
+            known = found.get(compared.case)
+            found[compared.case] = known + compared if known else compared
+    return list(found.values())
 
 
 def unpack(commit: str, folder: Path, root: Path = ROOT) -> Path:
@@ -202,7 +231,7 @@ def unpack(commit: str, folder: Path, root: Path = ROOT) -> Path:
             ["git", "-C", str(root), "archive", commit, "numbakern"], capture_output=True
         )
         if archive.returncode:
-            raise SystemExit(archive.stderr.decode().strip())
+            raise SystemExit(f"{commit[:8]}: {archive.stderr.decode().strip().splitlines()[0]}")
         subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     else:
         ignored = shutil.ignore_patterns("__pycache__")
@@ -213,7 +242,7 @@ def unpack(commit: str, folder: Path, root: Path = ROOT) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.regression", description=__doc__)
-    parser.add_argument("--base", default="main", help="what to compare with (default: main)")
+    parser.add_argument("--base", help="what to compare with (default: main, or origin's)")
     parser.add_argument("--commit", default="", help="compare this commit, not the working tree")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="largest ratio allowed")
     parser.add_argument("--case", action="append", metavar="TEXT", help="only names with TEXT")
@@ -221,29 +250,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     wanted = options.case or [""]
     cases = [case for case in CASES if any(text in case.name for text in wanted)]
+    if not cases:
+        names = ", ".join(case.name for case in CASES)
+        parser.error(f"--case: expected a part of one of {names}; got {', '.join(wanted)}")
+    if options.rounds < 1 or not options.threshold > 0:
+        parser.error("--rounds: expected 1 or more; --threshold: expected a positive number")
+    named = options.base or branch()
+    if named == "HEAD":
+        parser.error("--base: neither main nor origin/main is in this clone")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        base = unpack(git("rev-parse", options.base).strip(), Path(name) / "base")
-        tree = unpack(options.commit, Path(name) / "tree")
-        found = verdicts(base, tree, cases, options.threshold, options.rounds)
+        base = unpack(commit_of(named), Path(name) / "base")
+        tree = unpack(options.commit and commit_of(options.commit), Path(name) / "tree")
+        found = measure(base, tree, cases, options.threshold, options.rounds)
     lines = [
         [
             compared.case.name,
-            "slower" if slower else "ok",
+            compared.verdict(options.threshold),
             f"{compared.x_copy(compared.base):.3f}",
             f"{compared.x_copy(compared.tree):.3f}",
             f"{compared.ratio:.3f}",
         ]
-        for compared, slower in found
+        for compared in found
     ]
-    print(table(["case", "", f"{options.base}, x copy", "tree, x copy", "ratio"], lines))
-    slower = sum(slow for _, slow in found)
+    print(table(["case", "", f"{named}, x copy", "tree, x copy", "ratio"], lines))
+    slower = sum(line[1] == "slower" for line in lines)
     print(
         f"\n{slower} of {len(found)} cases more than {options.threshold:g} times as slow as "
-        f"{options.base}, {time.perf_counter() - start:.0f} s"
+        f"{named}, {time.perf_counter() - start:.0f} s"
     )
     return int(slower > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -21,9 +22,10 @@ from typing import Any
 from benchmarks import suite
 
 SECTIONS = ("cpu", "cuda", "startup", "numerics")
+MACHINE_NAME = re.compile(r"\w[\w.+-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Benchmark:
     """One figure of one class, as asv names it."""
 
@@ -84,8 +86,9 @@ def _figure(instance: Any, method: str, params: Sequence[Any]) -> float:
     return float(value)
 
 
-def _work(section: str, name: str, jobs: Sequence[tuple[Any, ...]], results: Connection) -> None:
+def run_class(section: str, name: str, jobs: Sequence[Any], results: Connection) -> None:
     """Send (method, parameters, figure or None, note) for every job of a class."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it; the parent tells
     cls = getattr(importlib.import_module(f"benchmarks.{section}"), name)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -95,7 +98,7 @@ def _work(section: str, name: str, jobs: Sequence[tuple[Any, ...]], results: Con
                 if hasattr(instance, "setup"):
                     instance.setup(*params)
             except NotImplementedError as error:
-                value, note = math.nan, str(error)
+                value, note = math.nan, str(error) or "does not apply"
             except Exception as error:
                 note = f"{type(error).__name__}: {error}"
             for method, _ in methods:
@@ -109,20 +112,26 @@ def _work(section: str, name: str, jobs: Sequence[tuple[Any, ...]], results: Con
         os.chdir("/")
 
 
+def in_order(jobs: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The figures of the same parameters one after the other."""
+    order = {params: place for place, params in enumerate(dict.fromkeys(p for _, p in jobs))}
+    return sorted(jobs, key=lambda job: order[job[1]])
+
+
 def run(benchmarks: Sequence[Benchmark], patterns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Give (benchmark, parameters, figure, note) one after the other; n/a is NaN, failed None."""
     context = multiprocessing.get_context("spawn")
     by_class = itertools.groupby(benchmarks, key=lambda b: (b.section, b.cls))
     for (section, cls), group in by_class:
         methods = {benchmark.method: benchmark for benchmark in group}
-        jobs = [(m, params) for m, b in methods.items() for params in b.selected(patterns)]
-        order = {job: place for place, job in enumerate(dict.fromkeys(p for _, p in jobs))}
-        jobs.sort(key=lambda job: order[job[1]])
+        jobs = in_order(
+            [(m, params) for m, b in methods.items() for params in b.selected(patterns)]
+        )
         # Peak memory is that of a process: each parameter has its own.
         alone = any(method.startswith("peakmem_") for method in methods)
         for batch in [[job] for job in jobs] if alone else [jobs] if jobs else []:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(section, cls, batch, sender))
+            process = context.Process(target=run_class, args=(section, cls, batch, sender))
             process.start()
             sender.close()
             done = 0
@@ -133,5 +142,7 @@ def run(benchmarks: Sequence[Benchmark], patterns: Sequence[str]) -> Iterator[tu
                     yield methods[method], params, value, note
             except EOFError:
                 process.join()
+            finally:
+                process.terminate()  # nothing to it, unless the parent was interrupted
             for method, params in batch[done:]:
                 yield methods[method], params, None, f"the process ended: {process.exitcode}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from benchmarks import suite
+from numbakern._roofline import Arrays, Case, check
 
 REPEATS = 1 if suite.SMALL else 5
 
@@ -19,20 +22,22 @@ import time, numpy
 start = time.perf_counter()
 import numbakern
 print(time.perf_counter() - start)
+print(numbakern.__file__)
 """
 
 _FIRST_CALL = """
-import json, time
+import time
 import numpy as np, numbakern
-x = np.zeros((256, 4096), np.float32)
-labels = np.zeros(256, np.int64)
+x, labels = np.load("logits.npy"), np.load("labels.npy")
 {prepare}
-start = time.perf_counter()
 import numba
-imported = time.perf_counter()
-{call}
+start = time.perf_counter()
+result = {call}
 {wait}
-print(json.dumps([imported - start, time.perf_counter() - imported]))
+print(time.perf_counter() - start)
+for i, part in enumerate(result if isinstance(result, tuple) else (result,)):
+    np.save(f"result{{i}}.npy", part.cpu() if hasattr(part, "cpu") else part)
+    print(f"result{{i}}.npy")
 """
 
 _CUDA = """
@@ -47,20 +52,22 @@ CALLS = {
 }
 
 
-def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints, which finds the package where this one does."""
+def run(code: str, folder: str, **environment: str) -> tuple[float, list[str]]:
+    """Seconds and names that a fresh interpreter prints, which finds the package as this one."""
     import numbakern
 
     package = str(Path(numbakern.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": package, **environment},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return done.stdout
+    seconds, *names = done.stdout.splitlines()
+    return float(seconds), names
 
 
 class Import:
@@ -70,8 +77,17 @@ class Import:
     timeout = 120
 
     def track_seconds(self) -> float:
-        run(_IMPORT)  # writes the bytecode
-        return median(float(run(_IMPORT)) for _ in range(REPEATS))
+        import numbakern
+
+        def seconds() -> float:
+            found, names = run(_IMPORT, folder)
+            if names != [numbakern.__file__]:
+                raise RuntimeError(f"wrong result: imported {names}")
+            return found
+
+        with tempfile.TemporaryDirectory() as folder:
+            seconds()  # writes the bytecode
+            return median(seconds() for _ in range(REPEATS))
 
     track_seconds.unit = "seconds"  # type: ignore[attr-defined]
 
@@ -96,10 +112,19 @@ class FirstCall:
         )
 
     def track_seconds(self, target: str, function: str, cache: str) -> float:
+        case = Case(function, (256, 4096))
+        arrays = Arrays(case.shape, case.dtype, case.axis)
+
         def seconds() -> float:
-            return float(json.loads(run(self.code, NUMBA_CACHE_DIR=folder))[1])
+            found, names = run(self.code, folder, NUMBA_CACHE_DIR=str(Path(folder, "cache")))
+            result: Any = tuple(np.load(Path(folder, name)) for name in names)
+            if wrong := check(case, arrays, result):
+                raise RuntimeError(f"wrong result: {wrong}")
+            return found
 
         with tempfile.TemporaryDirectory() as folder:
+            for name in ("logits", "labels"):
+                np.save(Path(folder, name), getattr(arrays, name))
             cold = seconds()
             return cold if cache == "cold" else median(seconds() for _ in range(REPEATS))
 

@@ -22,7 +22,6 @@ from typing import Any
 from numbakern._roofline import (
     DOES_NOT_APPLY,
     NOT_INSTALLED,
-    NUMBAKERN,
     Arrays,
     Bench,
     Call,
@@ -43,7 +42,8 @@ CLASSES = sorted(
     | {3, 5, 10, 21, 100, 1000, 10007, 32000, 50257, 100003, 128256, 2**18 - 1}
 )
 ROWS = [1, 2, 4, 8, 16, 64, 256, 1000, 4096, 16384, 65536, 262144, 1000000]
-AXES = [0, 1, 2]
+FUNCTIONS = ["log_softmax", "value_and_grad"]
+DTYPES = ["float32", "bfloat16"]
 THREADS = [1, 2, 4, 8, 16, 32, 64]
 
 
@@ -141,42 +141,90 @@ class Measured(ABC):
     track_gigabytes.unit = "GB/s (more is better)"  # type: ignore[attr-defined]
 
 
+class SweepClasses(Measured):
+    """As many elements in rows of each length."""
+
+    elements: int
+    swept = [FUNCTIONS, DTYPES, CLASSES]
+    param_names = ["implementation", "function", "dtype", "classes"]
+
+    def case(self, function: str, dtype: str, classes: int) -> Case:
+        """So many rows that the array has its elements."""
+        return Case(function, (max(1, self.elements // classes), classes), dtype)
+
+
+class SweepRows(Measured):
+    """Rows of one length, from a single one to a million."""
+
+    classes: int
+    swept = [FUNCTIONS, ROWS]
+    param_names = ["implementation", "function", "rows"]
+
+    def case(self, function: str, rows: int) -> Case:
+        """So many rows."""
+        return Case(function, (rows, self.classes))
+
+
+class SweepAxis(Measured):
+    """The class axis first, in the middle and last."""
+
+    shape: tuple[int, int, int]
+    swept = [FUNCTIONS, DTYPES, [0, 1, 2]]
+    param_names = ["implementation", "function", "dtype", "axis"]
+
+    def case(self, function: str, dtype: str, axis: int) -> Case:
+        """That axis of the shape."""
+        return Case(function, self.shape, dtype, axis)
+
+
 class Prepared(ABC):
     """One library's call, checked and compiled before asv times it or looks at its memory."""
 
     version = "1"
     timeout = 600
-    rounds = 2
-    repeat = (3, 10, 1.0)
-    warmup_time = 0.02
-    number = 1
-    _key: tuple[Any, ...] | None = None
 
     @abstractmethod
     def library(self, implementation: str) -> Peer:
         """The library of this name."""
 
+    @abstractmethod
+    def arrays(self, case: Case) -> Arrays:
+        """The arrays of a case."""
+
+    def given(self, implementation: str, arrays: Arrays) -> Arrays:
+        """The same memory as the library is given it."""
+        return arrays
+
     def prepare(self, implementation: str, case: Case, *, checked: Case) -> Call:
         """A call on `case`; the library's result is checked on `checked`, which may be smaller."""
-        library = NUMBAKERN if implementation == "numbakern" else self.library(implementation)
+        library = self.library(implementation)
         if not library.installed:
             refuse(NOT_INSTALLED)
         limit_threads(available_threads())
-        if wrong := self._built(library, checked)[1]:
+        arrays = self.arrays(checked)
+        call = self._built(library, checked, self.given(implementation, arrays))
+        if wrong := check(checked, arrays, call()):
             raise RuntimeError(f"wrong result: {wrong}")
-        return self._built(library, case, unchecked=True)[0]
+        if checked == case:
+            return call
+        return self._built(library, case, self.given(implementation, self.arrays(case)))
 
     @staticmethod
-    def _built(library: Peer, case: Case, unchecked: bool = False) -> tuple[Call, str | None]:
-        arrays = Arrays(case.shape, case.dtype, case.axis)
+    def _built(library: Peer, case: Case, arrays: Arrays) -> Call:
         call = library.build(case, arrays)
         if call is None:
             raise NotImplementedError(DOES_NOT_APPLY)
-        return call, None if unchecked else check(case, arrays, call())
+        return call
 
 
 class Timed(Prepared):
     """asv's own timing of a call over and over, its arrays in the caches where they fit."""
+
+    rounds = 2
+    repeat = (3, 10, 1.0)
+    warmup_time = 0.02
+    number = 1
+    _key: tuple[Any, ...] | None = None
 
     @abstractmethod
     def case(self, *key: Any) -> Case:
@@ -188,7 +236,6 @@ class Timed(Prepared):
             return
         case = shrunk(self.case(*key)) if SMALL else self.case(*key)
         self.call = self.prepare(implementation, case, checked=case)
-        self.call()
         start = time.perf_counter()
         self.call()
         once = max(time.perf_counter() - start, 1e-7)

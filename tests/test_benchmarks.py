@@ -6,11 +6,13 @@ import dataclasses
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,20 +149,36 @@ def a_few(benchmark):
     return chosen
 
 
-@pytest.mark.parametrize("section", runner.SECTIONS)
-def test_every_benchmark_runs(section, monkeypatch, tmp_path):
+def run_all(few, results):
+    """Every class in one process: importing the libraries is what takes long."""
+    for section, cls, jobs in few:
+        runner.run_class(section, cls, jobs, results)
+
+
+def test_every_benchmark_runs(monkeypatch):
     """At small shapes; a missing library or GPU is n/a, and nothing fails."""
     monkeypatch.setenv("NUMBAKERN_BENCH_SMALL", "1")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")  # other tests have the cores: no waiting for both
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PACKAGE.parent), str(ROOT)]))
-    benchmarks = [b for b in runner.discover() if b.section == section]
-    few = {benchmark.name: a_few(benchmark) for benchmark in benchmarks}
-    monkeypatch.setattr(runner.Benchmark, "selected", lambda self, patterns: iter(few[self.name]))
-    figures = {name: [] for name in few}
-    for benchmark, params, value, note in runner.run(benchmarks, []):
-        assert value is not None, f"{benchmark.name}{params}: {note}"
-        figures[benchmark.name].append(value)
-    for name, values in figures.items():
-        assert len(values) == len(few[name]) > 0
+    few, figures = {}, {}
+    for benchmark in runner.discover():
+        jobs = few.setdefault((benchmark.section, benchmark.cls), [])
+        jobs += [(benchmark.method, params) for params in a_few(benchmark)]
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    classes = [(*key, runner.in_order(jobs)) for key, jobs in few.items()]
+    process = context.Process(target=run_all, args=(classes, sender))
+    process.start()
+    sender.close()
+    for section, cls, jobs in classes:
+        for job in jobs:
+            method, params, value, note = receiver.recv()
+            assert job == (method, params)
+            assert value is not None, f"{section}.{cls}.{method}{params}: {note}"
+            figures.setdefault((section, cls, method), []).append(value)
+    process.join()
+    assert set(figures) == {(b.section, b.cls, b.method) for b in runner.discover()}
+    for (section, *_), values in figures.items():
         if section == "cuda" and not _has_cuda():
             assert all(map(math.isnan, values))
         else:
@@ -194,6 +212,108 @@ def test_the_cuda_section_on_host_tensors(axis):
             assert result.copy_seconds == 1.0
     arrays = device.DeviceArrays((4, 7), "float32", -1, "cpu")
     assert torch.allclose(arrays.lse, torch.logsumexp(arrays.logits.double(), 1))
+
+
+@pytest.fixture
+def cuda_on_host(monkeypatch):
+    """The CUDA section, its arrays host tensors."""
+    pytest.importorskip("torch")
+    from benchmarks import cuda, device
+
+    monkeypatch.setattr(device, "require_cuda", lambda: None)
+    monkeypatch.setattr(cuda._Prepared, "where", "cpu")
+    return cuda
+
+
+def test_the_host_cost_of_a_wrong_call_is_not_measured(cuda_on_host, monkeypatch):
+    cuda = cuda_on_host
+    torch = cuda._LIBRARIES["torch"]
+    fake = SimpleNamespace(from_dlpack=lambda tensor: tensor.numpy())
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    cuda.HostCost().setup("torch", "value_and_grad")
+    cuda.HostCost().setup(cuda.CUPY_ARRAYS, "log_softmax")  # which NumPy's arrays stand for
+    wrong = {**torch.builders, "log_softmax": lambda a: lambda: a.logits}
+    monkeypatch.setitem(cuda._LIBRARIES, "torch", dataclasses.replace(torch, builders=wrong))
+    with pytest.raises(RuntimeError, match="wrong result: relative error"):
+        cuda.HostCost().setup("torch", "log_softmax")
+
+
+class Books:
+    """The books of torch's allocator on a device, and those of CuPy's pool."""
+
+    def __init__(self, held):
+        self.held = self.most = held
+        self.pool = 0
+
+    def take(self, size):
+        self.held += size
+        self.most = max(self.most, self.held)
+
+    def reset(self):
+        self.most = self.held
+
+    def free_all_blocks(self):
+        self.pool = 0
+
+    def total_bytes(self):
+        return self.pool
+
+
+@pytest.fixture
+def books(monkeypatch):
+    torch = pytest.importorskip("torch")
+    kept = Books(1000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: kept.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: kept.most)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", kept.reset)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(get_default_memory_pool=lambda: kept))
+    return kept
+
+
+def test_peak_memory_of_a_device(books):
+    from benchmarks.device import peak_bytes
+
+    sizes = iter([500, 100])  # the first call takes more, for its own ends
+
+    def call():
+        size = next(sizes)
+        books.take(size)
+        books.take(30 - size)
+
+    assert peak_bytes(call) == 100
+    books.take(-books.held)
+    with pytest.raises(NotImplementedError):
+        peak_bytes(lambda: None)
+
+
+def test_peak_memory_of_cupy_is_how_far_its_pool_grew(books):
+    from benchmarks.device import peak_bytes
+
+    def call():
+        books.pool = max(books.pool, 512)
+
+    assert peak_bytes(call) == 512
+
+
+def test_a_wrong_first_call_has_no_figure(monkeypatch):
+    from benchmarks import startup
+
+    monkeypatch.setitem(startup.CALLS, "log_softmax", "x * 1")
+    benchmark = startup.FirstCall()
+    benchmark.setup("cpu", "log_softmax", "cold")
+    with pytest.raises(RuntimeError, match="wrong result: relative error"):
+        benchmark.track_seconds("cpu", "log_softmax", "cold")
+
+
+def test_an_error_of_the_wrong_shape_is_no_figure(monkeypatch):
+    from benchmarks import numerics
+
+    monkeypatch.setattr(numerics, "CLASSES", (10,))
+    one = lambda function, x, labels: np.zeros((1, 1), x.dtype)  # noqa: E731
+    monkeypatch.setitem(numerics.CALLS, "numbakern", ("numbakern", one))
+    found = numerics._measure("numbakern", "float32")
+    assert all("wrong result" in note for of in found.values() for note in of.values())
 
 
 def test_code_of_two_versions_has_two_caches(tmp_path):
@@ -341,10 +461,50 @@ def test_results_are_brought_home(history, tmp_path):
     assert str(tmp_path) not in path.read_text()
 
 
+SAVED = {
+    "machine": "gpu",
+    "sources": "0" * 64,
+    "environment": {"python": "3.12", "versions": {"torch": "2.13.0+cu130"}},
+    "results": {"cuda.HostCost.track_microseconds": {"version": "1", "values": [[["'x'"], 1.0]]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"machine": "../elsewhere"}, "other characters"),
+        ({"environment": {"python": "3.12", "versions": {"numpy": "2/3"}}}, "other characters"),
+        ({"environment": {"python": "3.12"}}, "no 'versions'"),
+        ({"sources": None}, "expected a digest"),
+        ({"results": {"x": {"version": "1", "values": [[["'x'"], "fast"]]}}}, "got 'fast'"),
+        ({"results": {"x": {"version": "1", "values": [[[1], 2.0]]}}}, "expected text, got [1]"),
+        ({"results": {"x": [1.0]}}, "list indices"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(change, line, tmp_path):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(SAVED))
+    assert bring_home.load(file) == SAVED
+    file.write_text(json.dumps(SAVED | change))
+    with pytest.raises(SystemExit) as refused:
+        bring_home.load(file)
+    (told,) = str(refused.value).splitlines()
+    assert line in told and str(file) in told
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    file = tmp_path / "measured.json"
+    with pytest.raises(SystemExit, match="No such file"):
+        bring_home.load(file)
+    file.write_text('{"machine": "gpu", ')
+    with pytest.raises(SystemExit, match="not what"):
+        bring_home.load(file)
+
+
 @NO_ASV
 def test_the_command_refuses_edited_sources(tmp_path, capsys):
     file = tmp_path / "measured.json"
-    file.write_text(json.dumps({"sources": "0" * 64, "machine": "gpu"}))
+    file.write_text(json.dumps(SAVED))
     assert bring_home.main([str(file), "--results", str(tmp_path)]) == 1
     assert "No commit" in capsys.readouterr().err
 
@@ -362,6 +522,78 @@ def test_the_runner_saves(tmp_path, monkeypatch):
     assert params == ["'numbakern'", "'log_softmax'", "'8x10'"]
     assert 0 < value < 1
     assert str(ROOT) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["-b", "("], "expected a regular expression"),
+        (["-b", "nothing of this name"], "nothing matches"),
+        (["--save", "x.json"], "expected --machine too"),
+        (["--machine", "a/b"], "expected letters"),
+        (["--machine", "a", "--save", "/nowhere/x.json", "-b", "startup.Import"], "/nowhere"),
+    ],
+)
+def test_options_of_the_runner(options, line, capsys):
+    from benchmarks import __main__ as command
+
+    with pytest.raises(SystemExit):
+        command.main(options)
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch, capsys):
+    from benchmarks import __main__ as command
+
+    def run(benchmarks, patterns):
+        yield _of("startup.Import.track_seconds"), (), 0.01, ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", run)
+    file = tmp_path / "measured.json"
+    assert command.main(["--machine", "here", "--save", str(file)]) == 130
+    results = bring_home.load(file)["results"]
+    assert results["startup.Import.track_seconds"]["values"] == [[[], 0.01]]
+    assert str(file) in capsys.readouterr().out
+
+
+@NO_ASV
+def test_the_history_is_measured_again(tmp_path, monkeypatch):
+    """By one command, which leaves what was known of the machine."""
+    from asv.machine import MachineCollection
+
+    from benchmarks import history
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(history, "ROOT", tmp_path)
+    folder = tmp_path / "results/here"
+    folder.mkdir(parents=True)
+    (folder / "machine.json").write_text("known")
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        (folder / "machine.json").write_text("by asv")
+        return 0
+
+    brought = []
+    monkeypatch.setattr(history, "status_of", run)
+    monkeypatch.setattr(history.bring_home, "commits_of", lambda sources: iter(["0" * 40]))
+    monkeypatch.setattr(history.bring_home, "main", lambda options: brought.append(options) or 0)
+    assert history.main(["here", "--results", str(tmp_path / "results")]) == 0
+    assert MachineCollection.load("here")["machine"] == "here"
+    by_asv, here = commands
+    assert (
+        f"HASHFILE:{history.COMMITS}" in by_asv and by_asv[by_asv.index("--machine") + 1] == "here"
+    )
+    assert here[1:5] == ["-m", "benchmarks", "--machine", "here"]
+    assert brought[0][0] == here[-1]
+    monkeypatch.setattr(history.bring_home, "commits_of", lambda sources: iter([]))
+    assert history.main(["here"]) == 1 and len(commands) == 2
+    selected = [pattern for pattern in by_asv if pattern.startswith("^")]
+    for section in ("cpu", "startup", "numerics"):
+        found = [b for b in runner.discover() if b.section == section]
+        assert any(list(b.selected(selected)) for b in found), section
 
 
 def test_committed_results_name_no_machine_s_paths():
@@ -396,12 +628,80 @@ def test_a_planted_slowdown_is_caught(tmp_path):
     for name in ("base", "slow"):
         shutil.copytree(PACKAGE, tmp_path / name / "numbakern")
     plant(tmp_path / "slow")
-    base, slow = tmp_path / "base", tmp_path / "slow"
     case = Case("log_softmax", (256, 4000))
-    ((compared, slower),) = regression.verdicts(base, slow, [case], 1.3, rounds=6, attempts=2)
-    assert slower and compared.ratio > 1.3
+    (compared,) = regression.compare(tmp_path / "base", tmp_path / "slow", [case], rounds=4)
+    assert compared.ratio > 1.3
     untouched = dataclasses.replace(compared, tree=compared.base)
     assert untouched.ratio == 1.0
+
+
+def test_what_seems_slower_is_measured_again(monkeypatch):
+    one, two, three, four = regression.CASES[:4]
+    quiet = [1.0] * 16
+    trees = {
+        one: [quiet],
+        two: [[1.4] * 16, quiet],  # the first processes were unlucky
+        three: [[1.3] * 16, [1.2] * 16, [1.3] * 16],
+        four: [[1.4] * 4 + [2.0] * 12] * 3,  # one version had four quiet moments, the other none
+    }
+    bases = dict.fromkeys(trees, quiet) | {four: [1.0] * 4 + [2.0] * 12}
+
+    def compare(base, tree, cases, rounds):
+        return [regression.Compared(case, bases[case], trees[case].pop(0), quiet) for case in cases]
+
+    monkeypatch.setattr(regression, "compare", compare)
+    found = {found.case: found for found in regression.measure(Path(), Path(), list(trees), 1.15)}
+    assert not any(trees.values())
+    expected = {one: "ok", two: "ok", three: "slower", four: "noisy"}
+    assert {case: compared.verdict(1.15) for case, compared in found.items()} == expected
+
+
+def test_noise_alone_gives_no_alarm():
+    """However strong, it does not put a pair above the threshold more often than below."""
+    rng = np.random.default_rng(0)
+
+    def alarms(slowdown, noise):
+        found = 0
+        for _ in range(200):
+            base, tree = np.exp(rng.standard_cauchy((2, 48)).clip(-99, 99) * noise)
+            compared = regression.Compared(regression.CASES[0], base, slowdown * tree, base)
+            found += compared.verdict(1.15) == "slower"
+        return found
+
+    assert [alarms(1.0, noise) for noise in (0.01, 0.1, 1.0)] == [0, 0, 0]
+    assert alarms(1.3, 0.03) > 180
+    pairs = regression.Compared(regression.CASES[0], [1.0] * 4, [2.0, 2.0, 2.0, 1.0], [1.0] * 4)
+    assert pairs.chance(1.15) == 5 / 16
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "line"),
+    [
+        (["--case", "nothing"], 2, "expected a part of one of log_softmax/512x32000/float32"),
+        (["--rounds", "0"], 2, "expected 1 or more"),
+        (["--base", "nowhere"], 1, "nowhere: expected a commit of this repository"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_a_line(options, status, line, python):
+    done = python("from benchmarks.regression import main; main()", *options, check=False)
+    assert done.returncode == status
+    assert line in done.stderr.splitlines()[-1]
+
+
+def test_without_main_nothing_is_compared(monkeypatch, capsys):
+    """A clone that holds one branch would be compared with itself."""
+    monkeypatch.setattr(regression, "branch", lambda: "HEAD")
+    with pytest.raises(SystemExit):
+        regression.main([])
+    assert "neither main nor origin/main" in capsys.readouterr().err
+
+
+def test_a_version_that_cannot_run_is_skipped_by_bisect(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "numbakern")
+    (tmp_path / "numbakern/__init__.py").write_text("raise ImportError\n")
+    with pytest.raises(SystemExit) as ended:
+        regression.compare(tmp_path, tmp_path, [Case("log_softmax", (8, 10))], rounds=1)
+    assert ended.value.code == 125
 
 
 def plant(folder):

@@ -78,6 +78,44 @@ def test_the_pages_are_built_from_the_committed_results(has_history, no_scripts,
     assert len(measured) >= 10
 
 
+def test_a_folder_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit, match="expected a folder of the dashboard's own"):
+        site.build(tmp_path, COMMITTED)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_what_an_interrupted_build_left_is_replaced(has_history, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site, "publish", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            site.build(tmp_path / "site", COMMITTED)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("0.json", "{", "not a file of asv's results: Expecting"),
+        ("0.json", "[]", "not a file of asv's results: no commit_hash"),
+        ("0.json", "3", "not a file of asv's results"),
+        ("machine.json", "{}", "not a file of asv's results: no machine"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_named(name, text, line, tmp_path):
+    folder = tmp_path / "results/m"
+    folder.mkdir(parents=True)
+    (folder / "machine.json").write_text('{"machine": "m"}')
+    (folder / name).write_text(text)
+    with pytest.raises(SystemExit, match=line) as refused:
+        site.build(tmp_path / "site", tmp_path / "results")
+    assert f"m/{name}" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    with pytest.raises(SystemExit, match="expected a folder with machine.json"):
+        site.build(tmp_path / "site", tmp_path / "nowhere")
+
+
 def test_the_readme_shows_the_latest_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = text[text.index(readme.BEGIN) + len(readme.BEGIN) : text.index(readme.END)]

@@ -21,7 +21,11 @@ from benchmarks.dashboard import readme, site
 def serve(folder: Path, port: int) -> None:
     """Serve the pages until interrupted."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+    try:
+        made = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"--port {port}: {error}") from None
+    with made as server:
         print(f"http://127.0.0.1:{server.server_port}/ (interrupt to stop)", flush=True)
         try:
             server.serve_forever()
@@ -50,4 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

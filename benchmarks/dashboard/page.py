@@ -24,7 +24,7 @@ caches are emptied before each call and all libraries have the same threads; on 
 events are read and its L2 is flushed.</p>
 <p>GB/s is the least traffic that the call allows over its time: two streams of the array for
 log_softmax and the training step, three for log_softmax_backward, one for cross_entropy. Before a
-library is timed, its result is compared with float64. <b>Must</b> is what a release keeps,
+call is timed, its result is compared with float64. <b>Must</b> is what a release keeps,
 <b>goal</b> where it wants to be. The other libraries' columns say how many times as long they take;
 a dash: it has no such call, or was not installed.</p>
 <p>Regressions are drawn from × copy alone. Peak memory, start-up and errors in ulp are in asv's

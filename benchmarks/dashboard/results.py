@@ -55,9 +55,35 @@ class Machine:
         return (found, rows(found.values, target)) if found else None
 
 
-def load(path: Path) -> Measured:
+def read(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that has these keys; SystemExit for any other file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in content]
+        problem = f"no {', '.join(missing)}" if missing else ""
+    except (OSError, ValueError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        raise SystemExit(f"{path}: not a file of asv's results: {problem}")
+    assert isinstance(content, dict)
+    return content
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What is known of the machine whose results are in a folder."""
+    return read(folder / "machine.json", "machine")
+
+
+def files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The results of a machine: a file a commit, with what it holds."""
+    keys = "commit_hash", "date", "params", "python", "result_columns", "results"
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "machine.json":
+            yield path, read(path, *keys)
+
+
+def load(content: dict[str, Any]) -> Measured:
     """A result file of asv."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     columns = content["result_columns"]
     measured = Measured(
         content["commit_hash"],
@@ -80,8 +106,7 @@ def load(path: Path) -> Measured:
 def machines(results: Path) -> Iterator[Machine]:
     """Every machine with results, by name."""
     for folder in sorted(path.parent for path in results.glob("*/machine.json")):
-        about = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
-        paths = sorted(path for path in folder.glob("*.json") if path.name != "machine.json")
-        files = sorted(map(load, paths), key=lambda m: m.date, reverse=True)
-        if files:
-            yield Machine(folder.name, about, files)
+        found = [load(content) for _, content in files(folder)]
+        if found:
+            found.sort(key=lambda m: m.date, reverse=True)
+            yield Machine(folder.name, about(folder), found)

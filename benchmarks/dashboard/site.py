@@ -16,8 +16,9 @@ from typing import Any
 
 import numbakern
 from benchmarks import ROOT
-from benchmarks.bring_home import git
+from benchmarks.bring_home import branch, git
 from benchmarks.dashboard import page
+from benchmarks.dashboard.results import about, files, machines
 
 # Name in asv's index.html: (npm package, its version, file in it).
 SCRIPTS = {
@@ -54,31 +55,34 @@ FACETS = ("machine", "python", "numba", "numpy", "torch")
 
 
 def build(folder: Path, results: Path, scripts: Path | None = None) -> None:
-    """Build all pages in `folder`, which is replaced."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    """Build all pages in `folder`, which is replaced if it has such pages or nothing."""
+    built = (folder / "commits.html").exists()
+    if folder.exists() and any(folder.iterdir()) and not built:
+        raise SystemExit(f"{folder}: expected a folder of the dashboard's own, or none")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         staged = stage(results, work / "results")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_commits(folder, results)  # first: it marks the folder as ours, whatever follows
         publish(staged, folder / "asv", work)
         vendor(folder / "asv", scripts or fetch(ROOT / ".asv/npm"))
     page.write(folder, results)
-    write_commits(folder, results)
 
 
 def stage(results: Path, staged: Path) -> Path:
     """A copy of the results that asv shows as one series a machine and version."""
-    for path in results.glob("*/*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == "machine.json":
-            content = {"machine": content["machine"], "version": 1}
-        else:
+    for machine in results.glob("*/machine.json"):
+        target = staged / machine.parent.name
+        target.mkdir(parents=True)
+        content = {"machine": about(machine.parent)["machine"], "version": 1}
+        (target / "machine.json").write_text(json.dumps(content))
+        for path, content in files(machine.parent):
             content["params"] = {name: content["params"].get(name, "-") for name in FACETS}
             content["env_vars"] = {}
-        target = staged / path.relative_to(results)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(content))
+            (target / path.name).write_text(json.dumps(content))
+    if not staged.exists():
+        raise SystemExit(f"{results}: expected a folder with machine.json for each machine")
     return staged
 
 
@@ -114,10 +118,7 @@ def configuration(work: Path, **changes: Any) -> Path:
 
 def publish(staged: Path, folder: Path, work: Path) -> None:
     """asv's pages, from results and the benchmarks as they are now."""
-    # The branch of the results; in a checkout of another one, whatever is checked out.
-    branches = git("branch", "--format=%(refname:short)").split()
-    branch = "main" if "main" in branches else "HEAD"
-    config = configuration(work, results_dir=str(staged), html_dir=str(folder), branches=[branch])
+    config = configuration(work, results_dir=str(staged), html_dir=str(folder), branches=[branch()])
     asv(
         *("run", "--bench", "just-discover", "--environment", "existing:same"),
         *("--machine", "here"),
@@ -195,16 +196,21 @@ def vendor(folder: Path, node_modules: Path) -> None:
         (folder / name).write_text(script.replace(line, line + added), encoding="utf-8")
 
 
+def history() -> list[str]:
+    """A line a commit: its hash, its date, its subject."""
+    return git("log", "--format=%H%x09%cs%x09%s", branch()).splitlines()
+
+
 def write_commits(folder: Path, results: Path) -> None:
     """One line a commit, for the links of asv's pages."""
-    measured = {
-        json.loads(path.read_text(encoding="utf-8"))["commit_hash"]
-        for path in results.glob("*/*.json")
-        if path.name != "machine.json"
-    }
+    measured = {file.commit for machine in machines(results) for file in machine.files}
+    rows = [line.split("\t", 2) for line in history()]
+    if unknown := sorted(measured - {commit for commit, *_ in rows}):
+        names = ", ".join(commit[:8] for commit in unknown)
+        print(f"not in this history, so not in asv's graphs: {names}", file=sys.stderr)
+        rows += [[commit, "", "not in this history"] for commit in unknown]
     lines = []
-    for line in git("log", "--format=%H%x09%cs%x09%s").splitlines():
-        commit, date, subject = line.split("\t", 2)
+    for commit, date, subject in rows:
         mark = ' class="measured"' if commit in measured else ""
         # asv links by the whole hash.
         lines.append(
