@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import bounds, suite
+from benchmarks import bounds, predicted, suite
 from numbakern._roofline import TITLES, table
 
 # Figures by the name of the benchmark and by its parameters as asv writes them.
@@ -112,8 +112,10 @@ def text_table(rows: Sequence[Row]) -> str:
     target = "cpu" if rows[0].bound in bounds.CPU else "cuda"
     peers = peers_of(rows, target)
     unit = {"x copy": "", "us": " us"}
+    told = [predicted.in_copies(row.bound.case) if target == "cuda" else None for row in rows]
+    model = ["model"] if any(told) else []
     lines = []
-    for row in rows:
+    for row, prediction in zip(rows, told, strict=True):
         suffix = unit[row.bound.unit]
         lines.append(
             [
@@ -122,13 +124,14 @@ def text_table(rows: Sequence[Row]) -> str:
                 short(row.seconds),
                 digits(row.gigabytes),
                 digits(row.ours, suffix),
+                *(digits(prediction) for _ in model),
                 f"{row.bound.must:.3g}",
                 f"{row.bound.goal:.3g}",
                 row.verdict,
                 *(digits(row.figures.get(name), suffix) for name in peers),
             ]
         )
-    header = ["call", "array", "time", "GB/s", "x copy", "must", "goal", "met", *peers]
+    header = ["call", "array", "time", "GB/s", "x copy", *model, "must", "goal", "met", *peers]
     return table(header, lines)
 
 

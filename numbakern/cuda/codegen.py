@@ -3,12 +3,15 @@
 No GPU is needed. ``python -m numbakern.cuda`` prints the table.
 """
 
+import functools
 import re
 from collections import Counter
 from typing import Any, NamedTuple
 
 from numbakern.cuda import compile as compiler
+from numbakern.cuda import totals
 from numbakern.cuda.plan import Layout, Step, plan
+from numbakern.cuda.ways import MACHINE
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 KINDS = ("f4", "bf", "f2", "f8")
@@ -18,6 +21,9 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
     "f2": (64, 1024, 4096, 65536),
     "f8": (16, 128, 2048, 65536),
 }
+ROWS = 16384
+"""Enough that no way for few of them is taken."""
+
 ROWS = 16384
 """Enough that no way for few of them is taken."""
 
@@ -66,13 +72,18 @@ class Figures(NamedTuple):
     double: float
 
 
-def _arrays(operation, kind, classes, layout, elem):
-    """(operation of plan, options, axis, layouts) of an operation on ROWS rows."""
-    size = 2 if kind == "bf" else int(kind[1])
+def size_of(kind):
+    """Bytes of an element."""
+    return 2 if kind == "bf" else int(kind[1])
+
+
+def _arrays(operation, kind, rows, classes, layout, elem):
+    """(operation of plan, options, arrays) of a public function."""
+    size = size_of(kind)
     wide = {
         "whole": Layout(kind, (classes * size, size), True),
         "shifted": Layout(kind, (classes * size, size), False),
-        "columns": Layout(kind, (ROWS * size, size), True),
+        "columns": Layout(kind, (rows * size, size), True),
     }[layout]
     result = Layout("f8" if elem == "f8" else "f4", (), True)
     x, y, out = ("x", wide), ("y", wide), ("out", wide)
@@ -121,12 +132,18 @@ OPERATIONS = (
 
 def case(operation, kind, classes, layout="whole"):
     """The Case of a public function on rows of a kind and length."""
-    elem = "f8" if kind == "f8" else "f4"
-    name, options, arrays = _arrays(operation, kind, classes, layout, elem)
-    shape, axis = ((classes, ROWS), 0) if layout == "columns" else ((ROWS, classes), 1)
-    made = plan(name, options, shape, axis, elem, arrays)
-    (step,) = (s for s in made.steps if s.spec.kernel == name)
+    made, _ = call(operation, kind, ROWS, classes, layout)
+    # Beside it there are steps of one value a row, and before it what only reduces.
+    *_, step = (s for s in made.steps if s.spec.kernel not in totals.KERNELS)
     return Case(operation, kind, classes, layout, step)
+
+
+def call(operation, kind, rows, classes, layout="whole", machine=MACHINE):
+    """The Plan of a public function for a machine, and the Layouts of its arrays by name."""
+    elem = "f8" if kind == "f8" else "f4"
+    name, options, arrays = _arrays(operation, kind, rows, classes, layout, elem)
+    shape, axis = ((classes, rows), 0) if layout == "columns" else ((rows, classes), 1)
+    return plan(name, options, shape, axis, elem, arrays, machine), dict(arrays)
 
 
 def cases(operations=OPERATIONS, kinds=KINDS):
@@ -144,56 +161,173 @@ def cases(operations=OPERATIONS, kinds=KINDS):
 # ---------------------------------------------------------------- reading machine code
 
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)(.*)")
+class Instruction(NamedTuple):
+    """One instruction, with what its encoding tells the warp scheduler.
+
+    Attributes
+    ----------
+    address : int
+    opcode : str
+        As nvdisasm writes it: LDG.E.128, FFMA, …
+    operands : str
+    guard : str
+        The predicate it is executed under, as ``@!P0``; empty if none.
+    stall : int
+        Cycles before the warp's next instruction may issue.
+    sets : int
+        Scoreboard that is free again when its result is there; −1 for none.
+    waits : int
+        Scoreboards that it waits for, a bit each.
+    """
+
+    address: int
+    opcode: str
+    operands: str
+    guard: str
+    stall: int
+    sets: int
+    waits: int
+
+    @property
+    def name(self):
+        """The opcode without its modifiers."""
+        return self.opcode.partition(".")[0]
+
+
+class Span(NamedTuple):
+    """A part of the code that runs more than once, or not always.
+
+    Attributes
+    ----------
+    first, last : int
+        Addresses of its first and last instruction.
+    kind : {"loop", "branch"}
+        A loop, or what a conditional branch jumps over.
+    parts : tuple of Span
+        Those inside of it.
+    """
+
+    first: int
+    last: int
+    kind: str
+    parts: tuple[Any, ...]
+
+
+class Program(NamedTuple):
+    """The machine code of a kernel.
+
+    Attributes
+    ----------
+    instructions : tuple of Instruction
+        In the order of their addresses, up to the end of the kernel.
+    spans : tuple of Span
+        Its loops and branches.
+    """
+
+    instructions: tuple[Instruction, ...]
+    spans: tuple[Span, ...]
+
+
+_LINE = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)(.*?);\s*/\* 0x([0-9a-f]{16}) \*/"
+)
+_REST = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_TARGET = re.compile(r"\.L_x_\d+")
 _GLOBAL = re.compile(r"(LDG|STG|LD|ST)\.")
 
 
-def instructions(sass):
-    """(address, opcode, operands) of each instruction, and the addresses of the labels."""
-    found: list[tuple[int, str, str]] = []
+def program(sass):
+    """The Program that nvdisasm printed, encodings included.
+
+    The upper half of an encoding holds the scheduling fields, at the same bits from Volta on (Jia
+    et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018): from bit 41
+    on, 4 bits of stall, one of yield, 3 bits each of the scoreboard that is set by the result and
+    by the reading of operands, 6 bits of scoreboards waited for.
+    """
+    found: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
-    for line in sass.splitlines():
-        label = _LABEL.match(line)
+    line = None
+    for text in sass.splitlines():
+        label = _LABEL.match(text)
         if label:
             waiting.append(label.group(1))
-            continue
-        match = _LINE.search(line)
-        if match:
-            address = int(match.group(1), 16)
-            labels.update(dict.fromkeys(waiting, address))
-            waiting = []
-            if match.group(2) != "NOP":
-                found.append((address, match.group(2), match.group(3)))
-    return found, labels
+        elif line := _LINE.search(text) or line:
+            if rest := _REST.match(text):
+                found.append(_instruction(line, int(rest.group(1), 16)))
+                labels.update(dict.fromkeys(waiting, found[-1].address))
+                waiting, line = [], None
+    # Behind the last EXIT there is only what fills the code up.
+    while found and found[-1].name != "EXIT":
+        found.pop()
+    jumps = [
+        (i, labels[_TARGET.search(i.operands).group()])
+        for i in found
+        if i.name == "BRA" and _TARGET.search(i.operands)
+    ]
+    return Program(tuple(i for i in found if i.name != "NOP"), _nested(list(_spans(found, jumps))))
 
 
-def loops(found, labels):
-    """(first, last) address of each loop: where a branch leads back to, and the branch."""
-    for address, opcode, operands in found:
-        target = re.search(r"\.L_x_\d+", operands)
-        if opcode.startswith("BRA") and target:
-            first = labels.get(target.group(), address)
-            if first < address:
-                yield first, address
+def _instruction(line, control):
+    address, guard, opcode, operands, _ = line.groups()
+    control >>= 41
+    return Instruction(
+        int(address, 16),
+        opcode,
+        operands.strip(),
+        (guard or "").strip(),
+        control & 15,
+        sets if (sets := (control >> 5) & 7) < 6 else -1,
+        (control >> 11) & 63,
+    )
+
+
+def _spans(found, jumps):
+    """(first, last, kind) of the loops and branches."""
+    loops = [(target, i.address) for i, target in jumps if target <= i.address]
+    yield from ((first, last, "loop") for first, last in loops)
+    for i, target in jumps:
+        inside = [j.address for j in found if i.address < j.address < target]
+        # A jump over a loop asks whether it runs at all, which is in the count of its rounds.
+        over = any(i.address < first and last < target for first, last in loops)
+        if inside and not over and (i.guard or re.match(r"!?U?P\d", i.operands)):
+            yield inside[0], inside[-1], "branch"
+
+
+def _nested(spans):
+    """The Spans of these (first, last, kind), those inside others as their parts."""
+    spans.sort(key=lambda s: (s[0], -s[1]))
+    top: list[Span] = []
+    while spans:
+        first, last, kind = spans.pop(0)
+        inside = [s for s in spans if s[1] <= last]
+        spans = [s for s in spans if s[1] > last]
+        top.append(Span(first, last, kind, _nested(inside)))
+    return tuple(top)
+
+
+@functools.lru_cache(maxsize=4096)
+def disassembled(cubin):
+    """The Program of a compiled kernel."""
+    return program(compiler.sass(cubin))
 
 
 def figures(case: Case, arch: str) -> Figures:
     """The Figures of a kernel, compiled for an architecture or read from the cache."""
     cubin = compiler.cubin(case.step.spec, arch, case.step.block)
     used = compiler.resources(cubin)
-    found, labels = instructions(compiler.sass(cubin))
+    found, spans = disassembled(cubin)
     params: dict[str, Any] = dict(case.step.spec.params)
     lanes, vectors, group, chunks = params["part"]
     elements = vectors * group
     if params["walker"] == "columns" and not chunks:
         elements = vectors * group * (lanes if lanes * elements <= 32 else 1)
-    bodies = list(loops(found, labels))
-    body = [i for i in found if not bodies or any(a <= i[0] <= b for a, b in bodies)]
-    inside = [op for _, op, _ in body]
+    bodies = [s for s in spans if s.kind == "loop"]
+    body = [i for i in found if not bodies or any(s.first <= i.address <= s.last for s in bodies)]
+    inside = [i.opcode for i in body]
     moved = [op for op in inside if _GLOBAL.match(op)]
-    every = Counter(op for _, op, _ in found if _GLOBAL.match(op))
+    every = Counter(i.opcode for i in found if _GLOBAL.match(i.opcode))
     wide = [op for op in moved if ".128" in op]
     narrow = len(moved) - len(wide)
     # In straight code the accesses that there is one of a row stand among the others.
@@ -205,7 +339,7 @@ def figures(case: Case, arch: str) -> Figures:
         len(wide),
         narrow,
         single,
-        sum(op.startswith("RET") for _, op, _ in found),
+        sum(i.name == "RET" for i in found),
         len(inside) / elements,
         double / elements,
     )

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import zlib
 from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -194,6 +195,18 @@ def cubin(spec, arch, bounds=None):
 
 
 def _tool(name, *options, code):
+    """What a tool prints of machine code; kept on disk beside it."""
+    key = hashlib.sha256(repr((name, options)).encode() + code).hexdigest()[:32]
+    folder, file = cache_folder(), f"{name}-{key}.txt"
+    printed = disk_cache.read(folder, file) if folder is not None else None
+    if printed is None:
+        printed = zlib.compress(_run(name, *options, code=code).encode(), 1)
+        if folder is not None:
+            disk_cache.write(folder, file, printed)
+    return zlib.decompress(printed).decode()
+
+
+def _run(name, *options, code):
     from cuda import pathfinder
 
     path = pathfinder.find_nvidia_binary_utility(name)
@@ -208,8 +221,8 @@ def _tool(name, *options, code):
 
 
 def sass(cubin):
-    """The instructions of a Cubin as nvdisasm prints them."""
-    return _tool("nvdisasm", "-c", code=cubin.code)
+    """The instructions of a Cubin and their encodings as nvdisasm prints them."""
+    return _tool("nvdisasm", "-c", "-hex", code=cubin.code)
 
 
 def resources(cubin):

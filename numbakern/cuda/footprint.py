@@ -1,0 +1,367 @@
+"""What a kernel touches, how often its loops run and which warps take a branch.
+
+A kernel is traced, as when it is compiled, for a few of its blocks on a machine that only follows
+what addresses, masks and counts depend on. What depends on the arrays' contents stays unknown.
+"""
+
+import copy
+import functools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from numbakern.cuda.device import Value
+from numbakern.cuda.memory import Format
+from numbakern.cuda.plan import kernel_of
+
+WARP = 32
+SECTOR = 32
+"""Bytes that L2 and DRAM move at once."""
+SAMPLE = 4
+"""Neighbouring blocks that are traced, from the middle of the grid."""
+_DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
+_BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
+_BINARY: dict[str, Any] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "shl": np.left_shift, "ashr": np.right_shift,
+}  # fmt: skip
+_COMPARE: dict[str, Any] = {
+    "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
+    "!=": np.not_equal,
+}  # fmt: skip
+
+
+class Scope:
+    """A kernel, a loop or a branch, as it was traced.
+
+    Attributes
+    ----------
+    kind : {"kernel", "loop", "branch"}
+    weight : float
+        Rounds of a loop, share of the warps that take a branch.
+    fixed : bool
+        Whether a loop's rounds are a constant of the kernel, so that it may be unrolled.
+    parts : list of Scope
+        Loops and branches in it, in the order they were traced in.
+    read, written : dict of str to float
+        Bytes of whole sectors of each array that a block touches in one round, parts left out.
+    again : {"", "l1", "l2"}
+        What holds all that it reads: L1 if it was read around a branch, L2 if in a loop before.
+    """
+
+    def __init__(self, kind, weight=1.0, fixed=False):
+        self.kind, self.weight, self.fixed = kind, weight, fixed
+        self.parts: list[Scope] = []
+        self.read: dict[str, float] = {}
+        self.written: dict[str, float] = {}
+        self.again = ""
+
+    def times(self, share):
+        """The same that runs that share as often."""
+        made = copy.copy(self)
+        made.weight = self.weight * share
+        return made
+
+    def total(self, what):
+        """Bytes of each array over all rounds, parts included."""
+        sums: Counter[str] = Counter(getattr(self, what))
+        for part in self.parts:
+            sums.update(part.total(what))
+        rounds = self.weight if self.kind == "loop" else 1.0
+        return {name: rounds * n for name, n in sums.items()}
+
+
+class _Unknown:
+    """A number that depends on the arrays' contents, and on these others."""
+
+    __slots__ = ("needs", "live")
+
+    def __init__(self, *values):
+        self.needs = [v for v in values if isinstance(v, _Unknown)]
+        self.live = False
+
+    def keep(self):
+        """Mark it and all that it depends on as what something comes of."""
+        waiting = [self]
+        while waiting:
+            one = waiting.pop()
+            if not one.live:
+                one.live = True
+                waiting += one.needs
+
+
+def _is_unknown(*values):
+    return any(isinstance(v, _Unknown) for v in values)
+
+
+class _Raw:
+    """A Scope while it is traced: its accesses, and the parts, several rounds of a loop each."""
+
+    def __init__(self, kind, weight=1.0, fixed=False):
+        self.kind, self.weight, self.fixed = kind, weight, fixed
+        self.accesses = []  # (read or written, array or None, sectors, what was loaded)
+        self.parts = []  # _Raw of a branch, or [(_Raw, rounds it stands for), …] of a loop
+
+    @property
+    def live(self):
+        """Whether the compiler leaves any of it."""
+        rounds = [[(part, 1)] if isinstance(part, _Raw) else part for part in self.parts]
+        return any(what == "written" or of.live for what, _, _, of in self.accesses) or any(
+            raw.live for part in rounds for raw, _ in part
+        )
+
+    def touched(self, what, name):
+        """The sectors of an array, those of loads that nothing comes of left out."""
+        found = [
+            sectors
+            for which, array, sectors, of in self.accesses
+            if which == what and array == name and (of is None or of.live)
+        ]
+        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+    def settled(self, blocks, around=None):
+        """The Scope, from accesses of `blocks` blocks; a branch in the code `around` it."""
+        scope, near = Scope(self.kind, self.weight, self.fixed), []
+        for what, name in {(what, name) for what, name, _, _ in self.accesses if name}:
+            sectors = self.touched(what, name)
+            if around is not None and sectors.size:
+                there = np.isin(sectors, around.touched(what, name))
+                sectors = sectors[~there]
+                if what == "read":
+                    near.append(np.mean(there))
+            getattr(scope, what)[name] = SECTOR * len(sectors) / blocks
+        if near and min(near) >= 0.5:
+            scope.again = "l1"
+        for part in self.parts:
+            if isinstance(part, _Raw):
+                if part.live:
+                    scope.parts.append(part.settled(blocks, self))
+            else:
+                scope.parts.append(_merged([(r.settled(blocks), n) for r, n in part]))
+        return scope
+
+
+def _merged(rounds):
+    """One loop from (Scope, rounds it stands for) of some of its rounds, their mean."""
+    scopes = [scope for scope, _ in rounds]
+    total = sum(n for _, n in rounds)
+    loop = Scope("loop", total, scopes[0].fixed)
+    if len({len(scope.parts) for scope in scopes}) > 1:
+        raise ValueError("the rounds of a loop differ in their branches")
+    shares = [n / total if total else 0.0 for _, n in rounds]
+    _add(loop, scopes, shares)
+    return loop
+
+
+def _add(to, scopes, shares):
+    """Put the mean of Scopes, weighed with these shares, into another one."""
+    for what in ("read", "written"):
+        mean: Counter[str] = Counter()
+        for scope, share in zip(scopes, shares, strict=True):
+            mean.update({name: n * share for name, n in getattr(scope, what).items()})
+        setattr(to, what, dict(mean))
+    to.again = max(scope.again for scope in scopes)
+    for same in zip(*(scope.parts for scope in scopes), strict=True):
+        weight = sum(part.weight * share for part, share in zip(same, shares, strict=True))
+        part = Scope(same[0].kind, weight, same[0].fixed)
+        _add(part, same, shares)
+        to.parts.append(part)
+
+
+class _Tracer:
+    """The machine that follows what addresses, masks and counts depend on."""
+
+    def __init__(self, names, blocks, threads, cluster):
+        self.names, self.threads, self.cluster = names, threads, cluster
+        self.blocks = np.asarray(blocks, np.int64)[:, None]
+        self.shape = (len(blocks), threads)
+        self.scope = _Raw("kernel")
+        self.active: Any = np.True_
+
+    # -- numbers
+
+    def constant(self, number, elem):
+        return _DTYPE[elem](number)
+
+    def binary(self, name, a, b, elem):
+        if not _is_unknown(a, b):
+            if name == "lshr":
+                bits = np.asarray(a).view(f"u{np.asarray(a).itemsize}")
+                return (bits >> np.asarray(b).astype(bits.dtype)).view(np.asarray(a).dtype)
+            return _BINARY[name](a, b)
+        if elem == "b1" and name in ("and", "or") and not (_is_unknown(a) and _is_unknown(b)):
+            known = b if _is_unknown(a) else a
+            if np.all(known == (name == "or")):  # what one side decides alone
+                return known
+        return _Unknown(a, b)
+
+    def compare(self, sign, a, b, _elem):
+        return _Unknown(a, b) if _is_unknown(a, b) else _COMPARE[sign](a, b)
+
+    def select(self, mask, a, b, _elem):
+        return _Unknown(mask, a, b) if _is_unknown(mask, a, b) else np.where(mask, a, b)
+
+    def convert(self, v, _elem, to):
+        return _Unknown(v) if _is_unknown(v) else np.asarray(v).astype(_DTYPE[to])
+
+    def bitcast(self, v, _elem, to):
+        return _Unknown(v) if _is_unknown(v) else np.asarray(v).view(_DTYPE[to])
+
+    def _unknown(self, *values):
+        return _Unknown(*values)
+
+    fma = maximum = at_least = join = half_to_single = pack_halves = funnel = _unknown
+    shuffle_xor = shuffle_from = shared = dynamic_shared = _unknown
+
+    def split(self, bits):
+        return _Unknown(bits), _Unknown(bits)
+
+    # -- threads
+
+    def thread(self):
+        return np.arange(self.threads, dtype=np.int32)[None, :]
+
+    def block(self):
+        return self.blocks
+
+    def barrier(self):
+        """Touches nothing."""
+
+    cluster_barrier = barrier
+
+    def cluster_rank(self):
+        return (self.blocks % self.cluster).astype(np.int32)
+
+    def first_lane(self, v):
+        if _is_unknown(v):
+            return _Unknown(v)
+        warps = np.broadcast_to(v, self.shape).reshape(len(self.blocks), -1, WARP)
+        return np.repeat(warps[:, :, 0], WARP, axis=1)
+
+    def _inside(self, raw, body):
+        outside, self.scope = self.scope, raw
+        result = body()
+        self.scope = outside
+        return result
+
+    def repeat(self, count, body, state):
+        """Trace the first round, one in the middle and the last; the middle stands for the rest."""
+        known = not _is_unknown(count.value)
+        fixed = known and np.ndim(count.value) == 0
+        rounds = int(np.max(count.value)) if known else 1
+        tried = [(0, 1), (1, rounds - 2), (rounds - 1, 1)] if rounds > 2 else [(0, 1), (1, 1)]
+        found = []
+        for i, times in tried[: max(1, rounds)]:
+            raw = _Raw("loop", fixed=fixed)
+
+            def one(i=i, state=state):
+                return tuple(body(Value(self, np.int64(i), "i8"), *state))
+
+            state = self._inside(raw, one)
+            found.append((raw, times if rounds > 0 else 0))
+        self.scope.parts.append(found)
+        return state
+
+    def when(self, mask, compute, otherwise):
+        before = self.active
+        self.active = self.binary("and", before, mask.value, "b1")
+        raw = _Raw("branch", self._taken())
+        self.scope.parts.append(raw)
+        computed = self._inside(raw, compute)
+        self.active = before
+        pairs = zip(computed, otherwise, strict=True)
+        return [o.like(_Unknown(mask.value, v.value, o.value)) for v, o in pairs]
+
+    def _taken(self):
+        """The share of warps that have a thread in the branch; all where that is unknown."""
+        if _is_unknown(self.active):
+            return 1.0
+        warps = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
+        return float(np.mean(np.any(warps, axis=1)))
+
+    # -- memory
+
+    def _touch(self, what, address, width, mask, of):
+        """Note the sectors of an access; gives the name of the array."""
+        name, sectors = None, np.empty(0, np.int64)
+        if not _is_unknown(address):
+            name = self.names[int(np.max(address)) >> _BASE_BITS]
+            mask = self.active if mask is None else self.binary("and", self.active, mask, "b1")
+            mask = np.True_ if _is_unknown(mask) else mask
+            place = np.arange(len(self.blocks), dtype=np.int64)[:, None]
+            mask, address, place = (np.broadcast_to(v, self.shape) for v in (mask, address, place))
+            address, place = address[mask], place[mask]
+            ends = [address] if width == 1 else [address, address + (width - 1)]
+            # A number for each sector and block, so that the traced blocks are told apart.
+            sectors = np.concatenate([e // SECTOR * len(self.blocks) + place for e in ends])
+        self.scope.accesses.append((what, name, sectors, of))
+        return name
+
+    def load(self, address, size, count, mask, _fill, _foreign):
+        of = _Unknown(address, mask)
+        name = self._touch("read", address, size * count, mask, of)
+        if name == "labels":  # every label is class 0: one that counts
+            of.keep()
+            return (_DTYPE["i8" if size == 8 else "i4"](0),) * count
+        return tuple(_Unknown(of) for _ in range(count))
+
+    def store(self, address, size, words, mask):
+        _Unknown(address, mask, *words).keep()
+        self._touch("written", address, size * len(words), mask, None)
+
+    def shared_load(self, address, _size, count):
+        return [_Unknown(address) for _ in range(count)]
+
+    def shared_store(self, address, _size, words, mask=None, peer=None):
+        _Unknown(address, mask, peer, *words).keep()
+
+    def atomic_min(self, address, v, mask):
+        """Rare, a label that is no class: its bytes are not counted."""
+        _Unknown(address, v, mask).keep()
+
+
+@functools.lru_cache(maxsize=1024)
+def _traced(step, constants, shifts):
+    kernel = kernel_of(step.spec)
+    first = max(0, min(step.grid // 2, step.grid - SAMPLE))
+    blocks = range(first, min(step.grid, first + SAMPLE))
+    tracer = _Tracer(list(kernel.args), blocks, step.block, step.cluster)
+    known, values = dict(constants), []
+    numbers = {"ignore_index": -100, "scale": 1.0, "keep": 1.0, "spread": 0.0}
+    shift = dict(shifts)
+    for n, (name, elem) in enumerate(kernel.args.items()):
+        value = known.get(name, numbers.get(name))
+        values.append(
+            _DTYPE[elem](((n << _BASE_BITS) + shift.get(name, 0)) if value is None else value)
+        )
+    with np.errstate(all="ignore"):
+        kernel.run(tracer, values)
+    scope = tracer.scope.settled(len(tracer.blocks))
+    _mark_again(scope)
+    return scope
+
+
+def footprint(step, plan, layouts):
+    """The Scope of a step's kernel.
+
+    Parameters
+    ----------
+    step : Step
+    plan : Plan
+        That the step is of.
+    layouts : dict of str to Layout
+        The call's arrays: one that is not aligned is taken to start one element further.
+    """
+    shifts = tuple((n, Format(a.kind, "f4").size) for n, a in layouts.items() if not a.aligned)
+    return _traced(step, tuple(plan.constants.items()), shifts)
+
+
+def _mark_again(kernel):
+    """Mark the loops that read what a loop before them has read."""
+    seen: set[str] = set()
+    for part in kernel.parts:
+        if part.kind == "loop":
+            names = {n for n, size in part.total("read").items() if size}
+            part.again = "l2" if names and names <= seen else ""
+            seen |= names
