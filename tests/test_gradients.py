@@ -71,7 +71,7 @@ def test_backward_of_nll_loss(weighted, reduction, axis):
 
 
 @pytest.mark.parametrize(("weighted", "reduction"), OPTIONS)
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("axis", [1, pytest.param(-1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
 def test_backward_of_cross_entropy(weighted, reduction, axis, smoothing, kind):
@@ -89,7 +89,7 @@ def test_backward_of_cross_entropy(weighted, reduction, axis, smoothing, kind):
 
 
 @pytest.mark.parametrize(("weighted", "reduction"), OPTIONS)
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("axis", [1, pytest.param(-1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
 @cases.dtypes(float64, slow=[float32])
