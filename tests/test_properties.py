@@ -130,6 +130,7 @@ def test_backwards(data):
     check_backwards(data)
 
 
+@hypothesis.settings(max_examples=10)  # nearly each compiles kernels; test_many_more draws more
 @hypothesis.given(st.data())
 def test_losses(data):
     check_losses(data)
