@@ -195,6 +195,36 @@ def test_a_pool_of_forked_workers(python, layer):
     python(POOL, **layer)
 
 
+SPAWNED = """
+import multiprocessing
+
+def takes_the_threads(queue):
+    import numba
+    numba.set_num_threads(2)  # starts them, before numbakern is imported
+    from numbakern.cpu import threads
+    queue.put(not threads._state.forked)
+
+if __name__ == "__main__":
+    for method, own in [("spawn", True), ("fork", False)]:
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        child = context.Process(target=takes_the_threads, args=(queue,))
+        if method == "fork":
+            import numba
+            numba.set_num_threads(1)  # the child has none of these
+        child.start()
+        assert queue.get(timeout=60) == own, method
+        child.join()
+"""
+
+
+@needs_fork
+def test_a_spawned_worker_has_threads_of_its_own(python, layer, tmp_path):
+    script = tmp_path / "script.py"  # a spawned process reads it again
+    script.write_text(SPAWNED)
+    python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", **layer)
+
+
 FORK_DURING_A_CALL = (
     COMMON
     + """

@@ -5,6 +5,7 @@ Every way calls the same machine code on other ranges of rows, so the bits do no
 
 import functools
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import parent_process
@@ -61,6 +62,11 @@ def _parallel():
     return compile_function(_run_parallel, "run_parallel", signature, parallel=True)
 
 
+def _is_forked():
+    """Whether multiprocessing made this process by a fork; one that it spawned has begun anew."""
+    return parent_process() is not None and "--multiprocessing-fork" not in sys.orig_argv
+
+
 class _State:
     """Whether Numba's threads may be used: they are shared by all Python threads."""
 
@@ -68,7 +74,7 @@ class _State:
         self.lock = threading.Lock()
         self.concurrent = False  # the threading layer is known to serve several callers at once
         # A child forked after its parent used the threads has none: GNU OpenMP ends the process.
-        self.forked = numba_threads._is_initialized and parent_process() is not None
+        self.forked = numba_threads._is_initialized and _is_forked()
         self.pool = None
 
     def after_fork(self):
