@@ -266,6 +266,23 @@ def test_a_record_becomes_an_error():
         check(told, IndexError, "labels[0, 0]", words_of_it)
 
 
+def test_a_record_of_several_kinds_of_calls(monkeypatch):
+    """When the records are used up the last one is shared, and tells of no shape but of the row."""
+    monkeypatch.setattr(bad_labels, "_ROOM", 4)
+    words = on_device.Words()
+    report = bad_labels.Report(words)
+    addresses = [report.address((n,), 10, -100) for n in range(1, 9)]
+    assert len(set(addresses)) == 4
+    words.array[-1] = (6 << bad_labels.BITS) | 12
+
+    def told():
+        raise report.take().error()
+
+    check(told, IndexError, "labels", "row 6", "12")
+    words.array[0] = 12
+    check(told, IndexError, "labels[0]", "[0, 10)", "12")
+
+
 # --- families of arrays --------------------------------------------------------------------------
 
 

@@ -326,6 +326,18 @@ def test_who_takes_the_parts_changes_no_bit(
     assert len(taken) >= (1 if mapped_only else 5)
 
 
+def test_a_cluster_keeps_rows_with_gaps(small_chunks):
+    """The last round of a block's share may have no parts: what is not there is read too."""
+    x = placed(cases.logits((2, 1100), float32), 0)  # 9 parts, for 2 blocks of 2 warps
+    found = []
+    for machine in Machine(), Machine(shelf=True, cluster=2, shared=8 << 10):
+        found.append(empty_like(x))
+        made = run("log_softmax_backward", {"x": x, "y": x, "out": found[-1]}, 1, machine=machine)
+    assert [step.cluster for step in made.steps] == [2]
+    assert "shared" in dict(made.steps[0].spec.params)["way"]
+    assert cases.same_bits(*found)
+
+
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @cases.dtypes(*cases.FLOATS)

@@ -585,6 +585,8 @@ def test_the_command_prints_a_line_a_call(capsys):
         (["model", "--classes", "0"], "argument --classes: expected 1 or more, got 0"),
         (["model", "--device", "X1"], "argument --device: invalid choice: 'X1'"),
         (["model", "--call", "tan"], "argument --call: invalid choice: 'tan'"),
+        (["sm_xx"], "argument ARCH: expected one such as sm_90a, got 'sm_xx'"),
+        (["code", "sm_9"], "argument ARCH: expected one such as sm_90a, got 'sm_9'"),
     ],
 )
 def test_a_wrong_command_is_one_line(words, message, capsys):
@@ -604,6 +606,10 @@ def test_what_is_missing_is_one_line(monkeypatch):
     monkeypatch.setattr(predictions, "predict", missing)
     with pytest.raises(SystemExit, match="^error: nvdisasm is not installed$"):
         __main__.main(["model"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    for words in (["cliffs", "--plot", "absent/cliffs"], ["document", "absent/file.md"]):
+        with pytest.raises(SystemExit, match="^error: no such folder: absent$"):
+            __main__.main(words)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="^error: matplotlib is not installed"):
         __main__.main(["cliffs", "--plot", "cliffs"])

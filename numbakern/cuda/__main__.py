@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -15,12 +16,20 @@ def _count(text):
     return number
 
 
+def _architecture(text):
+    if not re.fullmatch(r"sm_\d{2,}[a-z]?", text):
+        raise argparse.ArgumentTypeError(f"expected one such as sm_90a, got {text!r}")
+    return text
+
+
 def parser():
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m numbakern.cuda", description=__doc__)
     commands = made.add_subparsers(dest="command")
     code = commands.add_parser("code", help="instructions and registers of every kernel (default)")
-    code.add_argument("architectures", nargs="*", metavar="ARCH", help="such as sm_90a")
+    code.add_argument(
+        "architectures", nargs="*", type=_architecture, metavar="ARCH", help="such as sm_90a"
+    )
     told = commands.add_parser("model", help="predicted times, and what they are made of")
     told.add_argument("--rows", type=_count, help="so many, instead of 2**28 elements")
     told.add_argument("--classes", type=_count, nargs="+", default=predictions.CLASSES, metavar="C")
@@ -55,6 +64,7 @@ def main(argv):
     kinds = [predictions.DTYPES[name] for name in getattr(options, "dtype", None) or ()]
     if options.command == "document" or getattr(options, "plot", None):
         _need_matplotlib()
+        _need_folder(options.file if options.command == "document" else options.plot)
     try:
         _run(options, kinds)
     except RuntimeError as error:  # nothing that compiles or disassembles
@@ -65,6 +75,12 @@ def _need_matplotlib():
     """Say so before anything is computed where there is none."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("error: matplotlib is not installed: pip install 'numbakern[bench]'")
+
+
+def _need_folder(path):
+    """Say so before anything is computed where the file cannot be put there."""
+    if not path.parent.is_dir():
+        raise SystemExit(f"error: no such folder: {path.parent}")
 
 
 def _run(options, kinds):

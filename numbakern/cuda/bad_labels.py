@@ -54,26 +54,39 @@ class Report:
         if np.all(records == NONE):
             return None
         self._memory.write(np.full(_ROOM, NONE))
-        for (batch, classes, ignore_index), index in self._kinds.items():
+        with self._lock:
+            kinds = list(self._kinds.items())
+        for (batch, classes, ignore_index), index in kinds:
             record = int(records[index])
             if record != NONE:
                 row, value = record >> BITS, record & ((1 << BITS) - 1)
+                if index == _ROOM - 1 and len(kinds) > _ROOM:  # of which kind is not known
+                    return Found(None, (row,), _told(value), None, None)
                 where = tuple(int(i) for i in np.unravel_index(row, batch)) if batch else ()
                 return Found(batch, where, _told(value), classes, ignore_index)
         return None
 
 
 class Found(NamedTuple):
-    """A bad label of a call on a batch of this shape."""
+    """A bad label of a call on a batch of this shape.
 
-    batch: tuple[int, ...]
+    Of a record that kinds of calls share, batch, classes and ignore_index are None and the position
+    is the row's number in the batch.
+    """
+
+    batch: tuple[int, ...] | None
     position: tuple[int, ...]
     value: int | str  # as far as a record holds it
-    classes: int
-    ignore_index: int
+    classes: int | None
+    ignore_index: int | None
 
     def error(self):
         """The IndexError that tells of it."""
+        if self.batch is None:
+            (row,) = self.position
+            return IndexError(
+                f"labels: expected a class or ignore_index, got {self.value} for row {row}"
+            )
         return arrays.bad_label(self.position, self.value, self.classes, self.ignore_index)
 
 

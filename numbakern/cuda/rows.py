@@ -306,7 +306,9 @@ class Walk:
         if self.way.kept == "registers":
             self.held = span
         elif self.way.kept == "shared":
-            self.shelf.put(self._own_number(i), span.words, part < self.count)
+            # In a cluster each part has its place, and all are read: also those that there are not.
+            there = constant(part, True, "b1") if self.way.cluster > 1 else part < self.count
+            self.shelf.put(self._own_number(i), span.words, there)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
