@@ -24,9 +24,6 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
 ROWS = 16384
 """Enough that no way for few of them is taken."""
 
-ROWS = 16384
-"""Enough that no way for few of them is taken."""
-
 
 class Case(NamedTuple):
     """A kernel that ships, and the classes it is for."""
