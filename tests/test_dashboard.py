@@ -228,7 +228,7 @@ def test_the_pages_in_a_browser(chromium):
     """No request fails, the graphs of every section are drawn, parameters are x-axes."""
     open_page, wrong = chromium
     grid = open_page("asv/index.html")
-    assert grid.locator("#summarygrid-display canvas").count() > 0
+    grid.locator("#summarygrid-display canvas").first.wait_for()
     open_page("asv/index.html#/summarylist")
     open_page("asv/index.html#/regressions")
     measured = {b for m in results.machines(COMMITTED) for file in m.files for b in file.values}
