@@ -66,7 +66,7 @@ _BLOCKS = SIZE  # scratch memory: each block's maximum, then the exponentials
 
 @device
 def row_offsets(geometry, p, x_row, y_row, out_row):
-    """Where row p starts in x, y and out, in bytes (see `arrays.batch_geometry`)."""
+    """Where row p starts in x, y and out, in bytes (see `launch.plan`)."""
     if geometry == 0:
         return p * x_row, p * y_row, p * out_row
     x = y = out = 0
