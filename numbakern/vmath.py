@@ -111,14 +111,22 @@ def is_finite(m):
     return m - m == 0.0
 
 
-def exp_scaled(h, magic):
-    """exp(h)·2**j, the integer j standing in `magic` (see `centre`); at most 1 ulp off."""
+def exp_constants(elem, precision=None):
+    """The numbers that `exp_scaled` is made of; of another element kind's `precision`."""
+    return (*EXP_RANGE[elem].log2_e, 1.0, *_EXP2[precision or elem])
+
+
+def exp_scaled(h, magic, constants=()):
+    """exp(h)·2**j, the integer j standing in `magic` (see `centre`); at most 1 ulp off.
+
+    `constants`: `exp_constants`, if not those of h.
+    """
     ops = h.ops
-    high, low = EXP_RANGE[h.elem].log2_e
+    high, low, one, *coefficients = constants or exp_constants(h.elem)
     t = ops.fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
     f = ops.fma(h, high, magic - t)  # rounded once: n cancels inside the fma
     f = ops.fma(h, low, f)
-    return ops.add_exponent(ops.fma(f, ops.polynomial(_EXP2[h.elem], f), 1.0), t)
+    return ops.add_exponent(ops.fma(f, ops.polynomial(coefficients, f), one), t)
 
 
 def exp(y):
@@ -139,11 +147,15 @@ def expm1_nonpositive(d):
     return where(near, series, u - 1.0)
 
 
-def exp_nonpositive(d):
-    """exp(d) of float64 d ≤ 0; 0 where it would be subnormal, and for −inf."""
+def exp_nonpositive(d, precision="f8"):
+    """exp(d) of float64 d ≤ 0; 0 where it would be subnormal, and for −inf.
+
+    `precision` "f4": to a relative 2e-9, which is enough for a float32 result.
+    """
     where, far = d.ops.where, d <= -700.0
     magic = d.like(d.constant(_F8_MAGIC))
-    return where(far, 0.0, exp_scaled(where(far, 0.0, d), magic))
+    d = where(far, 0.0, d)
+    return where(far, 0.0, exp_scaled(d, magic, exp_constants("f8", precision)))
 
 
 def exp_difference(a, b):

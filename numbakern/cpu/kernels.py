@@ -83,18 +83,18 @@ def put_lse(state, count, values):
         _put_eight_lse(state + 8 * i, i, count, values)
 
 
-def exponential(x, base, magic, floor):
+def exponential(x, base, magic, floor, *constants):
     """exp(x − ref) up to the row's factor (see `vmath.centre`); 0 below `floor`."""
     h = x - base
-    return where(h > floor, exp_scaled(h, magic), 0.0)
+    return where(h > floor, exp_scaled(h, magic, constants), 0.0)
 
 
 def rest_and_count(x, _y, _w, params):
     """The terms of the softmax reduction: exponentials below the maximum; which these are."""
-    m, base, magic, floor = params
+    m, base, magic, floor, *constants = params
     below = x < m
     h = x - base
-    return where(below & (h > floor), exp_scaled(h, magic), 0.0), below
+    return where(below & (h > floor), exp_scaled(h, magic, constants), 0.0), below
 
 
 def rest_count_and_all(x, _y, _w, params):
@@ -265,11 +265,16 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         return (q * nll if loss else q), q
 
     def value(e, y, w, params):
-        scale, factor, keep, spread, skip = params
+        scale, factor, *more = params
         p = e * scale
-        q = target(y, w, keep, spread) if spread_out else 0.0
-        g = formulas.cross_entropy_grad(p, factor, q) if spread_out else p * factor
-        return where(skip != 0.0, 0.0, g)
+        g = p * factor
+        if spread_out:
+            keep, spread, *more = more
+            g = formulas.cross_entropy_grad(p, factor, target(y, w, keep, spread))
+        if more:
+            (skip,) = more
+            g = where(skip != 0.0, 0.0, g)
+        return g
 
     def value_of_x(x, y, w, params):
         base, magic, floor, *rest = params
@@ -359,7 +364,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             d = where(is_finite(m) | (m != m), x - m, math.nan)
             return d, -expm1_nonpositive(where(d > 0.0, 0.0, d))
         k, rest, log_sum = (get(state, name) for name in ("k", "rest", "log_sum"))
-        others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - m))
+        others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - m, elem))
         return (x - m) - log_sum, where(log_sum == log_sum, others / (k + rest), math.nan)
 
     @traced
@@ -381,7 +386,10 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
             scale = get(state, "row_scale") * scale
             # p − q cancels at a confident label; 1 − p is known as the share of the others
             label_grad = scale * ((total - q) - total * others)
-            put(state, p0=scale * total, p1=scale * keep, p2=scale * spread, label_grad=label_grad)
+            factor = where(get(state, "skip") != 0.0, 0.0, scale * total)
+            put(state, p0=factor, label_grad=label_grad)
+            if spread_out:
+                put(state, p1=scale * keep, p2=scale * spread)
 
     @device
     def settle(frame, state, p, count):
@@ -398,13 +406,18 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         reduce = walker.softmax(rest_count_and_all if kept else rest_and_count, keep=kept)
     if summed:
         add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"))
-    names = ("scale", "p0", "p1", "p2", "skip")
+    # Exponentials that were summed are finite: scale and p0 of 0 are enough for a row to skip.
+    names = ("scale", "p0")
+    if spread_out:
+        names += ("p1", "p2")
+    if spread_out or given:
+        names += ("skip",)
     if grad and given:
         centre_on = make_centre_on("m", elem)  # slot m holds the log-sum-exp
         names = (*CENTRED, "factor", *names[1:])
         sweep = walker.map(value_of_x, names, labelled=True)
     elif grad:
-        sweep = walker.map_exp(value, exponential, names, kept, labelled=True)
+        sweep = walker.map_exp(value, exponential, names, kept, labelled=True, skipping=True)
 
     @device
     def work(frame, state, p, count):

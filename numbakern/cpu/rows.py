@@ -21,6 +21,7 @@ from typing import NamedTuple
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
 from numbakern.cpu.simd import (
+    SIZES,
     Format,
     any_lane,
     convert,
@@ -41,6 +42,7 @@ from numbakern.cpu.state import (
     CENTRED,
     SIZE,
     SLOT,
+    constants,
     first_block,
     get_f64,
     get_i64,
@@ -48,6 +50,7 @@ from numbakern.cpu.state import (
     make_centre_on,
     make_finish,
     make_normalise,
+    make_put_constants,
     put_f64,
     put_i64,
 )
@@ -60,7 +63,6 @@ BATCH = 8
 """Rows in a batch at most; fewer when they would not stay in the first-level cache."""
 KEPT = 1 << 16
 """Longest row whose exponentials are kept for the map: they stay in the second-level cache."""
-SIZES = {"f4": 4, "f8": 8}
 _BLOCKS = SIZE  # scratch memory: each block's maximum, then the exponentials
 
 
@@ -434,9 +436,12 @@ class Rows:
             x, y = get_i64(state + s_x + 8 * i), get_i64(state + s_y + 8 * i)
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
+        put_constants = make_put_constants(self.elem)
+
         @device
         def start(state, last):
             """To be called before the first batch."""
+            put_constants(state)
 
         @device
         def load(frame, state, count):
@@ -461,6 +466,16 @@ class Rows:
 
         return traced(params)
 
+    def _exp_params(self):
+        """params(state, i) of a softmax's terms: those of CENTRED, and the constants."""
+        lanes, elem = vector_lanes(self.elem), self.elem
+
+        def params(state, i):
+            at = (load_scalar(state + SLOT[n] + 8 * i, "f8") for n in ("block_m", *CENTRED))
+            return *(splat(v, elem, lanes) for v in at), *constants(state, elem)
+
+        return traced(params)
+
     def softmax(self, terms, keep=False):
         """reduce(frame, state, count): m, k, rest and log_sum of every row.
 
@@ -471,7 +486,7 @@ class Rows:
         block_max = make_block_max(x_access, self.elem)
         sums = make_sums(terms, self.elem, x_access, None, None)
         centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
-        params = self._params(("block_m", *CENTRED))
+        params = self._exp_params()
         classes, x_step = integer("classes"), integer("x_class")
         s_x, s_block_m = SLOT["x"], SLOT["block_m"]
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
@@ -547,12 +562,12 @@ class Rows:
 
         return sweep
 
-    def map_exp(self, value, exponential, names, kept, labelled=False):
+    def map_exp(self, value, exponential, names, kept, labelled=False, skipping=False):
         """`map` of e = exp(x − ref), value(e, y, w, params); slot scale makes it a probability.
 
         Parameters
         ----------
-        exponential : function (x, base, magic, floor) -> e
+        exponential : function (x, base, magic, floor, *constants) -> e
             Traced.
         kept : bool
             Whether `softmax` has kept e, relative to each block's maximum.
@@ -568,7 +583,7 @@ class Rows:
         row_of_x = make_map(value_of_x, self.out_access, *self._inputs)
         operands, put_labels = self._operands, self._make_put_labels()
         params_of_e, params_of_x = self._params(names), self._params((*names, *CENTRED))
-        normalise = make_normalise(self.elem)
+        normalise = make_normalise(self.elem, skipping)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
         s_out, s_block_m, s_ref = SLOT["out"], SLOT["block_m"], SLOT["ref"]
         block, size, kept_at = BLOCK[self.elem], SIZES[self.elem], self._kept

@@ -29,7 +29,8 @@ _i1, _i8, _i32, _i64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(
 _half, _single, _double = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _byte_pointer = _i8.as_pointer()
 _ELEMENT = {"f4": _single, "f8": _double, "i4": _i32, "i8": _i64, "b1": _i1}
-_SIZE = {"f4": 4, "f8": 8, "i4": 4, "i8": 8}
+SIZES = {"f4": 4, "f8": 8, "i4": 4, "i8": 8}
+"""Bytes of an element."""
 
 
 # ---------------------------------------------------------------- jitted code's view
@@ -260,7 +261,7 @@ def _splat(builder, value, lanes):
 
 def vector_lanes(elem):
     """Lanes of a full-width vector of this element kind."""
-    return BYTES // _SIZE[elem]
+    return BYTES // SIZES[elem]
 
 
 def spread(scalar, like):
@@ -320,7 +321,7 @@ def unordered(a, b):
 
 def polynomial(coefficients, x):
     """Σ coefficients[i]·x**i by Horner's scheme with fma."""
-    value = x.like(x.constant(coefficients[-1]))
+    value = _constant_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         value = fma(value, x, c)
     return value
@@ -427,13 +428,13 @@ def load_vector(address, elem, lanes):
     """A vector of native elements, naturally aligned."""
     llvm = ir.VectorType(_ELEMENT[elem], lanes)
     value = address.builder.load(_at(address, llvm), typ=llvm)
-    value.align = _SIZE[elem]
+    value.align = SIZES[elem]
     return address.like(value, elem, lanes)
 
 
 def store_vector(address, v):
     """Write a vector of native elements, naturally aligned."""
-    v.builder.store(v.value, _at(address, v.llvm())).align = _SIZE[v.elem]
+    v.builder.store(v.value, _at(address, v.llvm())).align = SIZES[v.elem]
 
 
 def gather(addresses, elem, mask):
@@ -441,7 +442,7 @@ def gather(addresses, elem, mask):
     b, lanes = addresses.builder, addresses.lanes
     llvm = ir.VectorType(_ELEMENT[elem], lanes)
     places = b.inttoptr(addresses.value, ir.VectorType(_byte_pointer, lanes))
-    args = [places, _i32(_SIZE[elem]), mask.value, ir.Constant(llvm, None)]
+    args = [places, _i32(SIZES[elem]), mask.value, ir.Constant(llvm, None)]
     return addresses.like(
         _call(b, "masked.gather", llvm, args, f"{_suffix(llvm)}.v{lanes}p0"), elem
     )

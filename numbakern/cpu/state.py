@@ -7,15 +7,19 @@ runs on vectors of rows: its latency is paid once a batch.
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.simd import (
+    SIZES,
     Format,
+    convert,
     load_scalar,
     load_vector,
+    splat,
     store_scalar,
     store_vector,
     traced,
+    vector_lanes,
     where,
 )
-from numbakern.vmath import centre, exp_difference, is_finite, log_sum, two_sum
+from numbakern.vmath import centre, exp_constants, exp_difference, is_finite, log_sum, two_sum
 
 MAX_ROWS = 128
 """Rows of the largest batch."""
@@ -43,6 +47,9 @@ CENTRED = ("base", "magic", "floor")
 """The slots that an exponential needs (see `vmath.centre`)."""
 
 
+_CONSTANTS = SLOT["panel"] + _PITCH // 2
+
+
 @traced
 def get_i64(address):
     """The int64 at this address."""
@@ -65,6 +72,29 @@ def put_i64(address, value):
 def put_f64(address, value):
     """Write a float64."""
     store_scalar(address, value)
+
+
+def make_put_constants(elem):
+    """put_constants(state): what an exponential is made of, for `constants`."""
+    size = SIZES[elem]
+
+    def put_constants(state):
+        zero = convert(state - state, elem)
+        for i, number in enumerate(exp_constants(elem)):
+            store_scalar(state + (_CONSTANTS + i * size), zero + number)
+
+    return traced(put_constants)
+
+
+def constants(state, elem):
+    """What `put_constants` has left, as vectors. Inside traced functions.
+
+    What is loaded stays in registers; constants of the code would be fetched anew in every loop.
+    """
+    size, lanes = SIZES[elem], vector_lanes(elem)
+    count = len(exp_constants(elem))
+    at = (load_scalar(state + (_CONSTANTS + i * size), elem) for i in range(count))
+    return tuple(splat(v, elem, lanes) for v in at)
 
 
 def get(state, name):
@@ -154,11 +184,12 @@ def join_block(state):
 _NEAR = 40.0
 
 
-def make_normalise(elem):
+def make_normalise(elem, skipping):
     """normalise(state, count, whole): what a map of a block's exponentials needs.
 
-    Slot `ref` is what they are relative to, and slot `scale` makes probabilities of them. `whole`:
-    the block is the row, and the state is as `make_finish` left it.
+    Slot `ref` is what they are relative to, and slot `scale` makes probabilities of them, zeros
+    where `skipping` and slot `skip` say so. `whole`: the block is the row, and the state is as
+    `make_finish` left it.
     """
     centre_on = make_centre_on("ref", elem)
 
@@ -169,16 +200,18 @@ def make_normalise(elem):
         m, block_m = get(state, "m"), get(state, "block_m")
         put(state, ref=where(m - block_m <= _NEAR, block_m, m))
 
+    def put_scale(state, factor):
+        scale = factor / (get(state, "k") + get(state, "rest"))
+        put(state, scale=where(get(state, "skip") != 0.0, 0.0, scale) if skipping else scale)
+
     @each_eight
     def set_scale(state):
-        total = get(state, "k") + get(state, "rest")
-        factor = get(state, "factor") * exp_difference(get(state, "ref"), get(state, "m"))
-        put(state, scale=factor / total)
+        put_scale(state, get(state, "factor") * exp_difference(get(state, "ref"), get(state, "m")))
 
     @each_eight
     def take_row(state):
-        total = get(state, "k") + get(state, "rest")
-        put(state, ref=get(state, "block_m"), scale=get(state, "factor") / total)
+        put(state, ref=get(state, "block_m"))
+        put_scale(state, get(state, "factor"))
 
     @device
     def normalise(state, count, whole):

@@ -18,7 +18,6 @@ from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
 from numbakern.cpu.rows import (
     BLOCK,
-    SIZES,
     STEPS,
     Access,
     add_four,
@@ -27,6 +26,7 @@ from numbakern.cpu.rows import (
     row_offsets,
 )
 from numbakern.cpu.simd import (
+    SIZES,
     convert,
     gather,
     lane_numbers,
@@ -48,15 +48,16 @@ from numbakern.cpu.state import (
     MAX_ROWS,
     SIZE,
     SLOT,
+    constants,
     first_block,
     get_i64,
     join_block,
-    make_centre_on,
     make_finish,
     make_normalise,
+    make_put_constants,
     put_i64,
 )
-from numbakern.vmath import two_sum
+from numbakern.vmath import centre, two_sum
 
 TILE_BYTES = 32 * 1024
 """Size of a tile that is aimed at: it stays in the first-level cache."""
@@ -183,9 +184,12 @@ class Tiles:
             whole = panel(frame)
             return (inner(frame) + early + whole - 1) // whole * (whole // columns(frame))
 
+        put_constants = make_put_constants(self.elem)
+
         @device
         def start(state, last):
             """To be called before the first tile: no panel is packed."""
+            put_constants(state)
             put_i64(state + _LAST, last)
             put_i64(state + _NOW, 0)
             put_i64(state + _RECORDS + _FIRST, -1)
@@ -313,7 +317,7 @@ class Tiles:
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        s_block_m, elem, panels = SLOT["block_m"], self.elem, _panels(self.layout)
+        elem, panels = self.elem, _panels(self.layout)
 
         @device
         def packed(frame, state, now):
@@ -366,17 +370,22 @@ class Tiles:
                 """Tiles are packed when it is their turn."""
 
         @traced
-        def take_max(state, c, most):
-            v = load_vector(most + c * size, elem, lanes)
-            store_vector(state + (s_block_m + 8 * c), convert(v, "f8"))
+        def centre_on(state, c, most):
+            m = load_vector(most + c * size, elem, lanes)
+            wide = convert(m, "f8")
+            *centred, factor = centre(wide, elem)
+            store_vector(state + (SLOT["block_m"] + 8 * c), wide)
+            store_vector(state + (SLOT["factor"] + 8 * c), factor)
+            for i, v in enumerate((m, *centred)):
+                store_vector(state + (_PARAMS + i * MAX_ROWS * size) + c * size, convert(v, elem))
 
         @device
         def take_maxima(state, count):
-            """The maxima that packing has found, as float64 into block_m."""
+            """The maxima that packing has found, into block_m; what `_exp_params` reads of them."""
             most = state + _MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
             most += get_i64(state + _OFFSET) * size
             for c in range(0, count, lanes):
-                take_max(state, c, most)
+                centre_on(state, c, most)
 
         pack_max = make_pack(pack_x)
         put_from_memory = make_put_x_labels(self)
@@ -551,6 +560,14 @@ class Tiles:
 
         return traced(params)
 
+    def _exp_params(self):
+        """params(state, c): the maximum, CENTRED and the constants, for the columns from c on."""
+
+        def params(state, c):
+            return *self._map_params(state, c, 1 + len(CENTRED)), *constants(state, self.elem)
+
+        return traced(params)
+
     def _inputs_at(self):
         """Inside traced functions: (x, y, w) of class j in the tile; operands (x, y, w, pitch)."""
         lanes, elem, size = self._lanes, self.elem, self._size
@@ -641,16 +658,20 @@ class Tiles:
             return a + b
 
         @traced
-        def close(a, a_low, b, work, total):
-            """Add the lanes in a tree, and the group to the sums."""
+        def group_sums(work, total):
+            """Add the lanes in a tree."""
             sums = [load(work, lane) for lane in range(lanes)]
             while len(sums) > 1:
                 half = len(sums) // 2
                 pairs = zip(sums[:half], sums[half:], strict=True)
                 sums = [(a0 + a1, None if counts else b0 + b1) for (a0, b0), (a1, b1) in pairs]
-            group_a, group_b = sums[0]
-            a, e = two_sum(a, convert(group_a, "f8"))
-            return a, a_low + e, b + convert(total if counts else group_b, "f8")
+            a, b = sums[0]
+            return convert(a, "f8"), convert(total if counts else b, "f8")
+
+        @traced
+        def add_group(a, a_low, b, group_a, group_b):
+            a, e = two_sum(a, group_a)
+            return a, a_low + e, b + group_b
 
         @device
         def pair(at, operands, j, n, params, total):
@@ -689,7 +710,11 @@ class Tiles:
                         add_area(at, other)
                     if rest > g:
                         add_area(work, at)
-                a, a_low, b = close(a, a_low, b, work, total)
+                group_a, group_b = group_sums(work, total)
+                if g == 0:  # mostly the only one
+                    a, b = group_a, group_b
+                else:
+                    a, a_low, b = add_group(a, a_low, b, group_a, group_b)
                 g += group
             return a, a_low, b
 
@@ -712,8 +737,8 @@ class Tiles:
         """
         put_sums = self._make_put_sums()
         sums = self._make_column_sums(terms, self.elem, counts=True)
-        params = self._params(("block_m", *CENTRED), self.elem)
-        centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
+        params = self._exp_params()
+        finish = make_finish(self.elem)
         tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
@@ -731,7 +756,6 @@ class Tiles:
                 length = min(n - j, block)
                 pack(frame, state, count, j, length)
                 take_maxima(state, count)
-                centre_on(state, count)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
                     a, low, below = sums(operands, length, params(state, c), state + _WORK)
@@ -810,12 +834,12 @@ class Tiles:
 
         return sweep
 
-    def map_exp(self, value, exponential, names, kept, labelled=False):
+    def map_exp(self, value, exponential, names, kept, labelled=False, skipping=False):
         """`map` of e = exp(x − ref), value(e, y, w, params); slot scale makes it a probability.
 
         Parameters
         ----------
-        exponential : function (x, base, magic, floor) -> e
+        exponential : function (x, base, magic, floor, *constants) -> e
             Traced.
         kept : bool
             Whether `softmax` has left e in the tile; of several blocks none can be.
@@ -825,12 +849,14 @@ class Tiles:
         out_step, flags = integer("out_class"), integer("flags")
         block, size, lanes = BLOCK[self.elem], self._size, self._lanes
         narrow, unpack = self._make_unpack(value, names, labelled)
-        normalise, params = make_normalise(self.elem), self._params(CENTRED, self.elem)
-        elem = self.elem
+        normalise, elem = make_normalise(self.elem, skipping), self.elem
+        narrow_centred = self._narrower(("ref", *CENTRED), False)
+        params = self._exp_params()
 
         @traced
         def one(at, params):
-            store_vector(at, exponential(load_vector(at, elem, lanes), *params))
+            _, *centred = params
+            store_vector(at, exponential(load_vector(at, elem, lanes), *centred))
 
         @device
         def column(at, pitch, n, params):
@@ -848,6 +874,8 @@ class Tiles:
                     pack(frame, state, count, j, length)
                     take_maxima(state, count)
                 normalise(state, count, n <= block)
+                if n > block:  # else `reduce` has left them
+                    narrow_centred(state, count, j, length)
                 if not kept or n > block:
                     for c in range(0, count, lanes):
                         column(x + c * size, pitch, length, params(state, c))
