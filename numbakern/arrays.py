@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.exceptions import AxisError
+from numpy.exceptions import AxisError, TooHardError
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -68,12 +68,19 @@ def result_kind(dtype: Any, default: Kind) -> Kind:
     return kind
 
 
+def _integer(name: str, value: Any) -> int:
+    """An integer argument as an int; a truth value is none, as in NumPy's reductions and SciPy."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
 def integer_axis(axis: Any, ndim: int) -> int:
     """A class axis as an index from 0 on."""
-    try:
-        axis = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis: expected an integer, got {axis!r}") from None
+    axis = _integer("axis", axis)
     if not -ndim <= axis < ndim:
         raise AxisError(f"axis: expected -{ndim} to {ndim - 1} for {ndim} dimensions, got {axis}")
     return axis % ndim
@@ -84,7 +91,7 @@ def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
     if not isinstance(axis, (tuple, list)):
-        if ndim == 0 and operator.index(axis) in (0, -1):
+        if ndim == 0 and _integer("axis", axis) in (0, -1):
             return ()
         return (integer_axis(axis, ndim),)
     axes = tuple(integer_axis(a, ndim) for a in axis)
@@ -111,9 +118,47 @@ def output(target: Any, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> An
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
-    if not out.flags.writeable:
+    flags = out.flags
+    if not flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
+    if not flags.forc and overlaps_itself(out.shape, out.strides, out.dtype.itemsize):
+        raise ValueError(
+            f"out: expected a place of its own for each element, got shape {out.shape} "
+            f"with strides {out.strides}"
+        )
     return out
+
+
+@lru_cache(maxsize=1024)
+def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether two elements of an array have a byte in common; True where that is hard to tell."""
+    if 0 in shape:
+        return False
+    axes = sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1)
+    extent = itemsize
+    for stride, n in axes:
+        if stride < extent:
+            break
+        extent += stride * (n - 1)
+    else:  # each axis steps over all that those with smaller strides span
+        return False
+    # Two elements differ along a first axis; moved along it, the one with the lower index there
+    # is at 0. Only their addresses matter: the array stands on nothing.
+    steps, sizes = [s for s, _ in axes], [n for _, n in axes]
+    place = np.empty(1, f"V{itemsize}")
+    whole = np.lib.stride_tricks.as_strided(place, sizes, steps, writeable=False)
+    try:
+        for k in range(len(axes)):
+            head: Any = (0,) * k
+            first, others = whole[head + (slice(1),)], whole[head + (slice(1, None),)]
+            if np.shares_memory(first, others, _HARD):  # type: ignore[arg-type]
+                return True
+    except TooHardError:
+        return True
+    return False
+
+
+_HARD = 10**5  # steps of a search, a tenth of a second: more than useful layouts need
 
 
 def check_reduction(reduction: Any) -> None:
@@ -135,10 +180,7 @@ def check_smoothing(label_smoothing: Any) -> float:
 
 def check_ignore_index(ignore_index: Any) -> int:
     """The ignored label as an int."""
-    try:
-        return operator.index(ignore_index)
-    except TypeError:
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
+    return _integer("ignore_index", ignore_index)
 
 
 def check_weight(target: Any, weight: Any, classes: int) -> Any:
@@ -187,6 +229,19 @@ def loss_axis(name: str, array: Any, axis: Any) -> int:
 def batch_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """The shape without its class axis."""
     return shape[:axis] + shape[axis + 1 :]
+
+
+def labels_of(target: Any, labels: Any, of: tuple[int, ...]) -> Any:
+    """The labels as an array, for an input of shape `of`.
+
+    A list without elements has no type. It stands for class labels, as an empty list of indices
+    does in NumPy, unless its shape can only be that of probabilities.
+    """
+    array = target.asarray("labels", labels)
+    if array is not labels and isinstance(labels, (list, tuple)):
+        if 0 in array.shape and array.ndim < len(of):
+            return array.astype(np.int64)
+    return array
 
 
 @lru_cache(maxsize=1024)

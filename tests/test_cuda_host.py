@@ -700,6 +700,12 @@ def test_what_a_gpu_array_may_not_be(mocked):
     for out in (np.zeros((4, 3), float32), np.zeros((3, 4))):
         error = ValueError if out.dtype == float32 else TypeError
         check(lambda o=out: numbakern.softmax(x, out=mocked("torch", o)), error, "out")
+    line = np.zeros(12, float32)
+    for strides in ((0, 4), (8, 4)):  # threads would race
+        out = mocked("torch", np.lib.stride_tricks.as_strided(line, (3, 4), strides))
+        for _ in range(2):
+            check(lambda o=out: numbakern.softmax(x, out=o), ValueError, "out", str(strides))
+    assert not mocked.streams and not line.any()
 
 
 NO_STACK = """

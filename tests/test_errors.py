@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import numbakern
+from numbakern import arrays
 from tests import cases
 from tests.cases import float16, float32, float64
 
@@ -154,9 +155,40 @@ def test_other_arguments_of_a_wrong_type():
     for name in ("log_softmax", "softmax", "logsumexp"):
         check(row_functions(X, axis=1.5)[name], TypeError, "axis")
         check(row_functions(X, axis="1")[name], TypeError, "axis")
+        check(row_functions(X, axis=(True,))[name], TypeError, "axis", "True")
+        check(row_functions(np.float32(1), axis=False)[name], TypeError, "axis", "False")
     check(lambda: numbakern.log_softmax_backward(Y, Y, axis=(0, 1)), TypeError, "axis")
     lse = np.zeros(3, complex)
     check(lambda: numbakern.cross_entropy_backward(1.0, X, LABELS, lse=lse), TypeError, "lse")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", [True, False, np.True_], ids=repr)
+def test_a_truth_value_is_no_axis(name, axis):
+    """So do NumPy's reductions, SciPy and PyTorch."""
+    check(row_functions(X, axis=axis)[name], TypeError, "axis", repr(axis))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_truth_value_is_no_label(name):
+    check(loss_call(name, ignore_index=True), TypeError, "ignore_index", "True")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_list_of_no_labels(name):
+    """It has no type: [] indexes in NumPy, though its array is of float64. An array has one."""
+    x = np.zeros((0, 4), float32)
+    result = loss_call(name, x=x, labels=[])()
+    if name == "cross_entropy_value_and_grad":
+        result = result[0]
+    assert result.shape == (x.shape if "backward" in name else ())
+    assert result.size == 0 or np.isnan(result)
+    loss_call(name, x=np.zeros((2, 4, 0)), labels=([], ()))()
+    wrong = ValueError if name in CROSS else TypeError
+    check(loss_call(name, x=x, labels=np.zeros(0)), wrong, "labels")
+    check(loss_call(name, x=np.zeros((0, 4, 2)), labels=[]), ValueError, "labels", "(0, 2)")
+    if name in CROSS:  # of the logits' shape: probabilities of no classes
+        loss_call(name, x=np.zeros((2, 0)), labels=[[], []])()
 
 
 # --- shapes and axes -----------------------------------------------------------------------------
@@ -294,6 +326,54 @@ def test_out_is_read_only(name):
     out.flags.writeable = False
     check(out_call(name, out), ValueError, "out", "read-only")
     assert np.all(out == SEVEN)
+
+
+def overlapping(shape, strides):
+    """An array whose elements share places, which are of SEVEN; strides in elements."""
+    line = np.full(64, SEVEN, float32)
+    return np.lib.stride_tricks.as_strided(line, shape, [4 * s for s in strides])
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("strides", [(0, 1), (4, 0), (3, 1), (1, 2), (1, 1)], ids=str)
+def test_out_overlaps_itself(name, strides):
+    """It has no one result: where two elements share a place the last one written wins."""
+    shape = (3, 4)
+    if name == "logsumexp":
+        shape, strides = (3,), (0,)
+    out = overlapping(shape, strides)
+    check(out_call(name, out), ValueError, "out", str(shape), str(out.strides))
+    assert np.all(out == SEVEN)
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_out_whose_elements_are_apart(name):
+    """However they interleave; and where there is but one, its stride says nothing."""
+    x, (shape, strides) = X, ((3, 4), (2, 3))
+    if name == "logsumexp":
+        x, (shape, strides) = X[:1], ((1,), (0,))
+    out = overlapping(shape, strides)
+    out_call(name, out, x)()
+    dense = np.empty(shape, float32)
+    out_call(name, dense, x)()
+    assert np.array_equal(out, dense)
+
+
+def test_elements_in_one_place():
+    """Against all addresses, for shapes and strides of every kind."""
+    rng = cases.generator(5)
+    found = [0, 0]
+    for _ in range(2000):
+        size = int(rng.choice([1, 2, 4, 8]))
+        shape = tuple(rng.integers(0, 6, rng.integers(0, 5)).tolist())
+        strides = tuple((rng.choice([1, size]) * rng.integers(-40, 41, len(shape))).tolist())
+        places = np.zeros(())
+        for n, stride in zip(shape, strides, strict=True):
+            places = places[..., None] + stride * np.arange(n)
+        want = bool(np.any(np.diff(np.sort(places.reshape(-1))) < size))
+        assert arrays.overlaps_itself(shape, strides, size) == want, (shape, strides, size)
+        found[want] += 1
+    assert min(found) > 200
 
 
 @pytest.mark.parametrize("name", ["log_softmax", "softmax"])

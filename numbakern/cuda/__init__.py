@@ -64,6 +64,7 @@ class DeviceArray:
     """
 
     __slots__ = ("dtype", "ndim", "place", "shape", "strides", "target", "writeable")
+    forc = False  # as in NumPy's flags: not known to be contiguous
 
     def __init__(self, target, place, shape, strides, dtype, writeable=True):
         self.target, self.place, self.writeable = target, place, writeable
@@ -72,7 +73,7 @@ class DeviceArray:
 
     @property
     def flags(self):
-        """NumPy's ``array.flags.writeable``."""
+        """NumPy's ``array.flags``, as far as it is asked for."""
         return self
 
     def like(self, shape, strides=None):

@@ -33,7 +33,7 @@ def _check(
     logits = target.asarray("logits", logits)
     kind = arrays.supported("logits", logits)
     axis = arrays.loss_axis("logits", logits, axis)
-    labels = target.asarray("labels", labels)
+    labels = arrays.labels_of(target, labels, logits.shape)
     soft = arrays.are_probabilities(
         "labels", labels.dtype, labels.shape, logits.shape, axis, soft=True
     )
@@ -206,7 +206,8 @@ def cross_entropy_backward(
         If an argument is no array of a supported dtype, labels are neither integers nor floats,
         or `out` has another dtype.
     ValueError
-        If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only.
+        If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only or
+        overlaps itself.
     IndexError
         If a label is neither in [0, C) nor `ignore_index`; `out` is not touched.
     numpy.exceptions.AxisError
@@ -297,7 +298,8 @@ def cross_entropy_value_and_grad(
         If an argument is no array of a supported dtype, labels are neither integers nor floats,
         or `out` has another dtype.
     ValueError
-        If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only.
+        If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only or
+        overlaps itself.
     IndexError
         If a label is neither in [0, C) nor `ignore_index`; `out` is not touched.
     numpy.exceptions.AxisError

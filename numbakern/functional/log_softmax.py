@@ -40,7 +40,7 @@ def log_softmax(
         If x is no array of a supported dtype, `dtype` not a floating one, or `out` of another
         dtype.
     ValueError
-        If `out` has another shape or is read-only, or an axis is named twice.
+        If `out` has another shape, is read-only or overlaps itself, or an axis is named twice.
     numpy.exceptions.AxisError
         If an axis is out of range.
 
@@ -99,7 +99,7 @@ def log_softmax_backward(grad_output: Any, output: Any, axis: int = -1, *, out: 
     TypeError
         If an input is no array of a supported dtype, the dtypes differ, or `out` has another one.
     ValueError
-        If the shapes differ, or `out` is read-only.
+        If the shapes differ, or `out` is read-only or overlaps itself.
     numpy.exceptions.AxisError
         If the axis is out of range.
 

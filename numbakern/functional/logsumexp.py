@@ -42,7 +42,7 @@ def logsumexp(
         If x is no array of a supported dtype, `dtype` not a floating one, or `out` of another
         dtype.
     ValueError
-        If `out` has another shape or is read-only, or an axis is named twice.
+        If `out` has another shape, is read-only or overlaps itself, or an axis is named twice.
     numpy.exceptions.AxisError
         If an axis is out of range.
 

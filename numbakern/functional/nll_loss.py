@@ -73,7 +73,7 @@ def nll_loss(
     log_probs = target.asarray("log_probs", log_probs)
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
-    labels = target.asarray("labels", labels)
+    labels = arrays.labels_of(target, labels, log_probs.shape)
     arrays.are_probabilities(
         "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
     )
@@ -132,7 +132,7 @@ def nll_loss_backward(
         If an argument is no array of a supported dtype, the labels are not integers, or `out`
         has another dtype.
     ValueError
-        If shapes do not fit, the reduction is unknown, or `out` is read-only.
+        If shapes do not fit, the reduction is unknown, or `out` is read-only or overlaps itself.
     IndexError
         If a label is neither in [0, C) nor `ignore_index`; `out` is not touched.
     numpy.exceptions.AxisError
@@ -164,7 +164,7 @@ def nll_loss_backward(
     log_probs = target.asarray("log_probs", log_probs)
     kind = arrays.supported("log_probs", log_probs)
     axis = arrays.loss_axis("log_probs", log_probs, axis)
-    labels = target.asarray("labels", labels)
+    labels = arrays.labels_of(target, labels, log_probs.shape)
     arrays.are_probabilities(
         "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
     )
