@@ -26,6 +26,16 @@ class Kind(NamedTuple):
     loss: np.dtype  # of logsumexp and losses
 
 
+class LossOptions(NamedTuple):
+    """The options of a loss as checked, and what follows from them, the types and the shapes."""
+
+    kind: Kind  # of the input
+    axis: int
+    soft: bool  # whether the labels are probabilities
+    ignore_index: int
+    smoothing: float
+
+
 @lru_cache(maxsize=256)
 def kind_of(dtype: np.dtype) -> Kind | None:
     """The Kind of a dtype; None for one that is not supported."""
@@ -45,11 +55,15 @@ def kind_of(dtype: np.dtype) -> Kind | None:
 
 def supported(name: str, array: Any) -> Kind:
     """The Kind of an array; TypeError if its dtype is not supported."""
-    kind = kind_of(array.dtype)
+    return _supported(name, array.dtype)
+
+
+def _supported(name: str, dtype: np.dtype) -> Kind:
+    kind = kind_of(dtype)
     if kind is None:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32, float64, integers or bool, "
-            f"got dtype {array.dtype}"
+            f"got dtype {dtype}"
         )
     return kind
 
@@ -161,13 +175,7 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
 _HARD = 10**5  # steps of a search, a tenth of a second: more than useful layouts need
 
 
-def check_reduction(reduction: Any) -> None:
-    """ValueError unless it is one of REDUCTIONS."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-
-
-def check_smoothing(label_smoothing: Any) -> float:
+def _smoothing(label_smoothing: Any) -> float:
     """The label smoothing as a float in [0, 1]."""
     try:
         value = float(label_smoothing)
@@ -176,11 +184,6 @@ def check_smoothing(label_smoothing: Any) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     return value
-
-
-def check_ignore_index(ignore_index: Any) -> int:
-    """The ignored label as an int."""
-    return _integer("ignore_index", ignore_index)
 
 
 def check_weight(target: Any, weight: Any, classes: int) -> Any:
@@ -219,13 +222,6 @@ def check_lse(target: Any, lse: Any, batch: tuple[int, ...]) -> Any:
     return lse
 
 
-def loss_axis(name: str, array: Any, axis: Any) -> int:
-    """The class axis of a loss's input: of a 1-D one, the unbatched case, its only one."""
-    if array.ndim == 0:
-        raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
-    return 0 if array.ndim == 1 else integer_axis(axis, array.ndim)
-
-
 def batch_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """The shape without its class axis."""
     return shape[:axis] + shape[axis + 1 :]
@@ -244,28 +240,56 @@ def labels_of(target: Any, labels: Any, of: tuple[int, ...]) -> Any:
     return array
 
 
-@lru_cache(maxsize=1024)
-def are_probabilities(
+def loss_options(
+    name: str,
+    array: Any,
+    labels: Any,
+    soft: bool,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    axis: Any,
+) -> LossOptions:
+    """Check the options, dtypes and shapes of a loss of `array`; `soft`: labels may be floats."""
+    call = (name, array.dtype, array.shape, labels.dtype, labels.shape, soft)
+    options = (ignore_index, reduction, label_smoothing, axis)
+    try:
+        return _loss_options(*call, *options)
+    except TypeError:  # that of the check; or an option was no key
+        return _loss_options.__wrapped__(*call, *options)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _loss_options(
     name: str,
     dtype: np.dtype,
     shape: tuple[int, ...],
-    of: tuple[int, ...],
-    axis: int,
+    label_dtype: np.dtype,
+    label_shape: tuple[int, ...],
     soft: bool,
-) -> bool:
-    """Whether labels are class probabilities (where `soft` allows them); checks kind and shape.
-
-    Labels of this dtype and shape, for an input of shape `of`.
-    """
-    if dtype.kind in "iu":
-        same_shape(name, shape, batch_shape(of, axis), "the input without its class axis")
-        return False
-    floating = kind_of(dtype) is not None and dtype.kind != "b"
-    if soft and floating:
-        same_shape(name, shape, of, "the input, for class probabilities")
-        return True
-    wanted = "integers, or floats for class probabilities" if soft else "integers"
-    raise TypeError(f"{name}: expected {wanted}, got dtype {dtype}")
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    axis: Any,
+) -> LossOptions:
+    kind = _supported(name, dtype)
+    if not shape:
+        raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
+    # Of a 1-D input, the unbatched case, the class axis is the only one, whatever `axis` says.
+    axis = 0 if len(shape) == 1 else integer_axis(axis, len(shape))
+    if label_dtype.kind in "iu":
+        batch = batch_shape(shape, axis)
+        same_shape("labels", label_shape, batch, "the input without its class axis")
+        soft = False
+    elif soft and kind_of(label_dtype) is not None and label_dtype.kind != "b":
+        same_shape("labels", label_shape, shape, "the input, for class probabilities")
+    else:
+        wanted = "integers, or floats for class probabilities" if soft else "integers"
+        raise TypeError(f"labels: expected {wanted}, got dtype {label_dtype}")
+    ignore_index = _integer("ignore_index", ignore_index)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    return LossOptions(kind, axis, soft, ignore_index, _smoothing(label_smoothing))
 
 
 def bad_label(

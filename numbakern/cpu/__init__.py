@@ -153,9 +153,9 @@ def logsumexp(x, axes, compute, dtype):
         return np.full(batch, -np.inf, dtype)
     x, axis = _one_axis(x, axes)
     plan = _launch().plan("logsumexp", (), x.shape, axis, compute, x.dtype, x.strides)
-    lse = np.empty(math.prod(batch))
+    lse = np.empty(plan.rows)
     _launch().call(plan, x, row_lse=lse)
-    return _rounded(_by_batch(lse, batch, plan.order), dtype)
+    return _rounded(_by_batch(lse, plan), dtype)
 
 
 # ---------------------------------------------------------------- one value a row
@@ -170,12 +170,12 @@ def _by_row(array, order, dtype):
     return np.ascontiguousarray(array, dtype).reshape(-1)
 
 
-def _by_batch(rows, batch, order):
+def _by_batch(rows, plan):
     """The inverse of `_by_row`: values a row as an array of the batch's shape."""
-    if order is None:
-        return rows.reshape(batch)
-    moved = rows.reshape([batch[d] for d in order])
-    return np.ascontiguousarray(moved.transpose(np.argsort(order)))
+    if plan.order is None:
+        return rows.reshape(plan.batch)
+    moved = rows.reshape([plan.batch[d] for d in plan.order])
+    return np.ascontiguousarray(moved.transpose(np.argsort(plan.order)))
 
 
 class _Labels:
@@ -216,14 +216,13 @@ def _divide(a, b):
     return math.nan if a == 0.0 or a != a else math.copysign(math.inf, a) * math.copysign(1.0, b)
 
 
-def _reduce(rows, batch, order, reduction, divisor, dtype):
+def _reduce(rows, plan, reduction, divisor, dtype):
     """Losses a row (float64, in a plan's order) to the loss."""
     if reduction == "none":
-        losses = _rounded(_by_batch(rows, batch, order), dtype)
-        return losses if batch else losses[()]
-    losses = rows if order is None else _by_batch(rows, batch, order)
-    work = np.empty(32)
-    value = _launch().rowwise.total()(id(losses), losses.size, id(work)) if losses.size else 0.0
+        losses = _rounded(_by_batch(rows, plan), dtype)
+        return losses if plan.batch else losses[()]
+    losses = rows if plan.order is None else _by_batch(rows, plan)
+    value = _launch().rowwise.total()(id(losses), losses.size) if losses.size else 0.0
     if reduction == "mean":
         value = _divide(value, divisor)
     if abs(value) < _SAFE:  # the common case, without an error state
@@ -254,7 +253,6 @@ _DTYPE = {"f4": np.dtype(np.float32), "f8": np.dtype(np.float64)}
 
 def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction):
     """Negative log-likelihood of the labels."""
-    batch, classes = arrays.batch_shape(log_probs.shape, axis), log_probs.shape[axis]
     if weight is not None:
         weight = np.ascontiguousarray(weight, _DTYPE[compute])
     plan = _launch().plan(
@@ -267,8 +265,8 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
         log_probs.strides,
         weighted=weight is not None,
     )
-    checked = _Labels(labels, plan.order, classes, ignore_index)
-    losses = np.empty(math.prod(batch))
+    checked = _Labels(labels, plan.order, log_probs.shape[axis], ignore_index)
+    losses = np.empty(plan.rows)
     _launch().call(
         plan,
         log_probs,
@@ -278,7 +276,7 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
         ignore_index=int(checked.ignored),
     )
     divisor = checked.weight_of(weight) if reduction == "mean" else 1.0
-    return _reduce(losses, batch, plan.order, reduction, divisor, dtype)
+    return _reduce(losses, plan, reduction, divisor, dtype)
 
 
 def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, reduction, out):
@@ -352,7 +350,7 @@ def cross_entropy(
     loss, lse
         None for what was not asked for.
     """
-    x, batch, classes = logits, arrays.batch_shape(logits.shape, axis), logits.shape[axis]
+    x, classes = logits, logits.shape[axis]
     if out is not None and out.size:
         x, labels, lse = _apart(x, out), _apart(labels, out), _apart(lse, out)
         grad_output = _apart(grad_output, out)
@@ -376,8 +374,7 @@ def cross_entropy(
         None if out is None else out.strides,
         weight is not None,
     )
-    rows = math.prod(batch)
-    checked, divisor = None, float(rows)
+    rows, checked, divisor = plan.rows, None, float(plan.rows)
     if not soft:
         checked = _Labels(labels, plan.order, classes, ignore_index)
         if reduction == "mean":
@@ -414,5 +411,5 @@ def cross_entropy(
         )
     loss = None
     if with_loss:
-        loss = _reduce(losses, batch, plan.order, reduction, divisor, dtype)
-    return loss, _by_batch(row_lse, batch, plan.order) if with_lse else None
+        loss = _reduce(losses, plan, reduction, divisor, dtype)
+    return loss, _by_batch(row_lse, plan) if with_lse else None

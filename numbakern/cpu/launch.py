@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbakern.arrays import joined_axes, kind_of
+from numbakern.arrays import batch_shape, joined_axes, kind_of
 from numbakern.cpu import kernels, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows, scratch_size
@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     scratch: int  # bytes a thread
     slots: tuple[int, ...]  # frame.SHAPE_SLOTS
     unit: int  # items that are best done by one thread
+    batch: tuple[int, ...]  # the shape without the class axis
+    rows: int
     order: tuple[int, ...] | None  # batch axes as the kernel walks them; None: as they are
     keep: object  # what the addresses in the slots belong to
 
@@ -108,7 +110,8 @@ def plan(
     flags = int(out_dtype is not None and out_dtype.itemsize * rows * classes > STREAM_BYTES)
     address = 0 if geometry is None else id(geometry)
     slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, flags)
-    return Plan(kernel, items, work, scratch, slots, unit, order, geometry)
+    batch = batch_shape(shape, axis)
+    return Plan(kernel, items, work, scratch, slots, unit, batch, rows, order, geometry)
 
 
 _PER_ROW = {"nll": 32, "nll_backward": 32}

@@ -4,6 +4,7 @@ import functools
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from numbakern.cpu.compile import compile_function, compile_kernel
 from numbakern.cpu.frame import array_data, data, integer
@@ -137,9 +138,17 @@ def _value(at):
     return load_scalar(at, "f8")
 
 
-def _total(values, n, work):
+@traced
+def _room(at):
+    """The address of 2 · _LANES float64 on the stack."""
+    room = cgutils.alloca_once(at.builder, ir.ArrayType(ir.DoubleType(), 2 * _LANES))
+    return at.like(at.builder.ptrtoint(room, _i64_llvm))
+
+
+def _total(values, n):
     """Σ of float64 values in an order that depends on n alone, the rounding errors added too."""
-    at, lanes = _start(values), _start(work)
+    at = _start(values)
+    lanes = _room(at)
     total = low = _zero(at)
     i = 0
     while i + _LANES <= n:
@@ -172,8 +181,8 @@ def weigh():
 
 @functools.cache
 def total():
-    """The compiled `_total(values, n, work)`; `work` has room for 32 float64."""
-    return compile_function(_total, "total", (_i64,) * 3)
+    """The compiled `_total(values, n)`."""
+    return compile_function(_total, "total", (_i64,) * 2)
 
 
 @functools.cache

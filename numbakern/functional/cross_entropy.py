@@ -31,16 +31,11 @@ def _check(
     axis: int,
 ) -> tuple[_Checked, Any]:
     logits = target.asarray("logits", logits)
-    kind = arrays.supported("logits", logits)
-    axis = arrays.loss_axis("logits", logits, axis)
     labels = arrays.labels_of(target, labels, logits.shape)
-    soft = arrays.are_probabilities(
-        "labels", labels.dtype, labels.shape, logits.shape, axis, soft=True
+    kind, axis, soft, ignore_index, smoothing = arrays.loss_options(
+        "logits", logits, labels, True, ignore_index, reduction, label_smoothing, axis
     )
     weight = arrays.check_weight(target, weight, logits.shape[axis])
-    ignore_index = arrays.check_ignore_index(ignore_index)
-    arrays.check_reduction(reduction)
-    smoothing = arrays.check_smoothing(label_smoothing)
     checked = _Checked(
         logits,
         labels,

@@ -71,15 +71,11 @@ def nll_loss(
         if known is not None:
             return known
     log_probs = target.asarray("log_probs", log_probs)
-    kind = arrays.supported("log_probs", log_probs)
-    axis = arrays.loss_axis("log_probs", log_probs, axis)
     labels = arrays.labels_of(target, labels, log_probs.shape)
-    arrays.are_probabilities(
-        "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
+    kind, axis, _, ignore_index, _ = arrays.loss_options(
+        "log_probs", log_probs, labels, False, ignore_index, reduction, 0.0, axis
     )
     weight = arrays.check_weight(target, weight, log_probs.shape[axis])
-    ignore_index = arrays.check_ignore_index(ignore_index)
-    arrays.check_reduction(reduction)
     return target.nll_loss(
         log_probs, labels, axis, kind.compute, kind.loss, weight, ignore_index, reduction
     )
@@ -162,15 +158,11 @@ def nll_loss_backward(
         if known is not None:
             return known
     log_probs = target.asarray("log_probs", log_probs)
-    kind = arrays.supported("log_probs", log_probs)
-    axis = arrays.loss_axis("log_probs", log_probs, axis)
     labels = arrays.labels_of(target, labels, log_probs.shape)
-    arrays.are_probabilities(
-        "labels", labels.dtype, labels.shape, log_probs.shape, axis, soft=False
+    kind, axis, _, ignore_index, _ = arrays.loss_options(
+        "log_probs", log_probs, labels, False, ignore_index, reduction, 0.0, axis
     )
     weight = arrays.check_weight(target, weight, log_probs.shape[axis])
-    ignore_index = arrays.check_ignore_index(ignore_index)
-    arrays.check_reduction(reduction)
     batch = arrays.batch_shape(log_probs.shape, axis)
     grad_output = arrays.check_grad_output(target, grad_output, reduction, batch)
     result = arrays.output(target, out, log_probs.shape, kind.result)
