@@ -99,6 +99,23 @@ def test_a_second_process_compiles_nothing(python, tmp_path):
     assert best < 0.5
 
 
+def test_what_is_cached_needs_no_compiler(python, tmp_path):
+    """Loading a kernel leaves Numba's registries alone; compiling after it still finds them."""
+    script = (
+        TWO_KERNELS
+        + """
+import sys
+print("numba.np.linalg" in sys.modules)
+column = numba.njit(lambda a: np.log(a).sum())
+print(column(np.ones((2, 3))), numbakern.softmax(np.zeros((1, 2))).tolist())
+"""
+    )
+    cache = str(tmp_path / "cache")
+    python(TWO_KERNELS, NUMBA_CACHE_DIR=cache)
+    done = python(script, NUMBA_CACHE_DIR=cache)
+    assert done.stdout.splitlines()[-2:] == ["False", "0.0 [[0.5, 0.5]]"]
+
+
 def test_two_processes_fill_one_cache(python, tmp_path):
     cache = str(tmp_path / "cache")
     both = [
