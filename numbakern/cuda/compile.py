@@ -61,10 +61,20 @@ def numba_cuda():
         importlib.import_module("_numba_cuda_redirector")
     try:
         cuda = importlib.import_module("numba.cuda")
-    except ImportError as error:
-        raise RuntimeError(f"numba-cuda cannot be imported ({error}): {INSTALL}") from error
+    except (
+        ImportError,
+        AttributeError,
+    ) as error:  # the latter from an older one with a newer Numba
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"numba-cuda cannot be imported ({why}): {INSTALL}") from error
     if getattr(cuda, "implementation", None) != "NVIDIA":
-        raise RuntimeError(f"numba.cuda is not the one of numba-cuda: {INSTALL}")
+        raise RuntimeError(f"numba-cuda is not installed: {INSTALL}")
+    pathfinder = importlib.import_module("cuda.pathfinder")
+    for name in ("nvvm", "nvJitLink"):  # it would do without the latter, and fail where it links
+        try:
+            pathfinder.load_nvidia_dynamic_lib(name)
+        except RuntimeError as error:
+            raise RuntimeError(f"lib{name.lower()} is not there or too old: {INSTALL}") from error
     return cuda
 
 
