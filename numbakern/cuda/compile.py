@@ -61,10 +61,7 @@ def numba_cuda():
         importlib.import_module("_numba_cuda_redirector")
     try:
         cuda = importlib.import_module("numba.cuda")
-    except (
-        ImportError,
-        AttributeError,
-    ) as error:  # the latter from an older one with a newer Numba
+    except (ImportError, AttributeError) as error:  # the latter: an older one, a newer Numba
         why = " ".join(str(error).split())
         raise RuntimeError(f"numba-cuda cannot be imported ({why}): {INSTALL}") from error
     if getattr(cuda, "implementation", None) != "NVIDIA":
