@@ -877,6 +877,28 @@ def test_a_remembered_call_can_be_captured(scripted):
     assert "".join(done) == "[5,0,0,0,0]"
 
 
+def test_what_the_driver_is_told_of_a_launch(scripted):
+    """Blocks, not clusters, are its grid; more than 48 KiB of shared memory a kernel asks for."""
+    done = scripted("""
+        os.environ["NUMBAKERN_CUDA_PATHS"] = "shared,cluster"
+        from numbakern.cuda import launch
+        steps, prepared = [], launch.Device.prepared
+        launch.Device.prepared = lambda self, step: [steps.append(step), prepared(self, step)][1]
+        cluster = shared = False
+        for rows, classes in ((9, 10), (300, 5000), (300, 50_000), (4, 100_000), (2, 250_000)):
+            numbakern.log_softmax(torch.Tensor(np.zeros((rows, classes), np.float32)))
+            step = steps[-1]
+            told = [driver.fake_last(i) for i in range(5)]
+            assert told[:4] == [step.grid, step.block, step.shared, step.cluster], (step, told)
+            cluster |= step.cluster > 1
+            if step.shared > 48 << 10:
+                shared = True
+                assert told[4] >= step.shared
+        print(cluster, shared)
+        """)
+    assert done == ["True", "True"]
+
+
 def test_threads_that_all_come_first(scripted):
     """One record of bad labels and one set of kernels, whichever thread made them."""
     done = scripted("""
