@@ -29,9 +29,11 @@ static int device_of(Handle context) { return context ? (int)((int *)context - c
 long fake_count(int what) { return counts[what]; }
 void fake_place(Pointer start, size_t bytes) { second = start; second_end = start + bytes; }
 
-Result cuInit(unsigned flags) { return 0; }
-Result cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-Result cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
+static int told(const char *name, int otherwise) { const char *is = getenv(name); return is ? atoi(is) : otherwise; }
+
+Result cuInit(unsigned flags) { return told("FAKE_INIT", 0); }
+Result cuDriverGetVersion(int *version) { *version = told("FAKE_VERSION", 13000); return 0; }
+Result cuDeviceGetCount(int *count) { *count = told("FAKE_DEVICES", DEVICES); return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 Result cuDeviceGetName(char *name, int size, int device) { strncpy(name, "fake GPU", size); return 0; }
 Result cuDeviceGetUuid(char *uuid, int device) { memset(uuid, 1, 16); return 0; }
@@ -123,9 +125,25 @@ Result cuEventSynchronize(Handle in) { count(SYNCHRONIZATIONS); return 0; }
 Result cuGetErrorName(Result error, const char **out) { *out = "FAKE"; return 0; }
 Result cuGetErrorString(Result error, const char **out) { *out = "fake"; return 0; }
 
+/* The last launch: grid, block, shared memory, cluster; what a block of the last kernel may ask for. */
+static int last[5];
+int fake_last(int what) { return last[what]; }
+typedef struct { int id; int unused; unsigned value[16]; } Attribute;
+typedef struct { unsigned grid[3], block[3], shared; Handle on; Attribute *attributes; unsigned count; } Config;
+static void note(const Config *config) {
+  last[0] = config->grid[0], last[1] = config->block[0], last[2] = config->shared, last[3] = 1;
+  for (unsigned i = 0; i < config->count; i++)
+    if (config->attributes[i].id == 4) last[3] = config->attributes[i].value[0]; /* cluster */
+}
+Result cuKernelSetAttribute(int attribute, int value, Handle kernel, int device) { if (attribute == 8) last[4] = value; return 0; }
+
 static Result launched(void) { count(LAUNCHES); if (current == 1) count(LAUNCHES_ON_1); return current < 0 ? 201 : 0; }
-Result cuLaunchKernelEx(const void *config, Handle kernel, void **arguments, void **extra) { return launched(); }
-Result cuLaunchKernel(Handle kernel, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned shared, Handle on, void **arguments, void **extra) { return launched(); }
+Result cuLaunchKernelEx(const Config *config, Handle kernel, void **arguments, void **extra) { note(config); return launched(); }
+Result cuLaunchKernel(Handle kernel, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f, unsigned shared, Handle on, void **arguments, void **extra) {
+  Config config = {{a, b, c}, {d, e, f}, shared, on, 0, 0};
+  note(&config);
+  return launched();
+}
 
 static Result success(void) { return 0; }
 

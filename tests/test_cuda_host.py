@@ -725,13 +725,74 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.parametrize("absent", [["cuda.core"], ["cuda"], []], ids=str)
-def test_no_usable_stack(python, absent):
-    if not absent and not installed("cuda.core"):
-        pytest.skip("cuda-core is not installed")
+INSTALL = "pip install 'numbakern[cuda]'"
+
+
+@pytest.mark.parametrize("absent", [["cuda.core"], ["cuda"], ["cuda.bindings"]], ids=str)
+def test_no_stack(python, absent):
     message = python(NO_STACK.format(absent=absent)).stdout
     assert len(message.splitlines()) == 1
-    assert ("pip install 'numbakern[cuda]'" if absent else "driver") in message
+    assert "cuda-core" in message and INSTALL in message
+
+
+@needs_cuda_core
+def test_no_driver(python):
+    message = python(NO_STACK.format(absent=[])).stdout
+    assert len(message.splitlines()) == 1
+    assert "no NVIDIA driver" in message and "for CUDA 13, https://" in message
+
+
+@needs_cuda_core
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"FAKE_INIT": "803"}, "driver that works CUDA_ERROR_SYSTEM_DRIVER_MISMATCH https://"),
+        ({"FAKE_INIT": "100"}, "no CUDA_ERROR_NO_DEVICE"),
+        ({"FAKE_VERSION": "12080"}, "driver 12.8 too old 13 https://"),
+        ({"FAKE_DEVICES": "0"}, "no NVIDIA GPU"),
+    ],
+    ids=["mismatch", "no device", "old", "none"],
+)
+def test_a_driver_that_does_not_do(python, fake_driver, told, words):
+    message = python(NO_STACK.format(absent=[]), LD_LIBRARY_PATH=fake_driver, **told).stdout
+    assert len(message.splitlines()) == 1
+    for word in words.split():
+        assert word in message
+
+
+NO_COMPILER = """
+import sys
+from cuda import pathfinder
+found = pathfinder.load_nvidia_dynamic_lib
+def load(name):
+    if name == {library!r}:
+        raise pathfinder.DynamicLibNotFoundError("looked\\nhere and there")
+    return found(name)
+pathfinder.load_nvidia_dynamic_lib = load
+for name in {absent}:
+    sys.modules[name] = None
+from numbakern.cuda import compile
+try:
+    compile.compile_kernel(lambda: None, (), "sm_90a")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize(
+    "library, absent, words",
+    [
+        ("nvvm", [], "libnvvm"),
+        ("nvJitLink", [], "libnvjitlink"),
+        (None, ["_numba_cuda_redirector", "numba_cuda"], "numba-cuda"),
+    ],
+    ids=["nvvm", "nvjitlink", "numba-cuda"],
+)
+def test_no_compiler(python, library, absent, words):
+    message = python(NO_COMPILER.format(library=library, absent=absent)).stdout
+    assert len(message.splitlines()) == 1
+    assert words in message and INSTALL in message
 
 
 # --- against a driver that does nothing ----------------------------------------------------------
@@ -814,6 +875,28 @@ def test_a_remembered_call_can_be_captured(scripted):
         print([after - earlier for earlier, after in zip(before.values(), counts().values())])
         """)
     assert "".join(done) == "[5,0,0,0,0]"
+
+
+def test_what_the_driver_is_told_of_a_launch(scripted):
+    """Blocks, not clusters, are its grid; more than 48 KiB of shared memory a kernel asks for."""
+    done = scripted("""
+        os.environ["NUMBAKERN_CUDA_PATHS"] = "shared,cluster"
+        from numbakern.cuda import launch
+        steps, prepared = [], launch.Device.prepared
+        launch.Device.prepared = lambda self, step: [steps.append(step), prepared(self, step)][1]
+        cluster = shared = False
+        for rows, classes in ((9, 10), (300, 5000), (300, 50_000), (4, 100_000), (2, 250_000)):
+            numbakern.log_softmax(torch.Tensor(np.zeros((rows, classes), np.float32)))
+            step = steps[-1]
+            told = [driver.fake_last(i) for i in range(5)]
+            assert told[:4] == [step.grid, step.block, step.shared, step.cluster], (step, told)
+            cluster |= step.cluster > 1
+            if step.shared > 48 << 10:
+                shared = True
+                assert told[4] >= step.shared
+        print(cluster, shared)
+        """)
+    assert done == ["True", "True"]
 
 
 def test_threads_that_all_come_first(scripted):

@@ -50,7 +50,9 @@ class Figures(NamedTuple):
     wide, narrow : int
         Accesses to global memory of 16 bytes, and of less, where a row's elements are moved.
     single : int
-        Accesses of less for what there is one of a row.
+        Accesses of less for what there is one of a row; without a loop they are among the narrow.
+    looped : bool
+        Whether a row's elements are moved in a loop.
     calls : int
         Returns from subroutines; a call without one is how sm_80 leaves a loop with shuffles.
     instructions : float
@@ -64,6 +66,7 @@ class Figures(NamedTuple):
     wide: int
     narrow: int
     single: int
+    looped: bool
     calls: int
     instructions: float
     double: float
@@ -327,7 +330,6 @@ def figures(case: Case, arch: str) -> Figures:
     every = Counter(i.opcode for i in found if _GLOBAL.match(i.opcode))
     wide = [op for op in moved if ".128" in op]
     narrow = len(moved) - len(wide)
-    # In straight code the accesses that there is one of a row stand among the others.
     single = sum(every.values()) - len(moved)
     double = sum(op.startswith(("DADD", "DMUL", "DFMA", "DSETP", "F2F")) for op in inside)
     return Figures(
@@ -336,6 +338,7 @@ def figures(case: Case, arch: str) -> Figures:
         len(wide),
         narrow,
         single,
+        bool(bodies),
         sum(i.name == "RET" for i in found),
         len(inside) / elements,
         double / elements,

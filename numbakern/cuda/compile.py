@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import warnings
 import zlib
 from functools import cache, lru_cache
 from types import SimpleNamespace
@@ -60,12 +61,27 @@ def numba_cuda():
         # PYTHONPATH, and Numba's own, deprecated target would be imported instead.
         importlib.import_module("_numba_cuda_redirector")
     try:
-        cuda = importlib.import_module("numba.cuda")
-    except ImportError as error:
-        raise RuntimeError(f"numba-cuda cannot be imported ({error}): {INSTALL}") from error
+        with warnings.catch_warnings():
+            # As it is imported it makes a constant in a way that NumPy 2.5 has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            cuda = importlib.import_module("numba.cuda")
+    except (ImportError, AttributeError) as error:  # the latter: an older one, a newer Numba
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"numba-cuda cannot be imported ({why}): {INSTALL}") from error
     if getattr(cuda, "implementation", None) != "NVIDIA":
-        raise RuntimeError(f"numba.cuda is not the one of numba-cuda: {INSTALL}")
+        raise RuntimeError(f"numba-cuda is not installed: {INSTALL}")
     return cuda
+
+
+@cache
+def _complete():
+    """Load what else compiling needs, once; RuntimeError saying what is missing."""
+    pathfinder = importlib.import_module("cuda.pathfinder")
+    for name in ("nvvm", "nvJitLink"):  # without the latter numba-cuda asks for a driver
+        try:
+            pathfinder.load_nvidia_dynamic_lib(name)
+        except RuntimeError as error:
+            raise RuntimeError(f"lib{name.lower()} was not found: {INSTALL}") from error
 
 
 @contextlib.contextmanager
@@ -74,6 +90,7 @@ def _compiler(capability):
     import numpy as np
 
     cuda = numba_cuda()
+    _complete()
     dispatcher = importlib.import_module("numba.cuda.dispatcher")
     with _lock:
         # numba-cuda 0.30 asks NumPy for row_stack, which NumPy 2.5 has no longer.

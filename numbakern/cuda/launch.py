@@ -26,14 +26,22 @@ def core():
         module = importlib.import_module("cuda.core")
         driver()
     except ImportError as error:
-        raise RuntimeError(f"cuda-core cannot be imported ({error}): {compiler.INSTALL}") from error
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"cuda-core cannot be imported ({why}): {compiler.INSTALL}") from error
     if not hasattr(module, "launch"):  # it was experimental before 0.5
         raise RuntimeError(f"this cuda-core is too old: {compiler.INSTALL}")
+    wanted = driver().CUDA_VERSION // 1000  # a cubin of one major version needs a driver of it
+    remedy = f"install one for CUDA {wanted}, https://www.nvidia.com/drivers"
     try:
         _checked(driver().cuInit(0))
+        version = _checked(driver().cuDriverGetVersion())
         count = _checked(driver().cuDeviceGetCount())
     except RuntimeError as error:  # also where there is no libcuda
-        raise RuntimeError(f"no NVIDIA driver that works: {error}") from error
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"no NVIDIA driver that works ({why}): {remedy}") from error
+    if version // 1000 < wanted:
+        found = f"{version // 1000}.{version % 1000 // 10}"
+        raise RuntimeError(f"this NVIDIA driver, for CUDA {found}, is too old: {remedy}")
     if not count:
         raise RuntimeError("no NVIDIA GPU that CUDA can see")
     return module

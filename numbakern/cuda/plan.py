@@ -251,7 +251,8 @@ class _Planner:
         op, accesses = _made(self.operation, dict(params))
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
         columns = dict(params)["walker"] == "columns"
-        shelf = ACCESS * WARP * len(shelved(part, accesses))
+        # What nothing is made of is not kept.
+        shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses))
         found, constants = launches(
             part, self.classes, self.rows, numbers, shelf, maps is not None, columns, self.machine
         )

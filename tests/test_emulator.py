@@ -1,0 +1,265 @@
+"""The emulator of a GPU's threads notices what a GPU would punish: faults planted on purpose.
+
+In kernels that ship, each barrier is left out once, each array shortened or moved by an element;
+and in small kernels, a shuffle, a barrier or a loop is made to differ from thread to thread.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from numbakern.cuda import device, totals
+from numbakern.cuda.plan import Layout, Spec, kernel_of, plan
+from numbakern.cuda.ways import MACHINE, Machine
+from tests import emulator
+from tests.emulator import Emulator, Fault, emulate
+
+# --- kernels that ship ---------------------------------------------------------------------------
+
+
+def launch(operation, classes, options=(), machine=MACHINE, rows=3):
+    """What starts the launches of a call on float32 rows, and its arrays by name."""
+    x = np.linspace(-3, 3, rows * classes, dtype=np.float32).reshape(rows, classes)
+    given = {"x": x}
+    if operation == "cross_entropy":
+        given |= {"labels": np.arange(rows) % classes, "loss": np.zeros((), np.float32)}
+    if operation == "logsumexp":
+        given["row_lse"] = np.zeros(rows, np.float32)
+    else:
+        given["out"] = np.zeros_like(x)
+    kinds = {"labels": "i8"}
+    layouts = tuple((n, Layout(kinds.get(n, "f4"), a.strides, True)) for n, a in given.items())
+    made = plan(operation, options, x.shape, 1, "f4", layouts, machine)
+    given |= {name: np.zeros(size, np.uint8) for name, size in made.temporaries}
+    given["bad"] = np.zeros(16, np.int64)
+    numbers = {"ignore_index": -100, "scale": 1.0, "keep": 1.0, "spread": 0.0, **made.constants}
+
+    def start(change=lambda slots: None):
+        for step in made.steps:
+            slots = {n: a.ctypes.data for n, a in given.items()} | numbers
+            change(slots)
+            args, memory = [slots[name] for name in step.args], given.values()
+            kernel = kernel_of(step.spec)
+            emulate(kernel, step.grid, step.block, args, memory, step.shared, step.cluster)
+
+    return start, given
+
+
+MEAN = ("ignores", True), ("reduction", "mean")
+CLUSTERS = Machine(cluster=8)
+SHARED = Machine(shelf=True)
+BOTH = Machine(shelf=True, cluster=2, shared=100 << 10)
+KERNELS = {
+    "a block a row": ("log_softmax", 4096),
+    "a block a row, its loss": ("cross_entropy", 3000, MEAN),
+    "a block a row, one value": ("logsumexp", 4096),
+    "a long row in shared memory": ("log_softmax", 20_000, (), SHARED),
+    "a cluster": ("softmax", 20_000, (), CLUSTERS),
+    "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
+}
+
+
+def counted(monkeypatch, name, leave_out=None):
+    """How often the kernels wait from now on, as a list with one number; one wait is left out."""
+    original, calls = getattr(Emulator, name), [0]
+
+    def wait(self):
+        calls[0] += 1
+        if calls[0] - 1 != leave_out:
+            original(self)
+
+    monkeypatch.setattr(Emulator, name, wait)
+    return calls
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
+    start, _ = launch(*KERNELS[name])
+    # A wait of a cluster is one of its blocks too, but not by a call of the other.
+    monkeypatch.setattr(Emulator, "cluster_barrier", _cluster_barrier)
+    waits = 0
+    for kind in ("barrier", "cluster_barrier"):
+        with monkeypatch.context() as patch:
+            calls = counted(patch, kind)
+            start()
+        for k in range(calls[0]):
+            with monkeypatch.context() as patch:
+                counted(patch, kind, leave_out=k)
+                with pytest.raises(Fault):
+                    start()
+        waits += calls[0]
+    assert waits >= (2 if "cluster" in name else 1)
+
+
+def _cluster_barrier(self):
+    self._together("a barrier")
+    self.time += 1
+    self.cluster_time = self.time
+
+
+@pytest.mark.parametrize("classes", [40, 1000, 1001, 4096, 4097])
+@pytest.mark.parametrize("name", ["x", "out"])
+def test_a_row_beyond_the_array_is_noticed(name, classes):
+    start, given = launch("log_softmax", classes)
+    start()  # as it is, it is right
+    for by in (4, -4):
+        with pytest.raises(Fault, match="outside|misaligned"):
+            start(lambda slots, by=by: slots.update({name: slots[name] + by}))
+    size = given[name].itemsize * classes
+    for by in (size, -size):
+        with pytest.raises(Fault, match="outside"):
+            start(lambda slots, by=by: slots.update({name: slots[name] + by}))
+
+
+@pytest.mark.parametrize("classes", [40, 1000, 1001, 4097])
+def test_a_row_too_long_by_an_element_is_noticed(classes):
+    """Two rows write to one place, or the last one beyond the end."""
+    start, _ = launch("softmax", classes)
+    with pytest.raises(Fault):
+        start(lambda slots: slots.update(classes=classes + 1))
+
+
+def test_the_board_of_a_block_has_an_end(monkeypatch):
+    start, _ = launch("log_softmax", 4096)
+    original = Emulator.__init__
+
+    def short(self, memory, blocks, threads, shared=0, cluster=1):
+        original(self, memory, blocks, threads, shared - 8, cluster)
+
+    monkeypatch.setattr(Emulator, "__init__", short)
+    with pytest.raises(Fault, match="out of bounds"):
+        start()
+
+
+def test_totals_miss_their_barrier(monkeypatch):
+    rows, loss = np.ones(3000), np.zeros((), np.float32)
+    spec = Spec("total", (("result", "loss"), ("kind", "f4"), ("division", "none")))
+    kernel = kernel_of(spec)
+    slots = {"row_loss": rows.ctypes.data, "loss": loss.ctypes.data, "rows": 2000}
+
+    def start():
+        args = [slots[n] for n in kernel.args]
+        emulate(kernel, 1, totals.BLOCK, args, [rows, loss])
+
+    start()
+    assert loss == 2000
+    with monkeypatch.context() as patch:
+        patch.setattr(Emulator, "barrier", lambda self: None)
+        with pytest.raises(Fault, match="without a barrier"):
+            start()
+
+
+# --- kernels of a few lines ----------------------------------------------------------------------
+
+
+def run(body, arrays=(), blocks=2, threads=64, shared=64):
+    """Run body(thread) for some threads."""
+    emulate(device.Kernel("test", lambda frame: body(frame.thread), {}), blocks, threads, [],
+            arrays, shared)  # fmt: skip
+
+
+def in_a_branch(compute):
+    """A kernel that does this in the even threads alone."""
+
+    def body(thread):
+        device.when((thread & 1) == 0, lambda: [compute(thread)], [thread])
+
+    return body
+
+
+def wait(thread):
+    device.barrier(thread)
+    return thread
+
+
+def loop(thread):
+    return device.repeat(device.constant(thread, 2, "i8"), lambda i, v: [v + 1], thread)[0]
+
+
+@pytest.mark.parametrize(
+    "compute, message",
+    [
+        (lambda thread: device.shuffle_xor(thread, 1), "a shuffle in a branch"),
+        (lambda thread: device.shuffle_from(thread, thread & 1), "a shuffle in a branch"),
+        (wait, "a barrier in a branch"),
+        (loop, "a loop in a branch"),
+    ],
+    ids=["shuffle_xor", "shuffle_from", "barrier", "loop"],
+)
+def test_threads_that_part(compute, message):
+    run(compute)
+    with pytest.raises(Fault, match=message):
+        run(in_a_branch(compute))
+
+
+def test_a_loop_that_differs_between_threads():
+    def body(thread):
+        device.repeat(device.convert(thread & 3, "i8"), lambda i, v: [v + 1], thread)
+
+    with pytest.raises(Fault, match="differs from thread to thread"):
+        run(body)
+
+
+def test_a_shuffle_from_no_lane():
+    with pytest.raises(Fault, match="no lane"):
+        run(lambda thread: device.shuffle_from(thread, thread))  # 0 to 63
+    with pytest.raises(Fault, match="shuffle by 32"):
+        run(lambda thread: device.shuffle_xor(thread, emulator.WARP))
+
+
+@pytest.mark.parametrize("size, count", [(4, 4), (4, 2), (8, 2), (2, 2)])
+@pytest.mark.parametrize("access", ["load", "store"])
+def test_a_wide_access_needs_its_alignment(access, size, count):
+    array = np.zeros(4096, np.uint8)
+    base = -(-array.ctypes.data // 64) * 64
+
+    def body(thread, by):
+        width = size * count
+        address = device.constant(thread, base + by, "i8") + device.convert(thread, "i8") * width
+        ok = device.constant(thread, True, "b1")
+        if access == "load":
+            device.load(address, size, count, ok)
+        else:
+            word = device.constant(thread, 0, "i8" if size == 8 else "i4")
+            device.store(address, size, [word] * count, ok)
+
+    run(lambda thread: body(thread, 0), [array], blocks=1, threads=32)
+    for by in (size, size * count // 2 if count > 2 else size):
+        with pytest.raises(Fault, match="misaligned"):
+            run(lambda thread, by=by: body(thread, by), [array], blocks=1, threads=32)
+
+
+def test_two_threads_at_one_place():
+    array = np.zeros(64, np.int32)
+
+    def body(thread):
+        at = device.constant(thread, array.ctypes.data, "i8") + (device.convert(thread, "i8") << 2)
+        device.store(at, 4, [thread], device.constant(thread, True, "b1"))
+
+    run(body, [array], blocks=1)
+    np.testing.assert_array_equal(array, np.arange(64))
+    with pytest.raises(Fault, match="same place"):
+        run(body, [array], blocks=2)
+
+
+def test_what_another_thread_wrote_to_global_memory():
+    array = np.zeros(64, np.int32)
+
+    def place(number):
+        start = device.constant(number, array.ctypes.data, "i8")
+        return start + (device.convert(number, "i8") << 2)
+
+    def body(thread, waits, further):
+        ok = device.constant(thread, True, "b1")
+        device.store(place(thread), 4, [thread], ok)
+        if waits:
+            device.barrier(thread)
+        return device.load(place((thread + further) & 63), 4, 1, ok)[0].value
+
+    read = []
+    run(lambda thread: read.append(body(thread, True, 33)), [array], blocks=1)
+    np.testing.assert_array_equal(read[0][0], (np.arange(64) + 33) % 64)
+    run(lambda thread: body(thread, False, 0), [array], blocks=1)  # its own
+    with pytest.raises(Fault, match="no barrier between"):
+        run(lambda thread: body(thread, False, 1), [array], blocks=1)
