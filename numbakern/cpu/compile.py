@@ -49,8 +49,8 @@ class _DiskCache:
         return cache_folder()
 
     def load_overload(self, sig, target_context):
-        # All that machine code may ask of Numba. Numba's own cache loads what only a compiler needs,
-        # three quarters of a first call's time.
+        # All that machine code may ask of Numba. Numba's own cache also loads what only a compiler
+        # needs: three quarters of a first call's time.
         rtsys.initialize(target_context)
         folder = cache_folder()
         content = None if folder is None else disk_cache.read(folder, self._name)
