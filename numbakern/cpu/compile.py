@@ -5,6 +5,8 @@ serve stale machine code. Here an entry lies in a folder (see `disk_cache`) name
 file of the package, Numba, llvmlite, Python and the CPU.
 """
 
+import contextlib
+import gc
 import os
 import pickle
 import platform
@@ -160,6 +162,22 @@ class _Kernel(CFunc):
         return result
 
 
+@contextlib.contextmanager
+def _collector_at_rest():
+    """No collection of cycles meanwhile: it would walk the compiler's many objects again and again.
+
+    They live until the end anyway; without it a kernel compiles in four fifths of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_at_rest()
 def compile_kernel(function, name):
     """Address of `function(frame, first, last, scratch)` as machine code; names are unique."""
     function.__qualname__ = "kernel_" + name.replace("-", "_")
@@ -173,6 +191,7 @@ def compile_kernel(function, name):
 _keep: list[object] = []
 
 
+@_collector_at_rest()
 def compile_function(function, name, signature, **options):
     """`function` compiled for one signature, called without Numba's type dispatch."""
     dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
