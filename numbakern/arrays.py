@@ -5,6 +5,7 @@ Everything here raises before anything is written, in one line that names the ar
 expected and what came.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
@@ -90,6 +91,14 @@ def _integer(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def truth(name: str, value: Any) -> bool:
+    """An argument that is true or false."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}") from None
 
 
 def integer_axis(axis: Any, ndim: int) -> int:
@@ -178,7 +187,11 @@ _HARD = 10**5  # steps of a search, a tenth of a second: more than useful layout
 def _smoothing(label_smoothing: Any) -> float:
     """The label smoothing as a float in [0, 1]."""
     try:
+        if isinstance(label_smoothing, (str, bytes)):
+            raise TypeError
         value = float(label_smoothing)
+    except OverflowError:
+        value = math.inf
     except (TypeError, ValueError):
         raise TypeError(f"label_smoothing: expected a number, got {label_smoothing!r}") from None
     if not 0.0 <= value <= 1.0:
@@ -199,6 +212,14 @@ def check_weight(target: Any, weight: Any, classes: int) -> Any:
 
 def check_grad_output(target: Any, grad_output: Any, reduction: str, batch: tuple[int, ...]) -> Any:
     """The upstream gradient of a loss: a scalar, or under "none" an array of the labels' shape."""
+    if type(grad_output) is int:  # of any size
+        try:
+            grad_output = float(grad_output)
+        except OverflowError:
+            raise ValueError(
+                f"grad_output: expected a number below 1.8e308, got one of "
+                f"{grad_output.bit_length()} bits"
+            ) from None
     grad_output = target.asarray("grad_output", grad_output)
     supported("grad_output", grad_output)
     shape = batch if reduction == "none" else ()
@@ -216,7 +237,8 @@ def check_lse(target: Any, lse: Any, batch: tuple[int, ...]) -> Any:
     if lse is None:
         return None
     lse = target.asarray("lse", lse)
-    if supported("lse", lse).kind[0] not in "fb" or lse.dtype.kind == "b":
+    kind = kind_of(lse.dtype)
+    if kind is None or kind.kind == "b1" or kind.kind[0] not in "fb":
         raise TypeError(f"lse: expected a floating array, got dtype {lse.dtype}")
     same_shape("lse", lse.shape, batch, "one value a row")
     return lse
@@ -251,15 +273,16 @@ def loss_options(
     axis: Any,
 ) -> LossOptions:
     """Check the options, dtypes and shapes of a loss of `array`; `soft`: labels may be floats."""
-    call = (name, array.dtype, array.shape, labels.dtype, labels.shape, soft)
     options = (ignore_index, reduction, label_smoothing, axis)
-    try:
-        return _loss_options(*call, *options)
-    except TypeError:  # that of the check; or an option was no key
-        return _loss_options.__wrapped__(*call, *options)
+    # Only what cannot change is looked up: a tensor is equal to itself, whatever it holds.
+    plain = all(type(option) in _PLAIN for option in options)
+    check = _known_loss_options if plain else _loss_options
+    return check(name, array.dtype, array.shape, labels.dtype, labels.shape, soft, *options)
 
 
-@lru_cache(maxsize=1024, typed=True)
+_PLAIN = {int, float, str}
+
+
 def _loss_options(
     name: str,
     dtype: np.dtype,
@@ -287,18 +310,21 @@ def _loss_options(
         wanted = "integers, or floats for class probabilities" if soft else "integers"
         raise TypeError(f"labels: expected {wanted}, got dtype {label_dtype}")
     ignore_index = _integer("ignore_index", ignore_index)
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     return LossOptions(kind, axis, soft, ignore_index, _smoothing(label_smoothing))
+
+
+_known_loss_options = lru_cache(maxsize=1024, typed=True)(_loss_options)
 
 
 def bad_label(
     position: tuple[int, ...], value: int | str, classes: int, ignore_index: int
 ) -> IndexError:
     """The error for a label that is neither a class nor ignored."""
-    where = ", ".join(map(str, position))
+    where = f"[{', '.join(map(str, position))}]" if position else ""
     return IndexError(
-        f"labels[{where}]: expected a class in [0, {classes}) or ignore_index {ignore_index}, "
+        f"labels{where}: expected a class in [0, {classes}) or ignore_index {ignore_index}, "
         f"got {value}"
     )
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from numbakern import cross_entropy, cross_entropy_backward, cross_entropy_value_and_grad
+from numbakern import (
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_value_and_grad,
+    nll_loss,
+    nll_loss_backward,
+)
 from tests import cases, reference
 from tests.cases import assert_close, assert_result, bfloat16, float16, float32, float64, loss_type
 from tests.test_nll_loss import LOSS_SHAPES, label_shape, upstream
@@ -491,3 +497,33 @@ def test_an_ignored_label_that_only_uint64_holds():
     assert loss == pytest.approx(np.log(3.0))
     with pytest.raises(IndexError, match=r"labels\[3\]"):
         cross_entropy(np.zeros((4, 3), float32), labels, ignore_index=2**64 - 2)
+
+
+@pytest.mark.parametrize(
+    "weight", [np.full(5, 1e300), np.full(5, 1e-60), np.array([np.inf, -np.inf, 1, 1, 1], float32)]
+)
+def test_weights_beyond_their_type_raise_no_warning(weight):
+    """They are rounded to the type computed in: to an infinity, or to 0."""
+    x, labels = cases.logits((4, 5)), np.array([0, 1, 2, 3])
+    with np.errstate(all="raise"):
+        cross_entropy(x, labels, weight=weight)
+        cross_entropy_value_and_grad(x, labels, weight=weight, label_smoothing=0.1)
+        nll_loss(x, labels, weight=weight)
+        nll_loss_backward(1.0, x, labels, weight=weight)
+
+
+def test_losses_below_the_normal_numbers_raise_no_warning():
+    x, labels = np.zeros((4, 5), float32), np.ones(4, int)
+    x[:, 1] = 95.0
+    with np.errstate(all="raise"):
+        losses = cross_entropy(x, labels, reduction="none")
+    np.testing.assert_allclose(losses, 4 * np.exp(-95.0), rtol=1e-3)
+
+
+def test_lse_of_the_unbatched_case_is_a_scalar():
+    x = cases.logits((5,))
+    loss, lse = cross_entropy(x, 2, reduction="none", return_lse=True)
+    assert type(loss) is np.float32
+    assert type(lse) is np.float64
+    grad = cross_entropy_backward(1.0, x, 2, lse=lse)
+    np.testing.assert_array_max_ulp(grad, cross_entropy_backward(1.0, x, 2), 8)

@@ -73,6 +73,11 @@ def loss_call(name, x=X, labels=LABELS, grad_output=1.0, **options):
     return lambda: function(*leading, x, labels, **options)
 
 
+def parts(result):
+    """What a function returns, one by one."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 # --- types ---------------------------------------------------------------------------------------
 
 WRONG_TYPES = {
@@ -282,6 +287,91 @@ def test_label_smoothing(name, smoothing):
     check(loss_call(name, label_smoothing=smoothing), ValueError, "label_smoothing", str(smoothing))
 
 
+class Changing:
+    """A number whose value changes while it stays the same object."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+    def __float__(self):
+        return float(self.value)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_option_counts_for_what_it_is_now(name):
+    ignored = Changing(0)
+    first = loss_call(name, ignore_index=ignored, reduction="sum")()
+    ignored.value = 3
+    second = loss_call(name, ignore_index=ignored, reduction="sum")()
+    wanted = loss_call(name, ignore_index=3, reduction="sum")()
+    for got, other, right in zip(*map(parts, (second, first, wanted)), strict=True):
+        np.testing.assert_array_equal(got, right)
+        assert not np.array_equal(got, other)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_a_smoothing_counts_for_what_it_is_now(name):
+    smoothing = Changing(0)
+    loss_call(name, label_smoothing=smoothing)()
+    smoothing.value = 1
+    got, wanted = (loss_call(name, label_smoothing=e)() for e in (smoothing, 1.0))
+    for a, b in zip(parts(got), parts(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", CROSS)
+@pytest.mark.parametrize("smoothing", ["0.1", b"0.1", None, [0.1]], ids=repr)
+def test_label_smoothing_that_is_no_number(name, smoothing):
+    check(loss_call(name, label_smoothing=smoothing), TypeError, "label_smoothing", "number")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reductions_in_an_array(name):
+    check(loss_call(name, reduction=np.array(["sum"])), ValueError, "reduction", "'mean'")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("option", [{"axis": True}, {"ignore_index": 1.0}], ids=str)
+def test_an_error_comes_alone(name, option):
+    with pytest.raises(TypeError) as caught:
+        loss_call(name, **option)()
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+def test_numbers_too_large_for_a_float():
+    check(loss_call("cross_entropy", label_smoothing=10**400), ValueError, "label_smoothing")
+    check(loss_call("cross_entropy_backward", grad_output=10**400), ValueError, "grad_output")
+    huge, same = (loss_call("cross_entropy_backward", grad_output=g)() for g in (10**30, 1e30))
+    np.testing.assert_array_equal(huge, same)
+
+
+def test_truth_values():
+    pair = np.array([1, 2])
+    check(lambda: numbakern.logsumexp(X, keepdims=pair), TypeError, "keepdims", "True or False")
+    check(loss_call("cross_entropy", return_lse=pair), TypeError, "return_lse", "True or False")
+
+
+class Reluctant:
+    """What has no array for NumPy at the moment, as a tensor that requires a gradient."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("detach it first\nfor a reason")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_array_that_cannot_be_had(name):
+    check(
+        row_functions(Reluctant())[name],
+        TypeError,
+        FIRST_ARGUMENT[name],
+        "Reluctant",
+        "detach it first",
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_keywords(name):
     extra = {"log_softmax": 2, "softmax": 2, "logsumexp": 2}.get(name, 3)
@@ -439,9 +529,35 @@ def test_unsigned_labels_out_of_range(name, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("label", "ignored", "dtype"),
+    [
+        (2**63 + 5, 2**63 - 1, np.uint64),
+        (2**63 - 1, -(2**63), np.uint64),
+        (2**64 - 1, -1, np.uint64),
+        (2**64 - 2, -1, np.uint64),
+        (-(2**63), 2**70, np.int64),
+        (-1, 2**63, np.int64),
+        (-2, -(2**70), np.int8),
+    ],
+)
+def test_no_label_passes_for_the_ignored_one(name, label, ignored, dtype):
+    labels = np.array([0, label, 1], dtype)
+    check(loss_call(name, labels=labels, ignore_index=ignored), IndexError, "[1]", str(label))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_ignored_label_beyond_int64(name):
+    labels, usual = np.array([0, 2**63, 1], np.uint64), np.array([0, -100, 1])
+    got = loss_call(name, labels=labels, ignore_index=2**63)()
+    for a, b in zip(parts(got), parts(loss_call(name, labels=usual)()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_unbatched_label_out_of_range(name):
     check(loss_call(name, x=X[0], labels=4), IndexError, "labels", "4")
-    check(loss_call(name, x=X[0], labels=-1), IndexError, "labels", "-1")
+    check(loss_call(name, x=X[0], labels=-1), IndexError, "labels: ", "-1")
 
 
 @pytest.mark.parametrize("name", LOSSES)

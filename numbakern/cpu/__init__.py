@@ -29,6 +29,8 @@ ARRAY_TYPES = np.ndarray
 """What `out=` may be."""
 again = None  # no call is remembered as a whole
 _INT64 = np.iinfo(np.int64)
+_NO_ARRAY = (TypeError, ValueError, RuntimeError, AttributeError, BufferError)
+"""What libraries raise when NumPy cannot have their array."""
 
 
 @functools.cache
@@ -50,8 +52,11 @@ def asarray(name, value):
     """What NumPy makes of the argument; TypeError if that is no array of a supported dtype."""
     try:
         return np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}: {error}") from None
+    except _NO_ARRAY as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise TypeError(
+            f"{name}: expected an array, got {type(value).__name__}: {reason}"
+        ) from None
 
 
 def empty(shape, dtype):
@@ -182,14 +187,13 @@ class _Labels:
     """Checked class labels in a plan's order, and how many are not ignored."""
 
     def __init__(self, labels, order, classes, ignore_index):
-        # What no int64 label can equal is replaced by what no sane one does.
-        inside = _INT64.min <= ignore_index <= _INT64.max
-        self.ignored = ignore_index if inside else _INT64.min
-        clipped = labels
-        if labels.dtype.kind == "u" and labels.dtype.itemsize == 8:
-            clipped = np.minimum(labels, np.uint64(_INT64.max)).astype(np.int64)  # out of range
-            if not inside:
-                clipped = np.where(labels == ignore_index, _INT64.min, clipped)
+        self.ignored, clipped = ignore_index, labels
+        unsigned = labels.dtype.kind == "u" and labels.dtype.itemsize == 8
+        if unsigned or not _INT64.min <= ignore_index <= _INT64.max:
+            # As int64: −1 for the ignored label, −2 for another that is no class.
+            clipped = np.array(labels, np.int64)
+            clipped[(labels < 0) | (labels >= classes)] = -2
+            clipped[labels == ignore_index] = self.ignored = -1
         self.values = _by_row(clipped, order, np.int64)
         good, self.count = _launch().rowwise.scan()(
             id(self.values), self.values.size, classes, int(self.ignored)
@@ -234,7 +238,7 @@ def _rounded(values, dtype):
     """float64 as the result's type, silently where that overflows."""
     if dtype == np.float64:
         return values
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return values.astype(dtype)
 
 
@@ -251,10 +255,17 @@ def _upstream(grad_output, order, reduction):
 _DTYPE = {"f4": np.dtype(np.float32), "f8": np.dtype(np.float64)}
 
 
+def _class_weights(weight, compute):
+    """The class weights in the type computed in, apart from any output; None stays None."""
+    if weight is None:
+        return None
+    with np.errstate(all="ignore"):
+        return np.array(weight, _DTYPE[compute], order="C")
+
+
 def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, reduction):
     """Negative log-likelihood of the labels."""
-    if weight is not None:
-        weight = np.ascontiguousarray(weight, _DTYPE[compute])
+    weight = _class_weights(weight, compute)
     plan = _launch().plan(
         "nll",
         (),
@@ -281,8 +292,7 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
 
 def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, reduction, out):
     """Gradient of `nll_loss` into `out`: zero but at the labels."""
-    if weight is not None:
-        weight = np.array(weight, _DTYPE[compute], ndmin=1)
+    weight = _class_weights(weight, compute)
     plan = _launch().plan(
         "nll_backward",
         (),
@@ -354,10 +364,10 @@ def cross_entropy(
     if out is not None and out.size:
         x, labels, lse = _apart(x, out), _apart(labels, out), _apart(lse, out)
         grad_output = _apart(grad_output, out)
-    weight_sum = float(classes)
+    weight, weight_sum = _class_weights(weight, compute), float(classes)
     if weight is not None:
-        weight = np.array(weight, _DTYPE[compute], ndmin=1)
-        weight_sum = float(weight.sum(dtype=np.float64))
+        with np.errstate(all="ignore"):
+            weight_sum = float(weight.sum(dtype=np.float64))
     smooth = smoothing > 0.0 and not soft
     options = (soft, smooth, with_loss, out is not None, lse is not None)
     plan = _launch().plan(
@@ -412,4 +422,7 @@ def cross_entropy(
     loss = None
     if with_loss:
         loss = _reduce(losses, plan, reduction, divisor, dtype)
-    return loss, _by_batch(row_lse, plan) if with_lse else None
+    if not with_lse:
+        return loss, None
+    lse = _by_batch(row_lse, plan)
+    return loss, lse if plan.batch else lse[()]

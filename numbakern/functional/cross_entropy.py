@@ -84,7 +84,7 @@ def cross_entropy(
         Class labels t of any integer type, of the logits' shape without the class axis; or class
         probabilities q, a floating array of the logits' shape.
     weight : array_like, optional
-        A weight w for each class, (C,).
+        A weight w for each class, (C,), rounded to the type computed in.
     ignore_index : int, default: -100
         Rows with this label count nothing; does not apply to probabilities.
     reduction : {"mean", "sum", "none"}, default: "mean"
@@ -93,7 +93,7 @@ def cross_entropy(
     label_smoothing : float, default: 0.0
         ε in [0, 1].
     axis : int, default: 1
-        The class axis; -1 for the (…, C) layout.
+        The class axis; -1 for the (…, C) layout. Not looked at in the unbatched case.
     return_lse : bool, default: False
         Whether to return each row's log-sum-exp too, for `cross_entropy_backward`.
 
@@ -101,13 +101,14 @@ def cross_entropy(
     -------
     loss : scalar or array
         float64 for float64 and integers, else float32. The mean of nothing is NaN.
-    lse : array of float64
+    lse : float64 scalar or array
         Only with `return_lse`: log Σ exp(x) of each row, of the labels' shape.
 
     Raises
     ------
     TypeError
-        If an argument is no array of a supported dtype, or labels are neither integers nor floats.
+        If an argument is no array of a supported dtype, labels are neither integers nor floats,
+        `axis` or `ignore_index` is no integer, or `label_smoothing` no number.
     ValueError
         If shapes do not fit, or reduction or smoothing are not valid.
     IndexError
@@ -143,6 +144,7 @@ def cross_entropy(
     checked, _ = _check(
         target, logits, labels, weight, ignore_index, reduction, label_smoothing, axis
     )
+    return_lse = arrays.truth("return_lse", return_lse)
     loss, lse = target.cross_entropy(*checked, with_loss=True, with_lse=return_lse)
     return (loss, lse) if return_lse else loss
 
@@ -199,7 +201,8 @@ def cross_entropy_backward(
     ------
     TypeError
         If an argument is no array of a supported dtype, labels are neither integers nor floats,
-        or `out` has another dtype.
+        `axis` or `ignore_index` is no integer, `label_smoothing` no number, or `out` has another
+        dtype.
     ValueError
         If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only or
         overlaps itself.
@@ -291,7 +294,8 @@ def cross_entropy_value_and_grad(
     ------
     TypeError
         If an argument is no array of a supported dtype, labels are neither integers nor floats,
-        or `out` has another dtype.
+        `axis` or `ignore_index` is no integer, `label_smoothing` no number, or `out` has another
+        dtype.
     ValueError
         If shapes do not fit, reduction or smoothing are not valid, or `out` is read-only or
         overlaps itself.

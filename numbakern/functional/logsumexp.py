@@ -70,7 +70,7 @@ def logsumexp(
     x = target.asarray("x", x)
     kind = arrays.result_kind(dtype, arrays.supported("x", x))
     axes = arrays.axes_of(axis, x.ndim)
-    shape = arrays.reduced_shape(x.shape, axes, keepdims)
+    shape = arrays.reduced_shape(x.shape, axes, arrays.truth("keepdims", keepdims))
     checked: Any = None if out is None else arrays.output(target, out, shape, kind.loss)
     result = target.logsumexp(x, axes, kind.compute, kind.loss).reshape(shape)
     if out is None:

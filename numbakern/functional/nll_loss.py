@@ -25,7 +25,7 @@ def nll_loss(
     labels : array_like of int
         Class labels t of any integer type, of log_probs' shape without the class axis.
     weight : array_like, optional
-        A weight w for each class, (C,).
+        A weight w for each class, (C,), rounded to the type computed in.
     ignore_index : int, default: -100
         Rows with this label count nothing: loss 0, and left out of the mean.
     reduction : {"mean", "sum", "none"}, default: "mean"
@@ -41,7 +41,8 @@ def nll_loss(
     Raises
     ------
     TypeError
-        If an argument is no array of a supported dtype, or the labels are not integers.
+        If an argument is no array of a supported dtype, or the labels, `axis` or `ignore_index` are
+        not integers.
     ValueError
         If shapes do not fit, or the reduction is unknown.
     IndexError
@@ -125,8 +126,8 @@ def nll_loss_backward(
     Raises
     ------
     TypeError
-        If an argument is no array of a supported dtype, the labels are not integers, or `out`
-        has another dtype.
+        If an argument is no array of a supported dtype, the labels, `axis` or `ignore_index` are
+        not integers, or `out` has another dtype.
     ValueError
         If shapes do not fit, the reduction is unknown, or `out` is read-only or overlaps itself.
     IndexError
