@@ -129,8 +129,12 @@ class Emulator:
             (families._BY_PACKAGE, "tests", HostFamily),
             (launch, "devices", [Queue.device]),
         )
+        self.caches = families._named, families.of
 
     def install(self, stack):
+        for cache in self.caches:  # another emulator may have been there
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
         for where, name, value in self.patches:
             if isinstance(where, dict):
                 stack.enter_context(mock.patch.dict(where, {name: value}))
