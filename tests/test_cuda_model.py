@@ -7,6 +7,7 @@ with its trace, and holds the predicted times to the smooth curve.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 from collections import Counter
@@ -424,15 +425,17 @@ def test_how_a_row_is_divided_does_not_depend_on_the_batch(operation, kind):
     assert len(set(few)) > 8
 
 
-def test_every_change_of_kernel_is_a_threshold():
-    """Against a search of every number up to 5000."""
+@pytest.mark.parametrize("step", [2, 8])
+def test_every_change_of_kernel_is_a_threshold(step):
+    """Against a search of every odd number, or every multiple of 8, up to 5000."""
 
     def spec(classes):
         plan, _ = codegen.call("log_softmax", "bf", 64, classes, "shifted")
         return plan.steps[0].spec, plan.steps[0].block
 
-    changes = [n for n in range(2, 5001) if spec(n) != spec(n - 1)]
-    found = predictions.thresholds("log_softmax", "bf", 64)
+    numbers = range(1 if step == 2 else step, 5001, step)
+    changes = [n for m, n in itertools.pairwise(numbers) if spec(m) != spec(n)]
+    found = predictions.thresholds("log_softmax", "bf", step, 64)
     assert [n for n in found if n <= 5000] == changes
 
 

@@ -3,7 +3,8 @@
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
 holds in registers are a block each. For longer ones there are
 
-- a block each, which reads the row once to reduce it and once more to map it;
+- a block each, which reads the row once to reduce it and once more to map it; one at a time on a
+  multiprocessor, by asking for more than half of its shared memory;
 - several blocks each, where there are too few rows to fill the machine: a launch that reduces and
   one that joins and maps, the parts' sums waiting in global memory in between;
 - a block each that keeps the row in its shared memory (`Machine.shelf`);
@@ -115,13 +116,13 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     if not part.chunks:
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     if numbers:
-        together = _together(parts, count, 8 * parts * numbers, shelf, machine)
+        together = _together(parts, count, 8 * parts * numbers, shelf, maps, machine)
         if together:
             return together
     return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(parts, count, board, shelf, machine):
+def _together(parts, count, board, shelf, maps, machine):
     """`launches` of a block or a cluster for each row; None where that is not the way."""
 
     def one(kept, blocks):
@@ -144,7 +145,11 @@ def _together(parts, count, board, shelf, machine):
             return found, constants
         blocks *= 2
     if count >= 2 * machine.multiprocessors and board <= BOARD:
-        return one("no", 1)
+        (launch,), constants = one("no", 1)
+        if maps:
+            # Each row is read twice: the fewer there are at once, the more of them L2 still has.
+            launch = launch._replace(shared=max(board, machine.shared // 2 + 1))
+        return [launch], constants
     return None
 
 
