@@ -827,6 +827,13 @@ def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
         assert shared <= machine.shared
 
 
+def test_rows_that_are_read_twice_are_few_at_once():
+    """One on a multiprocessor; those that are only reduced as many as there is room for."""
+    (mapped,), (reduced,) = (ways_of(128256, 264, maps=maps) for maps in (True, False))
+    assert 2 * mapped.shared > MACHINE.shared >= mapped.shared
+    assert reduced.shared <= ways.BOARD and reduced.way == mapped.way
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 64])
 def test_few_long_rows_find_many_blocks(count):
     """1 to 64 rows of 128256: as many threads as there are elements for, or the machine is full."""

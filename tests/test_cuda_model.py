@@ -235,6 +235,18 @@ def test_loads_that_nothing_comes_of_are_not_counted(monkeypatch):
     assert traced(monkeypatch, body).read == {"a": 0}
 
 
+def test_lines_are_looked_up_four_at_a_time(monkeypatch):
+    def body(frame):
+        place = frame.a + (convert(frame.thread, "i8") << 7)
+        (word,) = load(place, 4, 1)
+        (other,) = load(place, 4, 1, frame.thread < 9)
+        load(place, 4, 1)  # nothing comes of it
+        store(at(frame, "out"), 4, [word + other])
+
+    # Each of two warps: 32 lines, 8 cycles; 9 lines of the first one, 3; one line written.
+    assert traced(monkeypatch, body).looked_up == {"a": 2 * 8 + 3, "out": 2}
+
+
 def test_rounds_and_shares_of_warps(monkeypatch):
     def body(frame):
         def once(i, total):
@@ -350,10 +362,20 @@ GPU = H100._replace(
 )  # fmt: skip
 
 
-def by_hand(monkeypatch, opcodes, grid, read, written=0.0, registers=32, block=128, array=math.inf):
+def by_hand(
+    monkeypatch,
+    opcodes,
+    grid,
+    read,
+    written=0.0,
+    registers=32,
+    block=128,
+    array=math.inf,
+    lookups=0,
+):
     """The Bounds of a kernel of these instructions, whose blocks touch so many bytes."""
     made = scope()
-    made.read, made.written = {"x": read}, {"out": written}
+    made.read, made.written, made.looked_up = {"x": read}, {"out": written}, {"x": lookups}
     program = codegen.Program(straight(*opcodes, "EXIT"), ())
     monkeypatch.setattr(model, "_compiled", lambda *_: (program, used(registers)))
     monkeypatch.setattr(model, "footprint", lambda *_: made)
@@ -379,6 +401,12 @@ def test_instructions_bound_the_time(monkeypatch):
     assert b.seconds == pytest.approx(b.issue)
     b = by_hand(monkeypatch, ["F2F.F64.F32"] * 9999, 1600, read=64.0)
     assert (b.bound, b.seconds) == ("convert", pytest.approx(160 * 9999 * 8 * 1e-9))
+
+
+def test_lookups_bound_the_time(monkeypatch):
+    b = by_hand(monkeypatch, ["FADD"], 1600, read=64.0, lookups=5000)
+    # 160 blocks a multiprocessor, which looks four lines up a cycle
+    assert (b.bound, b.seconds) == ("lookup", pytest.approx(160 * 5000 * 1e-9))
 
 
 def test_the_latency_bounds_few_blocks_and_a_tail(monkeypatch):

@@ -54,10 +54,10 @@ def safe(m):
 def exponentials(m, elem):
     """How to take exp(x − m) in `elem`: ((base, magic, floor) in elem, factor in float64).
 
-    Of an m that is not finite every exponential is that of the floor: finite.
+    Of an m of +inf or NaN every exponential is that of the floor: finite.
     """
     base, magic, floor, factor = centre(safe(m), elem)
-    base = where(is_finite(m), base, m)
+    base = where(m < math.inf, base, m)
     return [convert(v, elem) for v in (base, magic, floor)], factor
 
 
