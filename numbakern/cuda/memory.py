@@ -215,16 +215,29 @@ class Whole:
         """Bytes from a row's start to its element number j."""
         return j * self.format.size
 
-    def numbers(self, words):
-        """The numbers in what `load` gave."""
+    def numbers(self, words, _n=0):
+        """The numbers in what `load` gave of a group."""
         return self.format.elements(words)
 
+    def flat(self, groups):
+        """All words of a lane's groups, in their order."""
+        return [word for words in groups for word in words]
+
+    def grouped(self, words, count):
+        """The words of `count` groups, from what `flat` gave."""
+        each = len(words) // count
+        return [words[i : i + each] for i in range(0, len(words), each)]
+
+    def count(self, groups):
+        """How many words `flat` gives of so many groups."""
+        return -(-groups * self.bytes // max(4, self.word))
+
     def largest(self, words):
-        """The largest of the numbers in such words; NaN if one is."""
+        """The largest of the numbers in what `flat` gave; NaN if one is."""
         kind = self.format.kind
         if kind in ("f2", "bf"):
             words = [tree(words, lambda a, b: larger_halves(a, b, kind))]
-        return max_tree(self.numbers(words))
+        return max_tree(self.format.elements(words))
 
     def _words(self, numbers):
         """What is written of a group."""
@@ -251,18 +264,36 @@ class Whole:
 
 
 class Single(Whole):
-    """Rows of whole groups that start anywhere, element by element."""
+    """Rows of whole groups that start anywhere, element by element; halves are kept in pairs."""
 
     def __init__(self, fmt, group):
         super().__init__(fmt, group, fmt.size)
+        self.paired = fmt.size == 2
 
-    def numbers(self, words):
-        """As Whole.numbers."""
-        return [self.format.number(word) for word in words]
+    def load(self, place, groups):
+        """As Whole.load."""
+        found = super().load(place, groups)
+        if not self.paired:
+            return found
+        halves = [half for group in found for half in group]
+        if len(halves) % 2:
+            halves.append(constant(halves[0], self.format.fill_single, "i4"))
+        return self.grouped(self.format.joined(halves), len(found))
 
-    def largest(self, words):
-        """As Whole.largest."""
-        return max_tree(self.numbers(words))
+    def flat(self, groups):
+        """As Whole.flat."""
+        return super().flat(groups[::2] if self.paired and self.group == 1 else groups)
+
+    def grouped(self, words, count):
+        """As Whole.grouped; two groups of one half share a word."""
+        if self.paired and self.group == 1:
+            return [[words[n // 2]] for n in range(count)]
+        return super().grouped(words, count)
+
+    def numbers(self, words, n=0):
+        """As Whole.numbers, of group number n."""
+        found = self.format.elements(words)
+        return found[n % 2 :][:1] if self.paired and self.group == 1 else found
 
     def _words(self, numbers):
         return [self.format.word_of(v) for v in numbers]
@@ -401,9 +432,13 @@ class Strided:
         """As Whole.distance."""
         return j * step
 
-    def numbers(self, words):
+    def numbers(self, words, _n=0):
         """As Whole.numbers."""
         return words
+
+    def flat(self, groups):
+        """As Whole.flat."""
+        return [number for numbers in groups for number in numbers]
 
     def largest(self, words):
         """As Whole.largest."""

@@ -303,11 +303,11 @@ def draw(sweeps, path: Path) -> None:
             sharex=True,
         )  # fmt: skip
         for axes, ((operation, kind), points) in zip(panels.flat, sweeps.items(), strict=False):
-            for access, colour, label in zip(
-                ("shifted", "whole"), colours[::-1], ("rows start anywhere", "at 16 bytes"),
+            for layout, colour, label in zip(
+                ("shifted", "whole"), colours[::-1], ("array starts anywhere", "at 16 bytes"),
                 strict=True,
             ):  # fmt: skip
-                shown = [p for p in points if p.access == access]
+                shown = [p for p in points if p.layout == layout]
                 axes.plot(
                     [p.classes for p in shown], [p.copies for p in shown], color=colour,
                     linewidth=0.8, label=label,

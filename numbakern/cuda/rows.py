@@ -186,7 +186,7 @@ class Lane:
         inputs = self.walker.inputs
         nothing = [None] * self.part.group
         columns = (
-            inputs[name].numbers(self.words[name][v]) if name in inputs else nothing
+            inputs[name].numbers(self.words[name][v], v) if name in inputs else nothing
             for name in ("x", "y", "w")
         )
         for i, values in enumerate(zip(*columns, strict=True)):
@@ -197,8 +197,8 @@ class Lane:
         lanes = min(self.part.lanes, WARP)
         if not op.softmax:
             return [team_sum(sum_of_terms(op, self.row, self.left, self.numbers()), lanes)]
-        words = [word for group in self.words["x"] for word in group]
-        m = convert(team_max(self.walker.inputs["x"].largest(words), lanes), "f8")
+        x = self.walker.inputs["x"]
+        m = convert(team_max(x.largest(x.flat(self.words["x"])), lanes), "f8")
         share = share_of(op, self.row, self.left, self.numbers(), m)
         return [m, *(convert(team_sum(v, lanes), "f8") for v in share.known)]
 
@@ -404,7 +404,8 @@ class Shelf:
     """
 
     def __init__(self, lane, address, parts, walker):
-        self.pieces, self.vectors = shelved(walker.part, walker.inputs), walker.part.vectors
+        self.inputs, self.vectors = walker.inputs, walker.part.vectors
+        self.pieces = shelved(walker.part, walker.inputs)
         self.address, self.last = address + lane * ACCESS, parts - 1
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
@@ -415,7 +416,7 @@ class Shelf:
     def put(self, n, words, there):
         """Keep the words of part n, where `there`."""
         for place, size, name, at, count in self._places(n):
-            flat = [word for group in words[name] for word in group]
+            flat = self.inputs[name].flat(words[name])
             put_shared_words(place, size, flat[at : at + count], there)
 
     def get(self, n):
@@ -423,12 +424,7 @@ class Shelf:
         flat = {}
         for place, size, name, _, count in self._places(smaller_integer(n, self.last)):
             flat.setdefault(name, []).extend(shared_words(place, size, count))
-        return {name: _in_groups(found, self.vectors) for name, found in flat.items()}
-
-
-def _in_groups(words, count):
-    each = len(words) // count
-    return [words[i : i + each] for i in range(0, len(words), each)]
+        return {n: self.inputs[n].grouped(words, self.vectors) for n, words in flat.items()}
 
 
 def shelved(part, inputs):
@@ -436,7 +432,7 @@ def shelved(part, inputs):
     pieces = []
     for name, access in inputs.items():
         if access.wide:
-            size, total = max(4, access.word), part.vectors * (access.bytes // access.word)
+            size, total = max(4, access.word), access.count(part.vectors)
             at = 0
             while at < total:
                 count = min(ACCESS // size, 1 << ((total - at).bit_length() - 1))
