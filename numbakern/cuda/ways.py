@@ -31,7 +31,7 @@ EVEN = 8
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 READ_AGAIN = 205 << 10
-"""Bytes of rows that L2 keeps for each multiprocessor: half of an H100's 50 MB, and a little more."""
+"""Bytes of rows that L2 keeps for each multiprocessor: a little over half of an H100's 50 MB."""
 NEIGHBOURS = 8
 """Rows side by side that are worth a thread each: what a sector of float32 holds."""
 THREADS = 64
