@@ -321,12 +321,13 @@ def test_a_row_is_read_and_written_as_its_length_says(operation, layout, kind):
         read, written = (_bytes(plan, layouts, what) for what in ("read", "written"))
         # What lies at a row's two ends, or at those of its chunks, is in two sectors.
         slack = 0.03 * array + rows * 4 * footprint.SECTOR
-        assert array <= written["out"] <= array + slack
+        least = array * (1 - 1e-12)  # rounds of a loop are added up by their shares
+        assert least <= written["out"] <= array + slack
         for name in ("x", "y") if operation == "softmax_backward" else ("x",):
             held = params["walker"] == "rows" and classes <= 8192
             times = 1 if held else round(read[name] / array)
             assert 1 <= times <= 3
-            assert times * array <= read[name] <= times * (array + slack)
+            assert times * least <= read[name] <= times * (array + slack)
 
 
 # ---------------------------------------------------------------- the bounds, by hand
