@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 
+import ml_dtypes
 import numba
 import numpy as np
 from llvmlite import ir
@@ -29,6 +30,7 @@ from numbakern.cuda.device import Kernel, Value
 WARP = 32
 LANES_AT_ONCE = 1 << 17
 SHARED = 227 << 10  # bytes that a block can have
+EXP2_ERROR = 2.0  # ulp from the rounded 2**v: the most that PTX says of ex2.approx
 DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 
 
@@ -161,18 +163,33 @@ class Emulator:
         return bits.astype(np.int32), (bits >> 32).astype(np.int32)
 
     def half_to_single(self, word, high):
-        word = np.asarray(word).view(np.uint32)
-        half = (word >> 16 if high else word & 0xFFFF).astype(np.uint16)
-        return half.view(np.float16).astype(np.float32)
+        return _halves(word, high).view(np.float16).astype(np.float32)
 
     def pack_halves(self, low, high, kind):
         to_bits = _bfloat16_bits if kind == "bf" else _float16_bits
         return (to_bits(low) | to_bits(high) << np.uint32(16)).view(np.int32)
 
+    def larger_halves(self, a, b, kind):
+        dtype = ml_dtypes.bfloat16 if kind == "bf" else np.float16
+        low, high = (
+            np.maximum(*(_halves(v, part).view(dtype).astype(np.float32) for v in (a, b)))
+            for part in (False, True)
+        )
+        return self.pack_halves(low, high, kind)
+
     def funnel(self, low, high, bits):
         low, high = (np.asarray(v).view(np.uint32).astype(np.uint64) for v in (low, high))
         word = (high << np.uint64(32) | low) >> np.asarray(bits).astype(np.uint64)
         return word.astype(np.uint32).view(np.int32)
+
+    def one_below(self, x, top, elem):
+        return np.less(x, top).astype(DTYPE[elem])
+
+    def exp2(self, v):
+        """As far off as the hardware may be, always to the same side: in a sum that adds up."""
+        rounded = np.exp2(np.asarray(v, np.float64)).astype(np.float32)
+        ulp = np.where(rounded < 1.0, 2.0**-24, 2.0**-23)
+        return np.where(v == 0, 1.0, rounded + EXP2_ERROR * ulp).astype(np.float32)
 
     # -- threads
 
@@ -402,6 +419,12 @@ class _Shared:
             raise Fault("two threads write to the same place of shared memory")
         self.written[where] = now
         self.values[where] = raw
+
+
+def _halves(words, high):
+    """The bits of the low or high half of each word."""
+    words = np.asarray(words).view(np.uint32)
+    return (words >> 16 if high else words & 0xFFFF).astype(np.uint16)
 
 
 def _float16_bits(v):

@@ -144,7 +144,9 @@ def test_family_of_rows(dtype, classes):
         lse = np.empty(len(x), cases.loss_type(dtype))
         run("logsumexp", {"x": x, "row_lse": lse}, 1)
         want = reference.logsumexp(x, work=WORK)
-        assert accuracy.errors(lse, want, lse.dtype, np.maximum(abs(want), 1)).max() <= 1.0
+        # Of halves: 2 ulp from the rounded exp2 on, and one rounding.
+        allowed = 1.0 if dtype in (float32, float64) else 3.0
+        assert accuracy.errors(lse, want, lse.dtype, np.maximum(abs(want), 1)).max() <= allowed
 
 
 @pytest.mark.parametrize("dtype, classes", list(every_count()))
@@ -233,9 +235,9 @@ def test_cross_entropy(dtype, classes, soft, smoothing, weighted, reduction):
     run("cross_entropy", {"x": x, "loss": loss, "row_lse": lse, **targets}, 1, **call)
     close(loss, want, result)
     want_lse = reference.logsumexp(x, work=WORK)
-    assert accuracy.errors(lse, want_lse, float64, np.maximum(abs(want_lse), 1)).max() <= (
-        1.0 if dtype == float64 else 2.0**27
-    )
+    # A quarter of a float32's ulp; of halves, whose exponentials are the hardware's, one.
+    allowed = {float64: 1.0, float32: 2.0**27}.get(np.dtype(dtype), 2.0**29)
+    assert accuracy.errors(lse, want_lse, float64, np.maximum(abs(want_lse), 1)).max() <= allowed
 
     g = cases.generator(3).normal(0, 1, len(x) if reduction == "none" else ()).astype(np.float32)
     want = reference.cross_entropy_backward(g, x, labels, work=WORK, **options)
@@ -640,6 +642,34 @@ def test_accuracy_of_hard_rows(dtype, name):
         assert accuracy.errors(out, want, dtype, flushed=True).max() <= 4.0
 
 
+HALF_ROWS = [
+    (bfloat16, -2.0, name) for name in accuracy.FAMILIES
+] + [
+    (dtype, 2.0, name)
+    for dtype in (bfloat16, float16)
+    for name in accuracy.FAMILIES
+    if dtype == bfloat16 or name not in ("offset 1e5", "scale 500")  # float16 ends at 65504
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, off, name", HALF_ROWS)
+def test_accuracy_of_hard_rows_of_halves(dtype, off, name, monkeypatch):
+    """The bounds of the specification, with the hardware's exp2 as far off as it may be."""
+    monkeypatch.setattr(emulator, "EXP2_ERROR", off)
+    for classes in [2] if name == "[0, -30]" else [2, 10, 1000]:
+        rows = accuracy.rows_of(name, classes, dtype)
+        x, index, out = rows.x, np.arange(len(rows.x)), empty_like(rows.x)
+        run("log_softmax", {"x": x, "out": out}, 1)
+        assert accuracy.errors(out, rows.logp, dtype).max() <= 1.0
+        for labels in list(accuracy.measured_labels(rows))[::2]:
+            loss = np.zeros(len(x), float32)
+            run("cross_entropy", {"x": x, "labels": labels, "loss": loss, "out": out}, 1)
+            errors = accuracy.errors(loss, -rows.logp[index, labels], float32)
+            assert np.all(errors <= 4 + accuracy.allowance(rows)[index, labels])
+            want, _ = accuracy.label_gradient(rows, labels)
+            assert accuracy.errors(out, want, dtype, flushed=True).max() <= 1.0
+
+
 # --- the machine notices -------------------------------------------------------------------------
 
 
@@ -795,6 +825,13 @@ def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
         assert 32 * way.warps <= threads <= 512
         assert grid % cluster == 0
         assert shared <= machine.shared
+
+
+def test_rows_that_are_read_twice_are_few_at_once():
+    """One on a multiprocessor; those that are only reduced as many as there is room for."""
+    (mapped,), (reduced,) = (ways_of(128256, 264, maps=maps) for maps in (True, False))
+    assert 2 * mapped.shared > MACHINE.shared >= mapped.shared
+    assert reduced.shared <= ways.BOARD and reduced.way == mapped.way
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64])

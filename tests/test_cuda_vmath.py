@@ -17,7 +17,7 @@ from numbakern.cuda import device
 from numbakern.cuda.device import Value
 from numbakern.cuda.kernels import quotient
 from numbakern.cuda.softmax import exponentials, scaled_exp
-from tests import accuracy, cases
+from tests import accuracy, cases, emulator
 from tests.cases import float32, float64
 from tests.emulator import Emulator, Fault, Memory
 
@@ -93,6 +93,45 @@ def test_exponentials_below_a_maximum(machine, dtype, m):
     assert (np.abs(got - want) / accuracy.ulp(want, dtype)).max() <= 2.0
     tiny = device.convert(below, "f8").value.flat[0] * WORK(factor.value.flat[0])
     assert tiny < accuracy.smallest_normal(dtype) * WORK(2) ** -40
+
+
+@pytest.mark.parametrize("off", [2.0, -2.0])
+@pytest.mark.parametrize("m", [0.0, 1.5, -37.25, 300.0, 511.0, -514.0, 1e5])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_exponentials_of_every_half(machine, dtype, m, off, monkeypatch):
+    """exp(x − m) of all halves that are not above m, by an exp2 as far off as it may be."""
+    monkeypatch.setattr(emulator, "EXP2_ERROR", off)
+    with np.errstate(all="ignore"):
+        m = float(np.array(m).astype(dtype)) if m < 65504 else 60000.0
+        every = np.arange(65536, dtype=np.uint16).view(dtype).astype(np.float32)
+        params, factor = exponentials(value(machine, np.full(count(machine), m)), "f4")
+        for x in np.array_split(every, 65536 // count(machine)):
+            e = scaled_exp(value(machine, x), *params, True)
+            got = device.convert(e, "f8").value.ravel().astype(WORK) * factor.value.flat[0]
+            want = np.exp(x.astype(WORK) - WORK(m))
+            inside = (x <= m) & (x >= m - 80.0)
+            # 2 ulp from the rounded 2**f, and as much as all the rest is off.
+            assert np.all(abs(got - want)[inside] <= 3 * 2.0**-23 * want[inside])
+            assert np.all(got[~(x >= m - 120.0)] < 2.0**-170)
+            assert np.all(np.isfinite(got[x <= m]))
+
+
+def test_one_below(machine):
+    x = np.resize(np.array([1.0, 2.0, -np.inf, np.nan, -0.0], np.float32), count(machine))
+    for dtype in (np.float32, np.float64):
+        got = device.one_below(value(machine, x.astype(dtype)), 2.0)
+        np.testing.assert_array_equal(got.value.ravel(), np.where(x < 2, 1, 0).astype(dtype))
+
+
+@pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])
+def test_larger_halves(machine, kind, dtype):
+    """Both halves of a word at once: NaN if one is."""
+    a, b = cases.generator(6).integers(0, 65536, (2, 2 * count(machine))).astype(np.uint16)
+    words = (value(machine, v.view(np.int32)) for v in (a, b))
+    got = device.larger_halves(*words, kind).value.ravel().view(np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        want = np.maximum(a.view(dtype).astype(np.float32), b.view(dtype).astype(np.float32))
+    np.testing.assert_array_equal(got.astype(np.float32), want)
 
 
 @cases.dtypes(float32, float64)

@@ -16,10 +16,10 @@ from numbakern.cuda.ways import MACHINE
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 KINDS = ("f4", "bf", "f2", "f8")
 COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
-    "f4": (32, 1000, 4096, 65536),
-    "bf": (64, 1024, 4096, 65536),
-    "f2": (64, 1024, 4096, 65536),
-    "f8": (16, 128, 2048, 65536),
+    "f4": (64, 1000, 4096, 65536),
+    "bf": (128, 2048, 8192, 65536),
+    "f2": (128, 2048, 8192, 65536),
+    "f8": (32, 512, 2048, 65536),
 }
 ROWS = 16384
 """Enough that no way for few of them is taken."""
@@ -153,7 +153,8 @@ def cases(operations=OPERATIONS, kinds=KINDS):
             counts = COUNTS[kind]
             for classes in counts if operation != "nll_loss" else counts[:1]:
                 yield case(operation, kind, classes)
-                yield case(operation, kind, classes + 1, "shifted")
+                yield case(operation, kind, classes, "shifted")
+                yield case(operation, kind, classes + 1)
             yield case(operation, kind, 21, "columns")
             yield case(operation, kind, counts[1], "columns")
 

@@ -145,7 +145,7 @@ class Slots:
         def share(lane):
             return share_of(op, self.row, lane.left, lane.numbers(), m).known
 
-        zeros = [constant(self.first, 0, "i4")] + [zero] * (width(op) - 2)
+        zeros = [constant(self.first, 0.0, op.elem)] + [zero] * (width(op) - 2)
         return [m, *(convert(v, "f8") for v in self._combined(share, operator.add, zeros))]
 
     def map(self, op, params):

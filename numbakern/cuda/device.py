@@ -175,6 +175,17 @@ def at_least(x, low):
     return x.like(x.machine.at_least(x.value, low.value, x.elem))
 
 
+def one_below(x, top):
+    """1 where x < top, 0 elsewhere, as numbers of their kind."""
+    x, top = _together(x, top)
+    return x.like(x.machine.one_below(x.value, top.value, x.elem))
+
+
+def exp2(v):
+    """2**v of float32 from −1 to 1, at most 2 ulp off: an instruction of its own."""
+    return v.like(v.machine.exp2(v.value))
+
+
 def smaller_integer(a, b):
     """The smaller of two integers."""
     a, b = _together(a, b)
@@ -273,6 +284,11 @@ def unpack_half(word, high, kind):
 def pack_halves(low, high, kind):
     """Two float32 rounded to halves (f2 or bf) in one word."""
     return low.like(low.machine.pack_halves(low.value, high.value, kind), "i4")
+
+
+def larger_halves(a, b, kind):
+    """The larger of the two halves (f2 or bf) each in two words; NaN if one is."""
+    return a.like(a.machine.larger_halves(a.value, b.value, kind))
 
 
 def funnel(low, high, bits):

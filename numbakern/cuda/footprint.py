@@ -18,6 +18,8 @@ from numbakern.cuda.plan import kernel_of
 WARP = 32
 SECTOR = 32
 """Bytes that L2 and DRAM move at once."""
+LINE, LINES = 128, 4
+"""Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 SAMPLE = 4
 """Neighbouring blocks that are traced, from the middle of the grid."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
@@ -46,6 +48,8 @@ class Scope:
         Loops and branches in it, in the order they were traced in.
     read, written : dict of str to float
         Bytes of whole sectors of each array that a block touches in one round, parts left out.
+    looked_up : dict of str to float
+        Cycles that its accesses of each array take to find their lines in L1.
     again : {"", "l1", "l2"}
         What holds all that it reads: L1 if it was read around a branch, L2 if in a loop before.
     """
@@ -55,6 +59,7 @@ class Scope:
         self.parts: list[Scope] = []
         self.read: dict[str, float] = {}
         self.written: dict[str, float] = {}
+        self.looked_up: dict[str, float] = {}
         self.again = ""
 
     def times(self, share):
@@ -64,7 +69,7 @@ class Scope:
         return made
 
     def total(self, what):
-        """Bytes of each array over all rounds, parts included."""
+        """What there is of each array over all rounds, parts included."""
         sums: Counter[str] = Counter(getattr(self, what))
         for part in self.parts:
             sums.update(part.total(what))
@@ -100,14 +105,15 @@ class _Raw:
 
     def __init__(self, kind, weight=1.0, fixed=False):
         self.kind, self.weight, self.fixed = kind, weight, fixed
-        self.accesses = []  # (read or written, array or None, sectors, what was loaded)
+        # (read or written, array or None, sectors, what was loaded, cycles of looking up)
+        self.accesses = []
         self.parts = []  # _Raw of a branch, or [(_Raw, rounds it stands for), …] of a loop
 
     @property
     def live(self):
         """Whether the compiler leaves any of it."""
         rounds = [[(part, 1)] if isinstance(part, _Raw) else part for part in self.parts]
-        return any(what == "written" or of.live for what, _, _, of in self.accesses) or any(
+        return any(what == "written" or of.live for what, _, _, of, _ in self.accesses) or any(
             raw.live for part in rounds for raw, _ in part
         )
 
@@ -115,7 +121,7 @@ class _Raw:
         """The sectors of an array, those of loads that nothing comes of left out."""
         found = [
             sectors
-            for which, array, sectors, of in self.accesses
+            for which, array, sectors, of, _ in self.accesses
             if which == what and array == name and (of is None or of.live)
         ]
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
@@ -123,7 +129,10 @@ class _Raw:
     def settled(self, blocks, around=None):
         """The Scope, from accesses of `blocks` blocks; a branch in the code `around` it."""
         scope, near = Scope(self.kind, self.weight, self.fixed), []
-        for what, name in {(what, name) for what, name, _, _ in self.accesses if name}:
+        for _, name, _, of, cycles in self.accesses:
+            if name and (of is None or of.live):
+                scope.looked_up[name] = scope.looked_up.get(name, 0.0) + cycles / blocks
+        for what, name in {(what, name) for what, name, *_ in self.accesses if name}:
             sectors = self.touched(what, name)
             if around is not None and sectors.size:
                 there = np.isin(sectors, around.touched(what, name))
@@ -156,7 +165,7 @@ def _merged(rounds):
 
 def _add(to, scopes, shares):
     """Put the mean of Scopes, weighed with these shares, into another one."""
-    for what in ("read", "written"):
+    for what in ("read", "written", "looked_up"):
         mean: Counter[str] = Counter()
         for scope, share in zip(scopes, shares, strict=True):
             mean.update({name: n * share for name, n in getattr(scope, what).items()})
@@ -212,7 +221,9 @@ class _Tracer:
         return _Unknown(*values)
 
     fma = maximum = at_least = join = half_to_single = pack_halves = funnel = _unknown
-    shuffle_xor = shuffle_from = shared = dynamic_shared = _unknown
+    one_below = exp2 = larger_halves = shuffle_xor = shuffle_from = shared = dynamic_shared = (
+        _unknown
+    )
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)
@@ -284,18 +295,19 @@ class _Tracer:
 
     def _touch(self, what, address, width, mask, of):
         """Note the sectors of an access; gives the name of the array."""
-        name, sectors = None, np.empty(0, np.int64)
+        name, sectors, cycles = None, np.empty(0, np.int64), 0
         if not _is_unknown(address):
             name = self.names[int(np.max(address)) >> _BASE_BITS]
             mask = self.active if mask is None else self.binary("and", self.active, mask, "b1")
             mask = np.True_ if _is_unknown(mask) else mask
             place = np.arange(len(self.blocks), dtype=np.int64)[:, None]
             mask, address, place = (np.broadcast_to(v, self.shape) for v in (mask, address, place))
+            cycles = _lookups(np.where(mask, address // LINE, -1).reshape(-1, WARP))
             address, place = address[mask], place[mask]
             ends = [address] if width == 1 else [address, address + (width - 1)]
             # A number for each sector and block, so that the traced blocks are told apart.
             sectors = np.concatenate([e // SECTOR * len(self.blocks) + place for e in ends])
-        self.scope.accesses.append((what, name, sectors, of))
+        self.scope.accesses.append((what, name, sectors, of, cycles))
         return name
 
     def load(self, address, size, count, mask, _fill, _foreign):
@@ -319,6 +331,13 @@ class _Tracer:
     def atomic_min(self, address, v, mask):
         """Rare, a label that is no class: its bytes are not counted."""
         _Unknown(address, v, mask).keep()
+
+
+def _lookups(lines):
+    """Cycles of L1 to look up the lines of some warps' accesses; −1 for a thread that has none."""
+    lines = np.sort(lines, axis=1)
+    new = np.diff(lines, axis=1, prepend=-1) != 0
+    return int(np.sum(-(-np.count_nonzero(new, axis=1) // LINES)))
 
 
 @functools.lru_cache(maxsize=1024)

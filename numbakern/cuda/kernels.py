@@ -1,8 +1,8 @@
 """The operations: a reduction, a finish, a map, over any walker (`rows`, `columns`).
 
 An operation names what it reduces (`softmax`, or the sum of its `term`), what it makes of that for
-the whole row (`finish`, which writes what there is one of a row) and of each element: `value` is
-given the class of a lane's first element, and how many elements behind it this one is.
+the whole row (`finish`, which writes what there is one of a row) and of each element (`value`), of
+which there may be one `exception`.
 """
 
 import math
@@ -81,6 +81,7 @@ class Operation:
 
     softmax = sums = linear = False
     exponential = False  # whether the map takes exponentials
+    halves = False  # whether x is float16 or bfloat16
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
@@ -108,11 +109,18 @@ class Operation:
         return row
 
     def begin(self, frame, row, at):
-        """What is to be known of a row before it is read; `at` has the arrays' addresses."""
+        """Read what there is one of a row, without waiting; `at` has the arrays' addresses."""
+
+    def settle(self, frame, row):
+        """What is to be known of a row before it is reduced; may wait for what `begin` reads."""
 
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
         return params
+
+    def exception(self, _params):
+        """(class, its result) of the one element that `value` does not give; None for none."""
+        return None
 
 
 class LogSoftmax(Operation):
@@ -126,7 +134,7 @@ class LogSoftmax(Operation):
         _, _, log_sum = row_log_sum(m, share, self.elem)
         return convert(m, self.elem), convert(log_sum, self.elem)
 
-    def value(self, params, _first, _i, x, _y, _w):
+    def value(self, params, x, _y, _w):
         """log softmax(x)."""
         return formulas.log_softmax_value(x, *params)
 
@@ -146,9 +154,9 @@ class Softmax(Operation):
         """The parameters of `probability`."""
         return normalise(*params, self.elem, m)
 
-    def value(self, params, _first, _i, x, _y, _w):
+    def value(self, params, x, _y, _w):
         """softmax(x); rounding may end one ulp above 1."""
-        p = probability(x, *params)
+        p = probability(x, *params, self.halves)
         return where(p > 1.0, 1.0, p)
 
 
@@ -163,9 +171,9 @@ def normalise(m, total, log_sum, elem, part=None):
     return *params, scale, part if part is None else convert(decay(part, m), elem)
 
 
-def probability(x, base, magic, floor, scale, less):
+def probability(x, base, magic, floor, scale, less, halves):
     """exp(x − m) / Σ."""
-    p = scaled_exp(x, base, magic, floor) * scale
+    p = scaled_exp(x, base, magic, floor, halves) * scale
     # Their product may be subnormal where the probability is not.
     return p if less is None else p * less
 
@@ -203,7 +211,7 @@ class LogSoftmaxBackward(Operation):
         """The sum."""
         return (convert(total, self.elem),)
 
-    def value(self, params, _first, _i, grad, y, _w):
+    def value(self, params, grad, y, _w):
         """The gradient."""
         return formulas.log_softmax_grad(grad, exp(y), *params)
 
@@ -221,7 +229,7 @@ class SoftmaxBackward(Operation):
         """The sum in two parts, since grad − Σ cancels where a row is confident."""
         return in_two(total, self.elem)
 
-    def value(self, params, _first, _i, grad, y, _w):
+    def value(self, params, grad, y, _w):
         """The gradient."""
         high, low = params
         return formulas.softmax_grad(grad - high, y, low)
@@ -249,9 +257,13 @@ class Labels:
     def __init__(self, fmt, ignores):
         self.format, self.ignores = fmt, ignores
 
-    def read(self, frame, row, address):
+    def read(self, row, address):
+        """Read the row's label."""
+        row.raw_label = load(address, self.format.size, 1)[0]
+
+    def check(self, frame, row):
         """Set label, skip (is ignored) and bad; a label that counts for nothing is class 0."""
-        t = self.format.integer(load(address, self.format.size, 1)[0])
+        t = self.format.integer(row.raw_label)
         bad = (t < 0) | (t >= frame.classes)
         row.skip = constant(t, False, "b1")
         if self.ignores:
@@ -305,14 +317,28 @@ class CrossEntropy(Operation):
         self.sums = given and self.summed
 
     def begin(self, frame, row, at):
-        """Read what there is one of a row."""
+        """As Operation.begin."""
         row.keep, row.spread = frame.keep, frame.spread
         row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
-        row.at, zero = at, constant(frame.classes, 0.0, "f8")
-        row.skip = row.bad = constant(frame.classes, False, "b1")
-        row.w_label = zero + 1.0
+        row.at, row.total_classes = at, frame.classes
+        row.scale = frame.scale if self.grad else constant(frame.classes, 0.0, "f8")
         if not self.soft:
-            self.labels.read(frame, row, at["labels"])
+            self.labels.read(row, at["labels"])
+        if self.given:
+            row.lse = self.formats["row_lse"].get(at["row_lse"])
+        if "row_scale" in at:
+            row.own_scale = self.formats["row_scale"].get(at["row_scale"])
+        if self.mean and self.grad and not self.soft:
+            row.divisor = float_of(load(frame.divisor, 8, 1)[0])
+
+    def settle(self, frame, row):
+        """As Operation.settle: the label is looked at."""
+        row.skip = row.bad = constant(frame.classes, False, "b1")
+        row.w_label = constant(frame.classes, 1.0, "f8")
+        if self.given:
+            row.lse = convert(row.lse, "f8")
+        if not self.soft:
+            self.labels.check(frame, row)
             start, step = row.places["x"]
             there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
 
@@ -325,17 +351,12 @@ class CrossEntropy(Operation):
                 row.w_label = convert(
                     self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
                 )
-            if not self.lse:  # of an ignored row nothing is read
+            if not self.lse:  # of an ignored row nothing is read that is not yet
                 row.classes = where(row.skip, 0, row.classes)
-        row.total_classes = frame.classes
-        if self.given:
-            row.lse = convert(self.formats["row_lse"].get(at["row_lse"]), "f8")
-        row.scale = frame.scale if self.grad else zero
-        if "row_scale" in at:
-            row.scale = row.scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+        if "row_scale" in row.at:
+            row.scale = row.scale * convert(row.own_scale, "f8")
         if self.mean and self.grad:
-            rows = convert(frame.rows, "f8")
-            divisor = rows if self.soft else float_of(load(frame.divisor, 8, 1)[0])
+            divisor = convert(frame.rows, "f8") if self.soft else row.divisor
             row.scale = quotient(row.scale, divisor)
 
     def target(self, row, y, w):
@@ -428,19 +449,21 @@ class CrossEntropy(Operation):
         own = row.own_keep, row.own_spread
         return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
 
-    def value(self, params, first, i, x, y, w):
+    def value(self, params, x, y, w):
         """The gradient."""
         factors, rest = params
-        p = probability(x, *factors)
+        p = probability(x, *factors, self.halves)
         if self.soft:
             return self._soft_value(rest, p, x, y, w)
-        factor, target, label, label_grad = rest
+        factor, target, _, _ = rest
         if self.smooth:
             target = target * w if self.weighted else target
-            grad = formulas.cross_entropy_grad(p, factor, target)
-        else:
-            grad = p * factor
-        return where(label - narrow(first) == i, label_grad, grad)
+            return formulas.cross_entropy_grad(p, factor, target)
+        return p * factor
+
+    def exception(self, params):
+        """The gradient at the label."""
+        return None if self.soft else params[1][2:]
 
     def _soft_value(self, params, p, x, y, w):
         scale, factor, high, low, peak, second, keep, spread = params
@@ -482,7 +505,8 @@ class Nll(Operation):
 
     def begin(self, frame, row, at):
         """Write the row's loss."""
-        self.labels.read(frame, row, at["labels"])
+        self.labels.read(row, at["labels"])
+        self.labels.check(frame, row)
         there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
         x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
@@ -506,7 +530,8 @@ class NllBackward(Operation):
 
     def begin(self, frame, row, at):
         """The gradient at the label."""
-        self.labels.read(frame, row, at["labels"])
+        self.labels.read(row, at["labels"])
+        self.labels.check(frame, row)
         scale = frame.scale
         if "row_scale" in at:
             scale = scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
@@ -525,7 +550,10 @@ class NllBackward(Operation):
         elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
         return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 
-    def value(self, params, first, i, _x, _y, _w):
-        """The gradient."""
-        label, grad, elsewhere = params
-        return where(label - narrow(first) == i, grad, elsewhere)
+    def value(self, params, _x, _y, _w):
+        """The gradient but at the label."""
+        return params[2]
+
+    def exception(self, params):
+        """The gradient at the label."""
+        return params[:2]

@@ -83,6 +83,17 @@ class LLVM:
             return self._ptx("max.f32 $0, $1, $2;", "f4", [(x, "f4"), (low, "f4")])
         return self.builder.select(self.builder.fcmp_ordered(">", x, low), x, low)
 
+    def one_below(self, x, top, elem):
+        """See device.one_below."""
+        if elem == "f4":
+            return self._ptx("set.lt.f32.f32 $0, $1, $2;", "f4", [(x, "f4"), (top, "f4")])
+        below = self.builder.fcmp_ordered("<", x, top)
+        return self.builder.select(below, _f64(1.0), _f64(0.0))
+
+    def exp2(self, v):
+        """See device.exp2."""
+        return self._ptx("ex2.approx.ftz.f32 $0, $1;", "f4", [(v, "f4")])
+
     # -- bits
 
     def join(self, low, high):
@@ -105,6 +116,11 @@ class LLVM:
         name = "bf16x2" if kind == "bf" else "f16x2"
         code = f"cvt.rn.{name}.f32 $0, $2, $1;"
         return self._ptx(code, "i4", [(low, "f4"), (high, "f4")])
+
+    def larger_halves(self, a, b, kind):
+        """See device.larger_halves."""
+        name = "bf16x2" if kind == "bf" else "f16x2"
+        return self._ptx(f"max.NaN.{name} $0, $1, $2;", "i4", [(a, "i4"), (b, "i4")])
 
     def funnel(self, low, high, bits):
         """See device.funnel."""

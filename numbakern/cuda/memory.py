@@ -1,9 +1,10 @@
 """How elements lie in global memory: 16 bytes at once wherever a row allows it.
 
-A thread takes a group of consecutive elements, the same ones however the array lies. Three ways to
-get at a group:
+A thread takes groups of consecutive elements, the same ones however the array lies: as many as
+divide every row, 16 bytes at most (`rows.partition`). Four ways to get at a group:
 
-- `Whole`: rows start at multiples of 16 bytes and end with a whole group. One wide access.
+- `Whole`: rows start at multiples of its size and end with a whole group. One access.
+- `Single`: small groups, element by element; those of neighbouring lanes lie side by side.
 - `Shifted`: rows are contiguous but start anywhere. Loads take the two aligned pieces that a group
   lies in and shift them into place; stores take the bytes that are missing from the next lane.
   Groups at the ends of a row go element by element.
@@ -19,12 +20,15 @@ from numbakern.cuda.device import (
     convert_unsigned,
     float_of,
     funnel,
+    larger_halves,
     load,
+    max_tree,
     narrow,
     pack_halves,
     shuffle_from,
     smaller_integer,
     store,
+    tree,
     unpack_half,
     when,
     where,
@@ -89,10 +93,11 @@ class Format:
 
     def get(self, address, mask=None):
         """The number at this address; `fill` where the mask does not hold."""
-        number = self._number(load(address, self.size, 1, mask, self.fill_single)[0])
+        number = self.number(load(address, self.size, 1, mask, self.fill_single)[0])
         return number if self.real or mask is None else where(mask, number, self.fill)
 
-    def _number(self, raw):
+    def number(self, raw):
+        """The number in what `load` gave of one element."""
         if self.kind in ("f2", "bf"):
             return convert(unpack_half(raw, False, self.kind), self.elem)
         if self.real:
@@ -113,12 +118,14 @@ class Format:
 
     def put(self, address, number, mask):
         """Write a number, rounded once, where the mask holds."""
+        store(address, self.size, [self.word_of(number)], mask)
+
+    def word_of(self, number):
+        """What `store` is given of one element: a number, rounded once."""
         if self.kind in ("f2", "bf"):
             number = _to_single(number)
-            word = pack_halves(number, number, self.kind)
-        else:
-            word = bits_of(convert(number, self.kind))
-        store(address, self.size, [word], mask)
+            return pack_halves(number, number, self.kind)
+        return bits_of(convert(number, self.kind))
 
 
 def _to_single(v):
@@ -169,19 +176,35 @@ def left_of(j, classes):
 
 
 class Whole:
-    """Aligned rows of whole groups."""
+    """Rows of whole groups, aligned as those are.
+
+    Parameters
+    ----------
+    fmt : Format
+    group : int
+        Elements of one.
+    chunk : int
+        Bytes of an access at most.
+    """
 
     wide = True  # what `load` gives are words of memory
+    own = True  # a thread writes its own elements, and no others
 
-    def __init__(self, fmt, group):
+    def __init__(self, fmt, group, chunk=ACCESS):
         self.format, self.group = fmt, group
         self.bytes = group * fmt.size
-        self.chunk = min(ACCESS, self.bytes)
+        self.chunk = min(chunk, self.bytes)
         self.word = min(fmt.word, self.chunk)
         self.per_chunk = self.chunk // self.word
 
-    def load(self, place, n):
-        """What is read of the group n elements behind a Place; the fill behind the row's end."""
+    def load(self, place, groups):
+        """What is read of the groups that lie so many elements behind a Place.
+
+        The fill stands for what lies behind the row's end.
+        """
+        return [self._group(place, n) for n in groups]
+
+    def _group(self, place, n):
         words, mask = [], place.left > n
         address = place.address + n * self.format.size
         for at in range(0, self.bytes, self.chunk):
@@ -192,9 +215,33 @@ class Whole:
         """Bytes from a row's start to its element number j."""
         return j * self.format.size
 
-    def numbers(self, words):
-        """The numbers in what `load` gave."""
+    def numbers(self, words, _n=0):
+        """The numbers in what `load` gave of a group."""
         return self.format.elements(words)
+
+    def flat(self, groups):
+        """All words of a lane's groups, in their order."""
+        return [word for words in groups for word in words]
+
+    def grouped(self, words, count):
+        """The words of `count` groups, from what `flat` gave."""
+        each = len(words) // count
+        return [words[i : i + each] for i in range(0, len(words), each)]
+
+    def count(self, groups):
+        """How many words `flat` gives of so many groups."""
+        return -(-groups * self.bytes // max(4, self.word))
+
+    def largest(self, words):
+        """The largest of the numbers in what `flat` gave; NaN if one is."""
+        kind = self.format.kind
+        if kind in ("f2", "bf"):
+            words = [tree(words, lambda a, b: larger_halves(a, b, kind))]
+        return max_tree(self.format.elements(words))
+
+    def _words(self, numbers):
+        """What is written of a group."""
+        return self.format.words(numbers)
 
     def store(self, place, groups, numbers, ok, _team):
         """Write a lane's groups, of a row that is to be written where `ok`.
@@ -210,10 +257,46 @@ class Whole:
             The thread's lane, and how many lanes share the row's part.
         """
         for n, group in zip(groups, numbers, strict=True):
-            words, mask = self.format.words(group), ok & (place.left > n)
+            words, mask = self._words(group), ok & (place.left > n)
             address = place.address + n * self.format.size
             for i in range(0, len(words), self.per_chunk):
                 store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
+
+
+class Single(Whole):
+    """Rows of whole groups that start anywhere, element by element; halves are kept in pairs."""
+
+    def __init__(self, fmt, group):
+        super().__init__(fmt, group, fmt.size)
+        self.paired = fmt.size == 2
+
+    def load(self, place, groups):
+        """As Whole.load."""
+        found = super().load(place, groups)
+        if not self.paired:
+            return found
+        halves = [half for group in found for half in group]
+        if len(halves) % 2:
+            halves.append(constant(halves[0], self.format.fill_single, "i4"))
+        return self.grouped(self.format.joined(halves), len(found))
+
+    def flat(self, groups):
+        """As Whole.flat."""
+        return super().flat(groups[::2] if self.paired and self.group == 1 else groups)
+
+    def grouped(self, words, count):
+        """As Whole.grouped; two groups of one half share a word."""
+        if self.paired and self.group == 1:
+            return [[words[n // 2]] for n in range(count)]
+        return super().grouped(words, count)
+
+    def numbers(self, words, n=0):
+        """As Whole.numbers, of group number n."""
+        found = self.format.elements(words)
+        return found[n % 2 :][:1] if self.paired and self.group == 1 else found
+
+    def _words(self, numbers):
+        return [self.format.word_of(v) for v in numbers]
 
 
 class Shifted(Whole):
@@ -222,16 +305,21 @@ class Shifted(Whole):
     All groups of a row lie equally far behind a multiple of 16 bytes.
     """
 
+    own = False
+
     def _offset(self, place):
         """That distance in bytes, int32, and whether it is not 0."""
         offset = narrow(place.address) & (self.chunk - 1)
         return offset, offset != 0
 
-    def load(self, place, n):
-        """As Whole.load."""
+    def load(self, place, groups):
+        """As Whole.load: all pieces are asked for before the first one is waited for."""
+        return [self._shift(place, *piece) for piece in [self._pieces(place, n) for n in groups]]
+
+    def _pieces(self, place, n):
+        """(n, whether both pieces that the group lies in are inside of the row, their words)."""
         fmt, chunk, word = self.format, self.chunk, self.word
         offset, shifted = self._offset(place)
-        address = place.address + n * fmt.size
         aligned = place.address - convert(offset, "i8") + n * fmt.size
         behind = (constant(offset, chunk, "i4") - offset) >> (fmt.size.bit_length() - 1)
         inside = place.left - where(shifted, behind, 0) >= n + self.group
@@ -242,6 +330,13 @@ class Shifted(Whole):
             words += load(aligned + at, word, self.per_chunk, inside, foreign=True)
         last = inside & shifted
         words += load(aligned + self.bytes, word, self.per_chunk, last, foreign=True)
+        return n, inside, words
+
+    def _shift(self, place, n, inside, words):
+        """The group's words: of its pieces, or element by element."""
+        fmt, word = self.format, self.word
+        offset, _ = self._offset(place)
+        address = place.address + n * fmt.size
         steps = self.per_chunk // 2
         while steps:
             words = _rotate(words, steps, (offset & (steps * word)) != 0)
@@ -320,13 +415,16 @@ class Shifted(Whole):
 class Strided:
     """Elements at any distance."""
 
-    wide = False
+    wide, own = False, True
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group
 
-    def load(self, place, n):
+    def load(self, place, groups):
         """As Whole.load; the numbers themselves."""
+        return [self._group(place, n) for n in groups]
+
+    def _group(self, place, n):
         at, get = place.address + place.step * n, self.format.get
         return [get(at + place.step * i, place.left > n + i) for i in range(self.group)]
 
@@ -334,9 +432,17 @@ class Strided:
         """As Whole.distance."""
         return j * step
 
-    def numbers(self, words):
+    def numbers(self, words, _n=0):
         """As Whole.numbers."""
         return words
+
+    def flat(self, groups):
+        """As Whole.flat."""
+        return [number for numbers in groups for number in numbers]
+
+    def largest(self, words):
+        """As Whole.largest."""
+        return max_tree(words)
 
     def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""

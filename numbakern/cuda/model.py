@@ -478,6 +478,7 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
     moved = sum(compulsory.values()) + sum(stored.values()) + (1 - hit) * sum(again.values())
     rate = gpu.copy if sum(stored.values()) > 0.1 * moved else gpu.read
     pipes = {n: c for n, c in cycles.items() if n != "issue"}
+    pipes["lookup"] = SCHEDULERS * sum(scope.total("looked_up").values()) / warps
     busiest = max(pipes, key=lambda n: pipes[n])
     block = {  # seconds of a multiprocessor for a block
         "issue": warps / SCHEDULERS * cycles["issue"] / gpu.clock,

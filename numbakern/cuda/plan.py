@@ -12,7 +12,7 @@ from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
-from numbakern.cuda.memory import ACCESS, Format, Shifted, Strided, Whole
+from numbakern.cuda.memory import ACCESS, Format, Shifted, Single, Strided, Whole
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
@@ -289,9 +289,14 @@ class _Planner:
     def _mode(self, name, layout, part):
         if layout.kind[0] in "iub" and layout.kind != "bf":
             return "strided"
-        chunk = min(ACCESS, part.group * _size(layout.kind))
+        size = _size(layout.kind)
+        chunk = min(ACCESS, part.group * size)
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
-        return "whole" if aligned and self.classes % part.group == 0 else "shifted"
+        if self.classes % part.group:
+            return "shifted"
+        if aligned and chunk > size:
+            return "whole"
+        return "shifted" if chunk == ACCESS else "single"
 
 
 def _size(kind):
@@ -339,7 +344,7 @@ def kernel_of(spec):
     return _row_kernel(spec.kernel, params)
 
 
-_ACCESS = {"whole": Whole, "shifted": Shifted, "strided": Strided}
+_ACCESS = {"whole": Whole, "single": Single, "shifted": Shifted, "strided": Strided}
 
 
 def _made(operation, params):
@@ -351,6 +356,7 @@ def _made(operation, params):
         formats["weight"] = Format(params["weight"], "f8")
     access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
+    op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     if "x" in access and op.softmax:
         access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
     if "x" in access and not (op.softmax or op.sums or "out" in access):

@@ -154,14 +154,22 @@ class Point(NamedTuple):
     prediction: Prediction
 
 
-def thresholds(operation: str, kind: str, rows=None) -> list[int]:
+def thresholds(operation: str, kind: str, step: int, rows=None) -> list[int]:
     """The numbers of classes from which on another kernel runs (of rows that start anywhere).
 
-    `rows` is how many there are, 2**28 elements of them if None.
+    Parameters
+    ----------
+    operation, kind : str
+    step : int
+        Of the odd numbers if 2, else of its multiples: how rows are read depends on that.
+    rows : int, optional
+        How many there are; 2**28 elements of them if None.
     """
+    first = 1 if step == 2 else step
 
     @_remembered
-    def kernels(classes):
+    def kernels(k):
+        classes = first + k * step
         plan, _ = codegen.call(operation, kind, rows or ELEMENTS // classes, classes, "shifted")
         return tuple((s.spec, s.block) for s in plan.steps)
 
@@ -171,8 +179,11 @@ def thresholds(operation: str, kind: str, rows=None) -> list[int]:
         middle = (low + high) // 2
         return between(low, middle) + between(middle, high)
 
-    grid = sorted({round(2 ** (k / 8)) for k in range(18 * 8 + 1)})
-    return [t for low, high in zip(grid, grid[1:], strict=False) for t in between(low, high)]
+    last = (2**18 - first) // step
+    grid = sorted({round(2 ** (k / 16)) - 1 for k in range(18 * 16 + 1)} | {last})
+    grid = [k for k in grid if k <= last]
+    found = (k for low, high in zip(grid, grid[1:], strict=False) for k in between(low, high))
+    return [first + k * step for k in found]
 
 
 def _remembered(function):
@@ -189,12 +200,13 @@ def _remembered(function):
 def swept_classes(operation: str, kind: str) -> list[int]:
     """Numbers of classes from 1 to 262144, dense where the kernel changes."""
     counts = set(range(1, 66)) | set(CLASSES) | {10007, 32000, 50257, 100003}
-    for t in thresholds(operation, kind):
-        counts |= {t - 1, t, t + 1, (t - 1) // 8 * 8, -(-t // 8) * 8}
+    whole = 16 // codegen.size_of(kind)
+    counts |= set(thresholds(operation, kind, 2))
+    for t in thresholds(operation, kind, whole):
+        counts |= {t - whole, t}
     for k in range(6, 19):
-        counts |= {2**k - 1, 2**k, 2**k + 1, 2**k + 8, 3 * 2 ** (k - 1), 3 * 2 ** (k - 1) + 1}
-    for k in range(6 * 4, 18 * 4):
-        counts |= {round(2 ** (k / 4)) | 1, round(2 ** (k / 4)) // 8 * 8}
+        counts |= {2**k - 1, 2**k, 2**k + 1, 2**k + 2, 2**k + 4, 2**k + 8}
+        counts |= {3 * 2 ** (k - 1), 3 * 2 ** (k - 1) + 1}
     return sorted(n for n in counts if 1 <= n <= 2**18)
 
 
@@ -291,11 +303,11 @@ def draw(sweeps, path: Path) -> None:
             sharex=True,
         )  # fmt: skip
         for axes, ((operation, kind), points) in zip(panels.flat, sweeps.items(), strict=False):
-            for access, colour, label in zip(
-                ("shifted", "whole"), colours[::-1], ("rows start anywhere", "at 16 bytes"),
+            for layout, colour, label in zip(
+                ("shifted", "whole"), colours[::-1], ("array starts anywhere", "at 16 bytes"),
                 strict=True,
             ):  # fmt: skip
-                shown = [p for p in points if p.access == access]
+                shown = [p for p in points if p.layout == layout]
                 axes.plot(
                     [p.classes for p in shown], [p.copies for p in shown], color=colour,
                     linewidth=0.8, label=label,

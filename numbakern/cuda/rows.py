@@ -16,12 +16,12 @@ from numbakern.cuda.device import (
     convert,
     divmod_positive,
     dynamic_shared,
-    max_tree,
     narrow,
     put_shared_words,
     repeat,
     shared_words,
     smaller_integer,
+    where,
 )
 from numbakern.cuda.memory import ACCESS, Place, left_of
 from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
@@ -29,8 +29,10 @@ from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, wid
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
-LANE = 32
-"""Elements of a lane at most, half as many float64."""
+LANE = 128
+"""Bytes of a lane at most."""
+APART = 4
+"""Elements of a lane from which on the exception among them is better written once more."""
 TEAM = 512
 """Lanes of a row that is held in registers at most."""
 
@@ -75,19 +77,23 @@ def partition(classes, size, halved=False):
 
     `halved`: of half as many elements a lane, for an operation that holds more than the row.
 
-    Parts of a warp, of so few lanes that what is done once a row is shared by several rows; then a
-    warp; then 2 to 16 warps, with as many groups a lane as it takes; then parts of full size.
+    Groups are of as many elements as divide every row and take 16 bytes: rows of an odd number are
+    read element by element, neighbouring lanes side by side. Parts are of a warp, of so few lanes
+    that what is done once a row is shared by several rows; then a warp; then 2 to 16 warps, with as
+    many groups a lane as it takes; then parts of full size.
     """
-    group = max(2, min(8, 16 // size))
-    most = LANE // (2 if size == 8 else 1) // (2 if halved else 1) // group
+    group = min(ACCESS // size, classes & -classes or ACCESS)
+    most = LANE // size // (2 if halved else 1) // group
     lanes = 1
-    while lanes < WARP and lanes * group * (most // 2) < classes:
+    while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
     parts = -(-classes // (lanes * group * most))
     if parts > TEAM // WARP:
         return Partition(TEAM, most, group, True)
     lanes *= max(1, parts)
-    return Partition(lanes, max(1, -(-classes // (lanes * group))), group, False)
+    vectors = max(1, -(-classes // (lanes * group)))
+    grain = 1 << max(0, vectors.bit_length() - 4)  # each number of them is a kernel of its own
+    return Partition(lanes, -(-vectors // grain) * grain, group, False)
 
 
 class Way(NamedTuple):
@@ -169,7 +175,7 @@ class Lane:
         """Read the elements that are not there yet."""
         for name, access in self.walker.inputs.items():
             if name not in self.words:
-                self.words[name] = [access.load(self.places[name], n) for n in self.groups]
+                self.words[name] = access.load(self.places[name], self.groups)
 
     def numbers(self):
         """(number behind the first, x, y, w) of each element."""
@@ -180,7 +186,7 @@ class Lane:
         inputs = self.walker.inputs
         nothing = [None] * self.part.group
         columns = (
-            inputs[name].numbers(self.words[name][v]) if name in inputs else nothing
+            inputs[name].numbers(self.words[name][v], v) if name in inputs else nothing
             for name in ("x", "y", "w")
         )
         for i, values in enumerate(zip(*columns, strict=True)):
@@ -191,8 +197,8 @@ class Lane:
         lanes = min(self.part.lanes, WARP)
         if not op.softmax:
             return [team_sum(sum_of_terms(op, self.row, self.left, self.numbers()), lanes)]
-        m = team_max(max_tree(x for _, x, _, _ in self.numbers()), lanes)
-        m = convert(m, "f8")
+        x = self.walker.inputs["x"]
+        m = convert(team_max(x.largest(x.flat(self.words["x"])), lanes), "f8")
         share = share_of(op, self.row, self.left, self.numbers(), m)
         return [m, *(convert(team_sum(v, lanes), "f8") for v in share.known)]
 
@@ -201,11 +207,25 @@ class Lane:
         out = self.walker.out
         if out is None:
             return
-        numbers = (
-            [op.value(params, self.first, *values) for values in self.group(v, n)]
-            for v, n in enumerate(self.groups)
-        )
-        out.store(self.places["out"], self.groups, numbers, self.row.ok, self.row.team)
+        found, apart = op.exception(params), False
+        if found:
+            label, exception = found
+            behind = label - narrow(self.first)
+            apart = out.own and self.part.vectors * self.part.group > APART
+
+        def value(i, *values):
+            v = op.value(params, *values)
+            return v if apart or not found else where(behind == i, exception, v)
+
+        numbers = ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
+        place = self.places["out"]
+        out.store(place, self.groups, numbers, self.row.ok, self.row.team)
+        if apart:
+            step = min(self.part.lanes, WARP) * self.part.group
+            mine = (behind >= 0) & (behind < self.part.vectors * step)
+            mine = self.row.ok & mine & ((behind & (step - 1)) < self.part.group)
+            at = place.address + out.distance(convert(behind, "i8"), place.step)
+            out.format.put(at, exception, mine)
 
 
 class Walk:
@@ -269,6 +289,9 @@ class Walk:
     def run(self):
         """Reduce, join, map; as far as this launch does it."""
         op, stage, reduced = self.op, self.way.stage, None
+        if op.softmax and stage == "all" and self.way.kept == "registers":
+            self.held = self._read(self.own, None)  # before anything is waited for
+        op.settle(self.frame, self.row)
         if op.softmax or op.sums:
             if self.part.single:
                 self.held = self._read(self.own, None)
@@ -381,6 +404,7 @@ class Shelf:
     """
 
     def __init__(self, lane, address, parts, walker):
+        self.inputs, self.vectors = walker.inputs, walker.part.vectors
         self.pieces = shelved(walker.part, walker.inputs)
         self.address, self.last = address + lane * ACCESS, parts - 1
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
@@ -391,25 +415,27 @@ class Shelf:
 
     def put(self, n, words, there):
         """Keep the words of part n, where `there`."""
-        for place, access, name, v, at in self._places(n):
-            some = words[name][v][at : at + access.per_chunk]
-            put_shared_words(place, access.word, some, there)
+        for place, size, name, at, count in self._places(n):
+            flat = self.inputs[name].flat(words[name])
+            put_shared_words(place, size, flat[at : at + count], there)
 
     def get(self, n):
         """Have them again; any of a part that there is not."""
-        words = {}
-        for place, access, name, v, _ in self._places(smaller_integer(n, self.last)):
-            found = words.setdefault(name, {})
-            found.setdefault(v, []).extend(shared_words(place, access.word, access.per_chunk))
-        return words
+        flat = {}
+        for place, size, name, _, count in self._places(smaller_integer(n, self.last)):
+            flat.setdefault(name, []).extend(shared_words(place, size, count))
+        return {n: self.inputs[n].grouped(words, self.vectors) for n, words in flat.items()}
 
 
 def shelved(part, inputs):
-    """A thread's pieces of 16 bytes on a Shelf in a round: (access, array, group, first word)."""
-    return [
-        (access, name, v, at)
-        for name, access in inputs.items()
-        if access.wide
-        for v in range(part.vectors)
-        for at in range(0, access.bytes // access.word, access.per_chunk)
-    ]
+    """A thread's pieces on a Shelf in a round: (bytes of a word, array, first word, count)."""
+    pieces = []
+    for name, access in inputs.items():
+        if access.wide:
+            size, total = max(4, access.word), access.count(part.vectors)
+            at = 0
+            while at < total:
+                count = min(ACCESS // size, 1 << ((total - at).bit_length() - 1))
+                pieces.append((size, name, at, count))
+                at += count
+    return pieces

@@ -5,18 +5,37 @@ loss has targets q for every class, Σ q and Σ q·(m − x). All but m are sums
 over any part of a row, relative to any maximum, and be moved to a larger one.
 """
 
+import itertools
 import math
 import operator
 from typing import Any, NamedTuple
 
-from numbakern.cuda.device import at_least, constant, convert, fma, larger, sum_tree, where
-from numbakern.vmath import centre, exp_nonpositive, exp_scaled, is_finite, log_sum, two_sum
+from numbakern.cuda.device import (
+    add_exponent,
+    at_least,
+    convert,
+    exp2,
+    fma,
+    larger,
+    one_below,
+    sum_tree,
+    where,
+)
+from numbakern.vmath import (
+    EXP_RANGE,
+    centre,
+    exp_nonpositive,
+    exp_scaled,
+    is_finite,
+    log_sum,
+    two_sum,
+)
 
 
 class Share(NamedTuple):
     """Sums over a part of a row; None for what an operation does not need."""
 
-    k: Any  # int32
+    k: Any  # of the elements' kind, exact
     rest: Any  # float64, as the next two
     q: Any = None
     nll: Any = None
@@ -33,14 +52,30 @@ def safe(m):
 
 
 def exponentials(m, elem):
-    """How to take exp(x − m) in `elem`: ((base, magic, floor) in elem, factor in float64)."""
-    *params, factor = centre(safe(m), elem)
-    return [convert(v, elem) for v in params], factor
+    """How to take exp(x − m) in `elem`: ((base, magic, floor) in elem, factor in float64).
+
+    Of an m of +inf or NaN every exponential is that of the floor: finite.
+    """
+    base, magic, floor, factor = centre(safe(m), elem)
+    base = where(m < math.inf, base, m)
+    return [convert(v, elem) for v in (base, magic, floor)], factor
 
 
-def scaled_exp(x, base, magic, floor):
-    """exp(x − m) / factor; what lies below the floor, −inf and NaN count as the floor."""
-    return exp_scaled(at_least(x - base, floor), magic)
+def scaled_exp(x, base, magic, floor, halves=False):
+    """exp(x − m) / factor; what lies below the floor, −inf and NaN count as the floor.
+
+    `halves`: of a float16 or bfloat16 x, at most 3 ulp of float32 off.
+    """
+    h = at_least(x - base, floor)
+    return _exp_of_half(h, magic) if halves else exp_scaled(h, magic)
+
+
+def _exp_of_half(h, magic):
+    """As vmath.exp_scaled, by the hardware's 2**f."""
+    high, low = EXP_RANGE["f4"].log2_e
+    t = fma(h, high, magic)
+    f = fma(h, low, fma(h, high, magic - t))
+    return add_exponent(exp2(f), t)
 
 
 def share_of(op, row, left, numbers, m):
@@ -56,22 +91,27 @@ def share_of(op, row, left, numbers, m):
     elem = op.elem
     params, factor = exponentials(m, elem)
     top, subtracted = convert(m, elem), convert(safe(m), elem)
-    rests, counts, qs, nlls = [], [], [], []
+    rests, belows, qs, nlls = [], [], [], []
     for i, x, y, w in numbers:
-        below = x < top
-        e = scaled_exp(x, *params)
-        rests.append(where(below, e, -0.0))
-        # What is not below is the maximum, unless there is none: then k is of no account.
-        counts.append(where(below, constant(x, 0, "i4"), 1))
+        # What is not below is the maximum, unless there is none: then nothing here is of account.
+        belows.append(one_below(x, top))
+        rests.append(scaled_exp(x, *params, op.halves))
         if op.linear:
             there = left > i
             q, own = op.target(row, y, w)
             qs.append(where(there, q, 0.0))
             # A class that is no target adds nothing, not even where its logit is −inf.
             nlls.append(where(there & (own != 0.0), own * (subtracted - x), 0.0))
-    rest = convert(sum_tree(rests), "f8") * factor
+    rest = convert(_sum_of_products(rests, belows), "f8") * factor
+    k = float(len(belows)) - sum_tree(belows)
     linear = (sum_tree(qs), convert(sum_tree(nlls), "f8")) if op.linear else ()
-    return Share(sum_tree(counts), rest, *linear)
+    return Share(k, rest, *linear)
+
+
+def _sum_of_products(a, b):
+    """Σ a·b of numbers b that are 0 or 1, in the order of `sum_tree`."""
+    pairs = itertools.zip_longest(a[::2], b[::2], a[1::2], b[1::2])
+    return sum_tree(p * q if r is None else fma(r, s, p * q) for p, q, r, s in pairs)
 
 
 def decay(m, top):

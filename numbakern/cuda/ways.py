@@ -3,7 +3,8 @@
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
 holds in registers are a block each. For longer ones there are
 
-- a block each, which reads the row once to reduce it and once more to map it;
+- a block each, which reads the row once to reduce it and once more to map it; so few of them at a
+  time that L2 holds their rows meanwhile, by asking for more shared memory than they use;
 - several blocks each, where there are too few rows to fill the machine: a launch that reduces and
   one that joins and maps, the parts' sums waiting in global memory in between;
 - a block each that keeps the row in its shared memory (`Machine.shelf`);
@@ -29,6 +30,8 @@ EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
+READ_AGAIN = 205 << 10
+"""Bytes of rows that L2 keeps for each multiprocessor: a little over half of an H100's 50 MB."""
 NEIGHBOURS = 8
 """Rows side by side that are worth a thread each: what a sector of float32 holds."""
 THREADS = 64
@@ -115,19 +118,23 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     if not part.chunks:
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     if numbers:
-        together = _together(parts, count, 8 * parts * numbers, shelf, machine)
+        together = _together(parts, count, 8 * parts * numbers, shelf, maps, machine)
         if together:
             return together
     return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(parts, count, board, shelf, machine):
+def _together(parts, count, board, shelf, maps, machine):
     """`launches` of a block or a cluster for each row; None where that is not the way."""
 
     def one(kept, blocks):
         held = kept == "registers"
         rounds = _ceil(parts, (TEAM // WARP if held else WALKING) * blocks)
-        warps = EVEN * _ceil(parts, EVEN * blocks) if held and rounds == 1 else WALKING
+        warps = WALKING
+        if held and rounds == 1:
+            warps = EVEN * _ceil(parts, EVEN * blocks)
+        elif kept == "no":
+            warps = _ceil(parts, rounds)  # as many as find a part in nearly every round
         size = board
         if kept == "shared":
             size += shelf * (parts if blocks == 1 else rounds * warps)
@@ -144,7 +151,12 @@ def _together(parts, count, board, shelf, machine):
             return found, constants
         blocks *= 2
     if count >= 2 * machine.multiprocessors and board <= BOARD:
-        return one("no", 1)
+        (launch,), constants = one("no", 1)
+        if maps:
+            # No more of them at once than L2 still has when they are read again.
+            blocks = max(1, READ_AGAIN // (parts * max(shelf, 1)))
+            launch = launch._replace(shared=max(board, machine.shared // (blocks + 1) + 1))
+        return [launch], constants
     return None
 
 
