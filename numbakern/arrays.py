@@ -216,10 +216,8 @@ def check_grad_output(target: Any, grad_output: Any, reduction: str, batch: tupl
         try:
             grad_output = float(grad_output)
         except OverflowError:
-            raise ValueError(
-                f"grad_output: expected a number below 1.8e308, got one of "
-                f"{grad_output.bit_length()} bits"
-            ) from None
+            bits = grad_output.bit_length()
+            raise TypeError(f"grad_output: expected a float's range, got {bits} bits") from None
     grad_output = target.asarray("grad_output", grad_output)
     supported("grad_output", grad_output)
     shape = batch if reduction == "none" else ()

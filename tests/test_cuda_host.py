@@ -256,7 +256,7 @@ def test_a_record_becomes_an_error():
     second = report.address((), 3, 7)
     assert second != first
     words.array[(second - words.address) // 8] = (0 << bad_labels.BITS) | 12
-    check(told, IndexError, "labels[]", "[0, 3)", "7", "12")
+    check(told, IndexError, "labels: ", "[0, 3)", "7", "12")
     assert report.take() is None  # told once
     value = -2 & ((1 << bad_labels.BITS) - 1)
     words.array[(first - words.address) // 8] = (13 << bad_labels.BITS) | value

@@ -112,7 +112,7 @@ def test_a_row_beyond_the_array_is_noticed(name, classes):
             start(lambda slots, by=by: slots.update({name: slots[name] + by}))
 
 
-@pytest.mark.parametrize("classes", [40, 1000, 1001, 4097])
+@pytest.mark.parametrize("classes", [41, 1000, 1001, 4097])
 def test_a_row_too_long_by_an_element_is_noticed(classes):
     """Two rows write to one place, or the last one beyond the end."""
     start, _ = launch("softmax", classes)
