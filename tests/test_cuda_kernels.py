@@ -325,7 +325,8 @@ def test_who_takes_the_parts_changes_no_bit(
         for name, array in want.items():
             assert cases.same_bits(found[name], array), (name, machine)
     mapped_only = call.get("given") and not {"smooth", "soft"} & set(call)
-    assert len(taken) >= (1 if mapped_only else 5)
+    reduced_only = "out" not in results  # no way keeps the row
+    assert len(taken) >= (1 if mapped_only else 4 if reduced_only else 5)
 
 
 def test_a_cluster_keeps_rows_with_gaps(small_chunks):
