@@ -271,14 +271,13 @@ def loss_options(
     axis: Any,
 ) -> LossOptions:
     """Check the options, dtypes and shapes of a loss of `array`; `soft`: labels may be floats."""
-    options = (ignore_index, reduction, label_smoothing, axis)
     # Only what cannot change is looked up: a tensor is equal to itself, whatever it holds.
-    plain = all(type(option) in _PLAIN for option in options)
-    check = _known_loss_options if plain else _loss_options
+    check = _loss_options
+    if type(axis) is int and type(ignore_index) is int and type(reduction) is str:
+        if type(label_smoothing) in (float, int):
+            check = _known_loss_options
+    options = (ignore_index, reduction, label_smoothing, axis)
     return check(name, array.dtype, array.shape, labels.dtype, labels.shape, soft, *options)
-
-
-_PLAIN = {int, float, str}
 
 
 def _loss_options(

@@ -28,7 +28,8 @@ __all__ = [
 ARRAY_TYPES = np.ndarray
 """What `out=` may be."""
 again = None  # no call is remembered as a whole
-_INT64 = np.iinfo(np.int64)
+_I8, _F8 = np.dtype(np.int64), np.dtype(np.float64)
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 _NO_ARRAY = (TypeError, ValueError, RuntimeError, AttributeError, BufferError)
 """What libraries raise when NumPy cannot have their array."""
 
@@ -99,9 +100,9 @@ def _one_axis(array, axes):
 
 def _apart(array, out):
     """The array, copied if it overlaps `out` without being the same elements in the same places."""
-    if array is None or array is out:
+    if array is None or array is out or (array.flags.owndata and out.flags.owndata):
         return array
-    if (array.flags.owndata and out.flags.owndata) or not np.may_share_memory(array, out):
+    if not np.may_share_memory(array, out):
         return array
     same = (
         array.ctypes.data == out.ctypes.data
@@ -168,7 +169,7 @@ def logsumexp(x, axes, compute, dtype):
 
 def _by_row(array, order, dtype):
     """One value a row, contiguous, in the order in which a plan walks the rows."""
-    if array.ndim == 1 and array.dtype == dtype and array.flags.carray:
+    if array.dtype is dtype and array.ndim == 1 and array.flags.carray:
         return array
     if order is not None:
         array = array.transpose(order)
@@ -188,15 +189,15 @@ class _Labels:
 
     def __init__(self, labels, order, classes, ignore_index):
         self.ignored, clipped = ignore_index, labels
-        unsigned = labels.dtype.kind == "u" and labels.dtype.itemsize == 8
-        if unsigned or not _INT64.min <= ignore_index <= _INT64.max:
+        narrow = labels.dtype.kind == "i" or np.can_cast(labels.dtype, _I8)
+        if not narrow or not _LOWEST <= ignore_index <= _HIGHEST:
             # As int64: −1 for the ignored label, −2 for another that is no class.
-            clipped = np.array(labels, np.int64)
+            clipped = np.array(labels, _I8)
             clipped[(labels < 0) | (labels >= classes)] = -2
             clipped[labels == ignore_index] = self.ignored = -1
-        self.values = _by_row(clipped, order, np.int64)
+        self.values = _by_row(clipped, order, _I8)
         good, self.count = _launch().rowwise.scan()(
-            id(self.values), self.values.size, classes, int(self.ignored)
+            id(self.values), self.values.size, classes, self.ignored
         )
         if not good:
             bad = (clipped != self.ignored) & ((clipped < 0) | (clipped >= classes))
@@ -209,7 +210,7 @@ class _Labels:
             return float(self.count)
         single = int(weight.dtype == np.float32)
         return _launch().rowwise.weigh()(
-            id(self.values), self.values.size, int(self.ignored), id(weight), single
+            id(self.values), self.values.size, self.ignored, id(weight), single
         )
 
 
@@ -248,7 +249,7 @@ _SAFE = float(np.finfo(np.float32).max) / 2
 def _upstream(grad_output, order, reduction):
     """The upstream gradient as (common factor, values a row or None)."""
     if reduction == "none" and grad_output.ndim:
-        return 1.0, _by_row(grad_output, order, np.float64)
+        return 1.0, _by_row(grad_output, order, _F8)
     return float(grad_output[()]), None
 
 
@@ -284,7 +285,7 @@ def nll_loss(log_probs, labels, axis, compute, dtype, weight, ignore_index, redu
         labels=checked.values,
         weight=weight,
         row_loss=losses,
-        ignore_index=int(checked.ignored),
+        ignore_index=checked.ignored,
     )
     divisor = checked.weight_of(weight) if reduction == "mean" else 1.0
     return _reduce(losses, plan, reduction, divisor, dtype)
@@ -324,7 +325,7 @@ def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, 
         labels=checked.values,
         weight=weight,
         row_scale=row_scale,
-        ignore_index=int(checked.ignored),
+        ignore_index=checked.ignored,
         scale=scale,
     )
 
@@ -399,7 +400,7 @@ def cross_entropy(
         losses = np.empty(rows) if classes else np.zeros(rows)
     row_lse = None
     if lse is not None:
-        row_lse = _by_row(lse, plan.order, np.float64)
+        row_lse = _by_row(lse, plan.order, _F8)
     elif with_lse:
         row_lse = np.full(rows, -np.inf)
     if classes:
@@ -413,7 +414,7 @@ def cross_entropy(
             row_scale=row_scale,
             row_lse=row_lse,
             row_loss=losses,
-            ignore_index=0 if soft else int(checked.ignored),
+            ignore_index=0 if soft else checked.ignored,
             scale=scale,
             keep=1.0 - smoothing,
             spread=_divide(smoothing, classes),
