@@ -267,10 +267,11 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     def value(e, y, w, params):
         scale, factor, *more = params
         p = e * scale
-        g = p * factor
         if spread_out:
             keep, spread, *more = more
             g = formulas.cross_entropy_grad(p, factor, target(y, w, keep, spread))
+        else:
+            g = p * factor
         if more:
             (skip,) = more
             g = where(skip != 0.0, 0.0, g)

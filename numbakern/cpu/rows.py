@@ -467,7 +467,7 @@ class Rows:
         return traced(params)
 
     def _exp_params(self):
-        """params(state, i) of a softmax's terms: those of CENTRED, and the constants."""
+        """params(state, i): the row's maximum, CENTRED and the constants."""
         lanes, elem = vector_lanes(self.elem), self.elem
 
         def params(state, i):

@@ -47,7 +47,7 @@ CENTRED = ("base", "magic", "floor")
 """The slots that an exponential needs (see `vmath.centre`)."""
 
 
-_CONSTANTS = SLOT["panel"] + _PITCH // 2
+_CONSTANTS = SLOT["panel"] + _PITCH // 2  # behind what `tiles` keeps in that slot
 
 
 @traced
