@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from numbakern.cuda.device import Kernel, Value
 
 WARP = 32
+SEVERAL = -2
 LANES_AT_ONCE = 1 << 17
 SHARED = 227 << 10  # bytes that a block can have
 EXP2_ERROR = 2.0  # ulp from the rounded 2**v: the most that PTX says of ex2.approx
@@ -109,8 +110,10 @@ class Emulator:
         self.threads = threads
         self.shape = (len(blocks), threads)
         self.number = self.blocks * threads + np.arange(threads) + 1  # of the thread, from 1
-        self.time = 1  # phases between barriers
-        self.cluster_time = 1 if cluster == 1 else 0  # the phase that all of a cluster have reached
+        self.now = 1  # phases between barriers
+        # The phases that all of a warp, a block, a cluster have reached.
+        self.warp_time = self.time = 1
+        self.cluster_time = 1 if cluster == 1 else 0
         self.remote_time = -1  # the last phase with a write to another block's shared memory
         self.cells: list[_Shared] = [_Shared(self, shared)]
         self.active = np.True_  # the threads that are not in another branch
@@ -177,11 +180,6 @@ class Emulator:
         )
         return self.pack_halves(low, high, kind)
 
-    def funnel(self, low, high, bits):
-        low, high = (np.asarray(v).view(np.uint32).astype(np.uint64) for v in (low, high))
-        word = (high << np.uint64(32) | low) >> np.asarray(bits).astype(np.uint64)
-        return word.astype(np.uint32).view(np.int32)
-
     def one_below(self, x, top, elem):
         return np.less(x, top).astype(DTYPE[elem])
 
@@ -212,19 +210,20 @@ class Emulator:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
 
-    def shuffle_from(self, word, lane):
-        lane = np.broadcast_to(lane, self.shape).reshape(self.shape[0], -1, WARP)
-        if np.any((lane < 0) | (lane >= WARP)):
-            raise Fault("shuffle from no lane")
-        return np.take_along_axis(self._by_lane(word), lane, axis=2).reshape(self.shape)
+    def _phase(self):
+        """The number of the phase that a barrier begins."""
+        self._together("a barrier")
+        self.now += 1
+        return self.now
+
+    def warp_barrier(self):
+        self.warp_time = self._phase()
 
     def barrier(self):
-        self._together("a barrier")
-        self.time += 1
+        self.warp_time = self.time = self._phase()
 
     def cluster_barrier(self):
-        self.barrier()
-        self.cluster_time = self.time
+        self.warp_time = self.time = self.cluster_time = self._phase()
 
     def cluster_rank(self):
         if self.cluster == 1:
@@ -264,7 +263,7 @@ class Emulator:
         mask = np.broadcast_to(mask, self.shape)
         return address[mask], mask
 
-    def load(self, address, size, count, mask, fill, foreign):
+    def load(self, address, size, count, mask, fill):
         width = size * count
         addresses, mask = self._places(address, mask)
         raw = np.zeros((len(addresses), width), np.uint8)
@@ -272,8 +271,7 @@ class Emulator:
         for k, inside, at in self.memory.find(addresses, width):
             bytes_at = at[:, None] + np.arange(width)
             raw[inside] = self.memory.views[k][bytes_at]
-            if not foreign:
-                self._check_read(k, at, width, numbers[inside])
+            self._check_read(k, at, width, numbers[inside])
         wide = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
         dtype = np.int64 if size == 8 else np.int32
         bits = 64 if size == 8 else 32
@@ -314,7 +312,7 @@ class Emulator:
             writer[bytes_at] = mine
             if np.any(writer[bytes_at] != mine):
                 raise Fault("two threads write to the same place")
-            self.memory.phase[k][bytes_at] = self.time
+            self.memory.phase[k][bytes_at] = self.now
 
     def atomic_min(self, address, v, mask):
         addresses, mask = self._places(address, mask)
@@ -342,6 +340,14 @@ class Emulator:
     def shared_load(self, address, size, count):
         cell, at = self._cell(address)
         mask = np.broadcast_to(self.active, self.shape)
+        if size == 2:
+            if count != 1 or np.any(at % 2):
+                raise Fault("shared memory misaligned or out of bounds")
+            word = self._shared_words(cell, at & -4, 4, 1, mask)[0]
+            return [(word >> ((at & 2) * 8)) & 0xFFFF]
+        return self._shared_words(cell, at, size, count, mask)
+
+    def _shared_words(self, cell, at, size, count, mask):
         found = np.zeros((*self.shape, size * count // 4), np.uint32)
         found[mask] = cell.load(at, size * count, mask)
         words = found.view(f"i{size}")
@@ -359,7 +365,7 @@ class Emulator:
                 raise Fault("no such block in the cluster")
             if self.cluster_time == 0:
                 raise Fault("another block of the cluster may not have started")
-            self.remote_time = self.time
+            self.remote_time = self.now
             blocks = blocks // self.cluster * self.cluster + peer
         cell.store(at, raw, mask, blocks)
 
@@ -373,7 +379,8 @@ class _Shared:
         self.values = np.zeros(shape, np.uint32)
         self.writer = np.zeros(shape, np.int32)  # number of the thread, 0 for none
         self.written = np.zeros(shape, np.int32)  # the phase in which
-        self.reader = np.zeros(shape, np.int32)  # −2: several threads
+        self.reader = np.zeros(shape, np.int32)  # SEVERAL: threads of one warp
+        self.warp = np.zeros(shape, np.int32)  # the readers'; SEVERAL
         self.read = np.zeros(shape, np.int32)
 
     def _index(self, at, width, blocks):
@@ -382,42 +389,55 @@ class _Shared:
             raise Fault("shared memory misaligned or out of bounds")
         return blocks[:, None], at[:, None] // 4 + np.arange(width // 4)
 
-    def _unseen(self, other, when, mine):
-        """Whether an access of another thread is not known to have come before ours."""
+    def _unseen(self, other, warp, when, mine):
+        """Whether an access of another thread, of this warp, may not have come before ours."""
         machine = self.machine
         same_block = (other - 1) // machine.threads == (mine - 1) // machine.threads
-        return (other != mine) & (when >= np.where(same_block, machine.time, machine.cluster_time))
+        reached = np.where(same_block, machine.time, machine.cluster_time)
+        reached = np.where(warp == self._warp_of(mine), machine.warp_time, reached)
+        return (other != mine) & (when >= reached)
+
+    def _warp_of(self, thread):
+        """The number of a thread's warp among all, from 1."""
+        block, thread = np.divmod(thread - 1, self.machine.threads)
+        return block * -(-self.machine.threads // WARP) + thread // WARP + 1
 
     def load(self, at, width, mask):
-        where = self._index(at[mask], width, np.nonzero(mask)[0])
-        mine = self.machine.number[mask][:, None]
+        machine, where = self.machine, self._index(at[mask], width, np.nonzero(mask)[0])
+        mine = machine.number[mask][:, None]
         wrote = self.writer[where]
         if np.any(wrote == 0):
             raise Fault("shared memory is read before it is written")
-        if np.any(self._unseen(wrote, self.written[where], mine)):
+        if np.any(self._unseen(wrote, self._warp_of(wrote), self.written[where], mine)):
             raise Fault("shared memory is read without a barrier behind another thread's write")
+        index = tuple(np.broadcast_to(w, wrote.shape) for w in where)
         mine = np.broadcast_to(mine, wrote.shape)
-        fresh = self.read[where] != self.machine.time
-        index = tuple(np.broadcast_to(w, fresh.shape) for w in where)
-        self.reader[tuple(w[fresh] for w in index)] = mine[fresh]
-        self.read[where] = self.machine.time
-        several = self.reader[where] != mine
-        self.reader[tuple(w[several] for w in index)] = -2
+        # A reading that all have seen, or all who could be in its way, is forgotten.
+        warp = self._warp_of(mine)
+        seen = np.where(self.warp[where] == warp, machine.warp_time, machine.time)
+        forgotten = tuple(w[self.read[where] < seen] for w in index)
+        self.reader[forgotten] = self.warp[forgotten] = 0
+        for noted, now in ((self.reader, mine), (self.warp, warp)):
+            fresh = tuple(w[noted[where] == 0] for w in index)
+            noted[fresh] = now[noted[where] == 0]
+            noted[tuple(w[noted[where] != now] for w in index)] = SEVERAL
+        self.read[where] = machine.now
         return self.values[where]
 
     def store(self, at, raw, mask, blocks):
         where = self._index(at[mask], 4 * raw.shape[1], blocks)
-        mine, now = self.machine.number[mask][:, None], self.machine.time
+        mine = self.machine.number[mask][:, None]
         wrote, read = self.writer[where], self.reader[where]
-        unseen = (wrote != 0) & self._unseen(wrote, self.written[where], mine)
+        unseen = self._unseen(wrote, self._warp_of(wrote), self.written[where], mine)
         owner = self.machine.number[blocks, :1]  # only a block's own threads read it
-        seen_by = np.where(read == -2, owner + (mine == owner), read)
-        if np.any(unseen | (read != 0) & self._unseen(seen_by, self.read[where], mine)):
+        reader = np.where(read == SEVERAL, owner + (mine == owner), read)
+        unread = self._unseen(reader, self.warp[where], self.read[where], mine)
+        if np.any((wrote != 0) & unseen | (read != 0) & unread):
             raise Fault("shared memory is written without a barrier behind another thread's access")
         self.writer[where] = mine
         if np.any(self.writer[where] != mine):
             raise Fault("two threads write to the same place of shared memory")
-        self.written[where] = now
+        self.written[where] = self.machine.now
         self.values[where] = raw
 
 

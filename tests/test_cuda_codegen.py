@@ -141,7 +141,7 @@ OF_THE_GRADIENT = ("log_softmax_backward",)
 def ways_of(operation):
     if operation not in ONLY_READ:
         return LONG
-    ways = {name: way for name, way in LONG.items() if way.kept != "shared"}
+    ways = {n: way for n, way in LONG.items() if way.cluster == 1 and way.kept != "shared"}
     return {**ways, "map": LONG["map"]._replace(spread=False)}
 
 

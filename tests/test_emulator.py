@@ -18,18 +18,30 @@ from tests.emulator import Emulator, Fault, emulate
 # --- kernels that ship ---------------------------------------------------------------------------
 
 
-def launch(operation, classes, options=(), machine=MACHINE, rows=3):
-    """What starts the launches of a call on float32 rows, and its arrays by name."""
-    x = np.linspace(-3, 3, rows * classes, dtype=np.float32).reshape(rows, classes)
+def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0):
+    """What starts the launches of a call on float32 rows, and its arrays by name.
+
+    `offset`: elements from a multiple of 16 bytes to the rows' start.
+    """
+
+    def array():
+        raw = np.zeros(rows * classes + 8, np.float32)
+        skipped = -raw.ctypes.data % 16 // 4 + offset
+        return raw[skipped : skipped + rows * classes].reshape(rows, classes)
+
+    x = array()
+    x[...] = np.linspace(-3, 3, x.size).reshape(x.shape)
     given = {"x": x}
     if operation == "cross_entropy":
         given |= {"labels": np.arange(rows) % classes, "loss": np.zeros((), np.float32)}
     if operation == "logsumexp":
         given["row_lse"] = np.zeros(rows, np.float32)
     else:
-        given["out"] = np.zeros_like(x)
+        given["out"] = array()
     kinds = {"labels": "i8"}
-    layouts = tuple((n, Layout(kinds.get(n, "f4"), a.strides, True)) for n, a in given.items())
+    layouts = tuple(
+        (n, Layout(kinds.get(n, "f4"), a.strides, not offset)) for n, a in given.items()
+    )
     made = plan(operation, options, x.shape, 1, "f4", layouts, machine)
     given |= {name: np.zeros(size, np.uint8) for name, size in made.temporaries}
     given["bad"] = np.zeros(16, np.int64)
@@ -57,6 +69,8 @@ KERNELS = {
     "a long row in shared memory": ("log_softmax", 20_000, (), SHARED),
     "a cluster": ("softmax", 20_000, (), CLUSTERS),
     "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
+    "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),
+    "a block a row that starts anywhere": ("softmax", 4096, (), MACHINE, 3, 3),
 }
 
 
@@ -76,10 +90,8 @@ def counted(monkeypatch, name, leave_out=None):
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
     start, _ = launch(*KERNELS[name])
-    # A wait of a cluster is one of its blocks too, but not by a call of the other.
-    monkeypatch.setattr(Emulator, "cluster_barrier", _cluster_barrier)
     waits = 0
-    for kind in ("barrier", "cluster_barrier"):
+    for kind in ("warp_barrier", "barrier", "cluster_barrier"):
         with monkeypatch.context() as patch:
             calls = counted(patch, kind)
             start()
@@ -89,13 +101,7 @@ def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
                 with pytest.raises(Fault):
                     start()
         waits += calls[0]
-    assert waits >= (2 if "cluster" in name else 1)
-
-
-def _cluster_barrier(self):
-    self._together("a barrier")
-    self.time += 1
-    self.cluster_time = self.time
+    assert waits >= (2 if "cluster" in name or "anywhere" in name else 1)
 
 
 @pytest.mark.parametrize("classes", [40, 1000, 1001, 4096, 4097])
@@ -181,16 +187,106 @@ def loop(thread):
     "compute, message",
     [
         (lambda thread: device.shuffle_xor(thread, 1), "a shuffle in a branch"),
-        (lambda thread: device.shuffle_from(thread, thread & 1), "a shuffle in a branch"),
         (wait, "a barrier in a branch"),
         (loop, "a loop in a branch"),
     ],
-    ids=["shuffle_xor", "shuffle_from", "barrier", "loop"],
+    ids=["shuffle_xor", "barrier", "loop"],
 )
 def test_threads_that_part(compute, message):
     run(compute)
     with pytest.raises(Fault, match=message):
         run(in_a_branch(compute))
+
+
+def exchange(wait, partner):
+    """A kernel in which each thread reads what another one has put into shared memory."""
+
+    def body(thread):
+        always, area = device.constant(thread, True, "b1"), device.shared(thread, 4 * 64)
+        device.put_shared_words(area + thread * 4, 4, [thread], always)
+        wait(thread)
+        device.shared_words(area + partner(thread) * 4, 4, 1)
+        return area, always
+
+    return body
+
+
+def in_warp(thread):
+    return (thread & 32) | ((thread + 1) & 31)
+
+
+def across(thread):
+    return (thread + 32) & 63
+
+
+def no_wait(_):
+    pass
+
+
+def test_a_warp_waits_for_itself_alone():
+    run(exchange(device.warp_barrier, in_warp))
+    run(exchange(device.barrier, across))
+    for wait, partner in ((no_wait, in_warp), (device.warp_barrier, across)):
+        with pytest.raises(Fault, match="read without a barrier"):
+            run(exchange(wait, partner))
+
+
+@pytest.mark.parametrize(
+    "first, second, partner, good",
+    [
+        (device.warp_barrier, device.warp_barrier, in_warp, True),
+        (device.warp_barrier, no_wait, in_warp, False),
+        (device.barrier, device.barrier, across, True),
+        (device.barrier, device.warp_barrier, across, False),
+        (device.barrier, no_wait, across, False),
+    ],
+)
+def test_what_another_thread_reads_is_not_overwritten_yet(first, second, partner, good):
+    def body(thread):
+        area, always = exchange(first, partner)(thread)
+        second(thread)
+        device.put_shared_words(area + thread * 4, 4, [thread], always)
+
+    if good:
+        run(body)
+        return
+    with pytest.raises(Fault, match="written without a barrier"):
+        run(body)
+
+
+def test_readers_of_two_warps_both_count():
+    """The second reading does not hide the first, of another warp, from who waits for its own."""
+
+    def body(thread):
+        always, area = device.constant(thread, True, "b1"), device.shared(thread, 4 * 64)
+        device.put_shared_words(area + thread * 4, 4, [thread], always)
+        device.barrier(thread)
+        device.shared_words(area + across(thread) * 4, 4, 1)
+        device.warp_barrier(thread)
+        device.shared_words(area + thread * 4, 4, 1)
+        device.warp_barrier(thread)
+        device.put_shared_words(area + thread * 4, 4, [thread], always)
+
+    with pytest.raises(Fault, match="written without a barrier"):
+        run(body)
+
+
+def test_halves_in_shared_memory():
+    found = np.zeros((2, 64), np.uint16)
+
+    def body(frame):
+        thread, always = frame.thread, device.constant(frame.thread, True, "b1")
+        area = device.shared(thread, 2 * 64)
+        word = (thread << 17) | (1 << 16) | (thread << 1)  # of the halves 2·t and 2·t + 1
+        device.put_shared_words(area + thread * 4, 4, [word], always & (thread < 32))
+        device.barrier(thread)
+        half = device.shared_words(area + thread * 2, 2, 1)
+        at = frame.block * 128 + device.convert(thread * 2, "i8")
+        device.store(frame.out + at, 2, half)
+
+    kernel = device.Kernel("test", body, {"out": "i8"})
+    emulate(kernel, 2, 64, [found.ctypes.data], [found])
+    assert np.array_equal(found, [range(64)] * 2)
 
 
 def test_a_loop_that_differs_between_threads():
@@ -202,8 +298,6 @@ def test_a_loop_that_differs_between_threads():
 
 
 def test_a_shuffle_from_no_lane():
-    with pytest.raises(Fault, match="no lane"):
-        run(lambda thread: device.shuffle_from(thread, thread))  # 0 to 63
     with pytest.raises(Fault, match="shuffle by 32"):
         run(lambda thread: device.shuffle_xor(thread, emulator.WARP))
 

@@ -291,22 +291,12 @@ def larger_halves(a, b, kind):
     return a.like(a.machine.larger_halves(a.value, b.value, kind))
 
 
-def funnel(low, high, bits):
-    """The 32 bits of high:low that start at bit `bits` (0 … 31) of low."""
-    return low.like(low.machine.funnel(low.value, high.value, bits.value), "i4")
-
-
 # ---------------------------------------------------------------- threads
 
 
 def shuffle_xor(v, offset):
     """The value of the lane whose number differs in these bits, in this warp."""
     return _by_words(v, lambda w: w.like(w.machine.shuffle_xor(w.value, offset)))
-
-
-def shuffle_from(v, lane):
-    """The value of another lane of this warp, given its number for each lane."""
-    return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
 
 
 def _by_words(v, move):
@@ -321,6 +311,11 @@ def _by_words(v, move):
 def barrier(of):
     """Wait for all threads of the block."""
     of.machine.barrier()
+
+
+def warp_barrier(of):
+    """Wait for all threads of the warp."""
+    of.machine.warp_barrier()
 
 
 def cluster_barrier(of):
@@ -363,16 +358,15 @@ def when(mask, compute, otherwise):
 # ---------------------------------------------------------------- memory
 
 
-def load(address, size, count, mask=None, fill=0, foreign=False):
+def load(address, size, count, mask=None, fill=0):
     """`count` words of `size` bytes (1, 2, 4 or 8) from an aligned address, in one access.
 
     Words narrower than 4 bytes come with zeros above. Where the mask does not hold nothing is
-    read and every word is `fill`. `foreign`: bytes that another thread may be writing come along,
-    and are dropped.
+    read and every word is `fill`.
     """
     elem = "i8" if size == 8 else "i4"
     mask = None if mask is None else mask.value
-    words = address.machine.load(address.value, size, count, mask, fill, foreign)
+    words = address.machine.load(address.value, size, count, mask, fill)
     return tuple(address.like(w, elem) for w in words)
 
 
@@ -398,7 +392,10 @@ def dynamic_shared(of):
 
 
 def shared_words(address, size, count):
-    """`count` words of `size` bytes (4 or 8) from an aligned address in shared memory."""
+    """`count` words of `size` bytes (2, 4 or 8) from an aligned address in shared memory.
+
+    Words of 2 bytes, one at a time, come with zeros above.
+    """
     words = address.machine.shared_load(address.value, size, count)
     return [address.like(w, "i8" if size == 8 else "i4") for w in words]
 

@@ -220,10 +220,8 @@ class _Tracer:
     def _unknown(self, *values):
         return _Unknown(*values)
 
-    fma = maximum = at_least = join = half_to_single = pack_halves = funnel = _unknown
-    one_below = exp2 = larger_halves = shuffle_xor = shuffle_from = shared = dynamic_shared = (
-        _unknown
-    )
+    fma = maximum = at_least = join = half_to_single = pack_halves = _unknown
+    one_below = exp2 = larger_halves = shuffle_xor = shared = dynamic_shared = _unknown
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)
@@ -239,7 +237,7 @@ class _Tracer:
     def barrier(self):
         """Touches nothing."""
 
-    cluster_barrier = barrier
+    warp_barrier = cluster_barrier = barrier
 
     def cluster_rank(self):
         return (self.blocks % self.cluster).astype(np.int32)
@@ -310,7 +308,7 @@ class _Tracer:
         self.scope.accesses.append((what, name, sectors, of, cycles))
         return name
 
-    def load(self, address, size, count, mask, _fill, _foreign):
+    def load(self, address, size, count, mask, _fill):
         of = _Unknown(address, mask)
         name = self._touch("read", address, size * count, mask, of)
         if name == "labels":  # every label is class 0: one that counts

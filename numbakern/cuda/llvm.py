@@ -122,11 +122,6 @@ class LLVM:
         name = "bf16x2" if kind == "bf" else "f16x2"
         return self._ptx(f"max.NaN.{name} $0, $1, $2;", "i4", [(a, "i4"), (b, "i4")])
 
-    def funnel(self, low, high, bits):
-        """See device.funnel."""
-        args = [(low, "i4"), (high, "i4"), (bits, "i4")]
-        return self._ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "i4", args)
-
     # -- threads
 
     def thread(self):
@@ -141,9 +136,9 @@ class LLVM:
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
 
-    def shuffle_from(self, word, lane):
-        """See device.shuffle_from."""
-        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
+    def warp_barrier(self):
+        """See device.warp_barrier."""
+        self._call("nvvm.bar.warp.sync", _void, _i32(_ALL))
 
     def barrier(self):
         """See device.barrier."""
@@ -198,7 +193,7 @@ class LLVM:
 
     # -- memory
 
-    def load(self, address, size, count, mask, fill, _foreign):
+    def load(self, address, size, count, mask, fill):
         """See device.load."""
         letter, elem = _WORD[size]
         width = {1: "u8", 2: "u16", 4: "b32", 8: "b64"}[size]
@@ -233,7 +228,7 @@ class LLVM:
         """See device.shared."""
         name = f"shared_{next(_serial)}"
         area = ir.GlobalVariable(self.builder.module, ir.ArrayType(ir.IntType(8), size), name, 3)
-        area.linkage, area.align = "internal", 8
+        area.linkage, area.align = "internal", 16
         area.initializer = ir.Constant(area.value_type, ir.Undefined)
         return self.builder.ptrtoint(area, _i32)
 
@@ -250,7 +245,8 @@ class LLVM:
         """See device.shared_words."""
         letter, kind = _WORD[size]
         vector, names = _vector(0, count)
-        code = f"ld.shared{vector}.b{8 * size} {names}, [${count}];"
+        width = "u16" if size == 2 else f"b{8 * size}"
+        code = f"ld.shared{vector}.{width} {names}, [${count}];"
         return self._words(code, kind, count, [f"={letter}"] * count + ["r"], [address])
 
     def shared_store(self, address, size, words, mask, peer):

@@ -4,10 +4,9 @@ A thread takes groups of consecutive elements, the same ones however the array l
 divide every row, 16 bytes at most (`rows.partition`). Four ways to get at a group:
 
 - `Whole`: rows start at multiples of its size and end with a whole group. One access.
-- `Single`: small groups, element by element; those of neighbouring lanes lie side by side.
-- `Shifted`: rows are contiguous but start anywhere. Loads take the two aligned pieces that a group
-  lies in and shift them into place; stores take the bytes that are missing from the next lane.
-  Groups at the ends of a row go element by element.
+- `Single`: groups of one, those of neighbouring lanes lie side by side.
+- `Shifted`: rows are contiguous but start anywhere. Element by element as well: what a load leaves
+  of a line the next ones find in L1, and before a store groups change lanes.
 - `Strided`: any distance between the classes; element by element.
 """
 
@@ -19,23 +18,24 @@ from numbakern.cuda.device import (
     convert,
     convert_unsigned,
     float_of,
-    funnel,
     larger_halves,
     load,
     max_tree,
     narrow,
     pack_halves,
-    shuffle_from,
+    put_shared_words,
+    shared_words,
     smaller_integer,
     store,
     tree,
     unpack_half,
-    when,
+    warp_barrier,
     where,
 )
 
 ACCESS = 16
 """Bytes of the widest access."""
+WARP = 32
 
 
 class Format:
@@ -141,11 +141,6 @@ def _to_single(v):
     return float_of(where(inexact, bits + outward, bits))
 
 
-def _rotate(words, steps, mask):
-    """The words from index `steps` on where the mask holds, from 0 on elsewhere."""
-    return [where(mask, words[i + steps], words[i]) for i in range(len(words) - steps)]
-
-
 class Place(NamedTuple):
     """Where a lane's elements begin.
 
@@ -157,14 +152,32 @@ class Place(NamedTuple):
         Elements from there to the end of the row, int32: FAR at most, perhaps below 0.
     step : Value
         Bytes between elements.
-    first : Value
-        Whether the row begins there.
     """
 
     address: Any
     left: Any
     step: Any
-    first: Any
+
+
+class Team(NamedTuple):
+    """The lanes of a warp that share a part of a row.
+
+    Attributes
+    ----------
+    lane : Value
+        The thread's number in its warp.
+    lanes : int
+        Of the team: a power of two.
+    room : Value or None
+        Where the warp's bytes of shared memory begin, of an access with a `room`.
+    again : bool
+        Whether they have other parts before and behind this one.
+    """
+
+    lane: Any
+    lanes: int
+    room: Any
+    again: bool
 
 
 FAR = 1 << 20
@@ -189,6 +202,7 @@ class Whole:
 
     wide = True  # what `load` gives are words of memory
     own = True  # a thread writes its own elements, and no others
+    room = 0  # bytes of shared memory that a warp takes to store
 
     def __init__(self, fmt, group, chunk=ACCESS):
         self.format, self.group = fmt, group
@@ -253,8 +267,7 @@ class Whole:
             How many elements behind it each group begins.
         numbers : iterable of list of Value
             Those of each group; taken when the group before is written.
-        team : (Value, int)
-            The thread's lane, and how many lanes share the row's part.
+        team : Team
         """
         for n, group in zip(groups, numbers, strict=True):
             words, mask = self._words(group), ok & (place.left > n)
@@ -299,123 +312,54 @@ class Single(Whole):
         return [self.format.word_of(v) for v in numbers]
 
 
-class Shifted(Whole):
-    """Contiguous rows that start and end anywhere.
+class Shifted(Single):
+    """Rows of whole groups that start anywhere; written side by side, like single elements.
 
-    All groups of a row lie equally far behind a multiple of 16 bytes.
+    A warp's groups change lanes in shared memory: written as they lie, each access would leave
+    gaps that the next ones fill, and what moves to L2 are sectors of 32 bytes.
     """
 
     own = False
 
-    def _offset(self, place):
-        """That distance in bytes, int32, and whether it is not 0."""
-        offset = narrow(place.address) & (self.chunk - 1)
-        return offset, offset != 0
-
-    def load(self, place, groups):
-        """As Whole.load: all pieces are asked for before the first one is waited for."""
-        return [self._shift(place, *piece) for piece in [self._pieces(place, n) for n in groups]]
-
-    def _pieces(self, place, n):
-        """(n, whether both pieces that the group lies in are inside of the row, their words)."""
-        fmt, chunk, word = self.format, self.chunk, self.word
-        offset, shifted = self._offset(place)
-        aligned = place.address - convert(offset, "i8") + n * fmt.size
-        behind = (constant(offset, chunk, "i4") - offset) >> (fmt.size.bit_length() - 1)
-        inside = place.left - where(shifted, behind, 0) >= n + self.group
-        if n == 0:
-            inside = inside & ~(place.first & shifted)
-        words = []
-        for at in range(0, self.bytes, chunk):
-            words += load(aligned + at, word, self.per_chunk, inside, foreign=True)
-        last = inside & shifted
-        words += load(aligned + self.bytes, word, self.per_chunk, last, foreign=True)
-        return n, inside, words
-
-    def _shift(self, place, n, inside, words):
-        """The group's words: of its pieces, or element by element."""
-        fmt, word = self.format, self.word
-        offset, _ = self._offset(place)
-        address = place.address + n * fmt.size
-        steps = self.per_chunk // 2
-        while steps:
-            words = _rotate(words, steps, (offset & (steps * word)) != 0)
-            steps //= 2
-        count = self.bytes // word
-        if fmt.size < word:
-            bits = (offset & (word - 1)) << 3
-            words = [funnel(a, b, bits) for a, b in zip(words, words[1:] + words[:1], strict=True)]
-        words = words[:count]
-
-        def singly():
-            single = (
-                load(address + i * fmt.size, fmt.size, 1, place.left > n + i, fmt.fill_single)[0]
-                for i in range(self.group)
-            )
-            return fmt.joined(list(single))
-
-        return when(~inside, singly, words)
+    @property
+    def room(self):
+        """As Whole.room: twice a group of each lane."""
+        return 2 * WARP * self.bytes
 
     def store(self, place, groups, numbers, ok, team):
         """As Whole.store."""
-        lane, lanes = team
-        behind = (lane & -lanes) | ((lane + 1) & (lanes - 1))  # the lane with the next group
-        first, last = (lane & (lanes - 1)) == 0, (lane & (lanes - 1)) == lanes - 1
-        waiting = has_before = None
-        for n, group in zip(groups, numbers, strict=True):
-            words = self.format.words(group)
-            if waiting:
-                # Behind a team's last lane comes what its first one has next.
-                given = [where(first, *p) for p in zip(words, waiting[2], strict=True)]
-                following = [shuffle_from(w, behind) for w in given[: self.per_chunk]]
-                self._store(place, *waiting, following, ok, has_before, constant(ok, True, "b1"))
-            has_before = constant(ok, True, "b1") if waiting else ~first
-            waiting = n, group, words
-        following = [shuffle_from(w, behind) for w in waiting[2][: self.per_chunk]]
-        self._store(place, *waiting, following, ok, has_before, ~last)
+        if team.lanes == 1:  # it has all of the row: there is nobody to change with
+            super().store(place, groups, numbers, ok, team)
+            return
+        size, lane = self.format.size, team.lane & (team.lanes - 1)
+        # From this lane's own elements to those that it writes.
+        behind = lane * (1 - self.group)
+        left = place.left - behind
+        address = place.address + convert(behind * size, "i8")
+        written = team.room + team.lane * self.bytes
+        read = written + behind * size
+        always = constant(ok, True, "b1")
+        if team.again and len(groups) % 2:
+            warp_barrier(lane)  # the part before this one has ended in the same half
+        for v, (n, group) in enumerate(zip(groups, numbers, strict=True)):
+            half = v % 2 * WARP * self.bytes  # one is written while the other is read
+            for at, words in self._pieces(self.format.words(group)):
+                put_shared_words(written + (half + at), self.format.word, words, always)
+            warp_barrier(lane)
+            for i in range(0, self.group * team.lanes, team.lanes):
+                word = shared_words(read + (half + i * size), size, 1)
+                store(address + (n + i) * size, size, word, ok & (left > n + i))
 
-    def _store(self, place, n, numbers, words, following, ok, has_before, has_next):
-        """Write a group; whether lanes hold the groups before it and behind it, which begins so."""
-        fmt, chunk, word = self.format, self.chunk, self.word
-        address = place.address + n * fmt.size
-        offset, shifted = self._offset(place)
-        own = constant(offset, chunk, "i4") - offset  # bytes before the next aligned piece
-        moved = words + following
-        first = own & (chunk - 1)
-        steps = self.per_chunk // 2
-        while steps:
-            moved = _rotate(moved, steps, (first & (steps * word)) != 0)
-            steps //= 2
-        if fmt.size < word:
-            bits = (first & (word - 1)) << 3
-            moved = [funnel(a, b, bits) for a, b in zip(moved, moved[1:] + moved[:1], strict=True)]
-        full = ok & (place.left >= n + self.group)
-        next_full = full & has_next & (place.left >= n + 2 * self.group)
-        base = place.address + convert(first, "i8") + n * fmt.size
-        for i in range(0, len(words), self.per_chunk):
-            last = i + self.per_chunk == len(words)
-            mask = where(shifted, next_full if last else full, full)
-            at = base + i * word
-            store(at, word, moved[i : i + self.per_chunk], mask)
-        # What no aligned piece held: the head of the first group, the tail of the last.
-        taken = full & has_before
-
-        def singly():
-            for i, number in enumerate(numbers):
-                at = i * fmt.size
-                in_tail = own <= at + chunk - self.bytes
-                alone = ((own > at) & ~taken) | (in_tail & ~next_full) | ~full
-                alone = where(shifted, alone, ~full)
-                fmt.put(address + at, number, (place.left > n + i) & alone)
-            return []
-
-        when(ok & (~full | (shifted & ~(taken & next_full))), singly, [])
+    def _pieces(self, words):
+        """(where in a group, words) of each access to shared memory."""
+        each = ACCESS // self.format.word
+        return [(i * self.format.word, words[i : i + each]) for i in range(0, len(words), each)]
 
 
 class Strided:
     """Elements at any distance."""
 
-    wide, own = False, True
+    wide, own, room = False, True, 0
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group

@@ -14,7 +14,7 @@ from numbakern.cuda.columns import Columns
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.memory import ACCESS, Format, Shifted, Single, Strided, Whole
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import Partition, Rows, Way, partition, shelved
+from numbakern.cuda.rows import TEAM, Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.ways import MACHINE, launches, walks_columns
 
@@ -253,8 +253,10 @@ class _Planner:
         columns = dict(params)["walker"] == "columns"
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses))
+        room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
+        machine = self.machine._replace(shared=self.machine.shared - room)
         found, constants = launches(
-            part, self.classes, self.rows, numbers, shelf, maps is not None, columns, self.machine
+            part, self.classes, self.rows, numbers, shelf, maps is not None, columns, machine
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         if any(launch.way.stage == "reduce" for launch in found):
@@ -292,11 +294,9 @@ class _Planner:
         size = _size(layout.kind)
         chunk = min(ACCESS, part.group * size)
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
-        if self.classes % part.group:
-            return "shifted"
-        if aligned and chunk > size:
-            return "whole"
-        return "shifted" if chunk == ACCESS else "single"
+        if part.group == 1:
+            return "single"
+        return "whole" if aligned else "shifted"
 
 
 def _size(kind):

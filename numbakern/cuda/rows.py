@@ -19,11 +19,12 @@ from numbakern.cuda.device import (
     narrow,
     put_shared_words,
     repeat,
+    shared,
     shared_words,
     smaller_integer,
     where,
 )
-from numbakern.cuda.memory import ACCESS, Place, left_of
+from numbakern.cuda.memory import ACCESS, Place, Team, left_of
 from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
 from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, width
 
@@ -31,6 +32,8 @@ BLOCK = 128
 """Threads of a block whose rows are a part each."""
 LANE = 128
 """Bytes of a lane at most."""
+LONELY = 80
+"""The same of one that has a row for itself and reads halves one by one, each of another line."""
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
 TEAM = 512
@@ -84,7 +87,7 @@ def partition(classes, size, halved=False):
     """
     group = min(ACCESS // size, classes & -classes or ACCESS)
     most = LANE // size // (2 if halved else 1) // group
-    lanes = 1
+    lanes = 2 if group * size == 2 and classes * size > LONELY else 1
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
     parts = -(-classes // (lanes * group * most))
@@ -169,7 +172,7 @@ class Lane:
         if name == "out" and self.row.width is not self.row.classes:
             left = left_of(self.first, self.row.width)
         access = self.walker.accesses[name]
-        return Place(start + access.distance(self.first, step), left, step, self.first == 0)
+        return Place(start + access.distance(self.first, step), left, step)
 
     def load(self):
         """Read the elements that are not there yet."""
@@ -262,7 +265,15 @@ class Walk:
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
             self.board = self._board(p, width(op))
         self.row = op.row(frame, p, self.ok, leader, self._peek)
-        self.row.team = thread & (WARP - 1), lanes
+        self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
+
+    def _room(self):
+        """The warp's shared memory for what it writes; None if that takes none."""
+        out = self.walker.out
+        if out is None or not out.room or self.way.stage == "reduce":
+            return None
+        warps = BLOCK // WARP if self.part.single else self.way.warps
+        return shared(self.thread, out.room * warps) + (self.thread >> 5) * out.room
 
     def _board(self, p, entries):
         way = self.way

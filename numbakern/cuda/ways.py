@@ -26,6 +26,10 @@ FULL = 1024
 """Threads that keep a multiprocessor busy."""
 WALKING = 12
 """Warps of a block that takes long rows part by part; with 16 a register is missing."""
+REDUCING, FINE = 8, 4
+"""Warps of a block that only reduces, so that there are several beside one another."""
+MANY = 32
+"""Rows for each multiprocessor from which on those are FINE."""
 EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 BOARD = 16 << 10
@@ -115,22 +119,25 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         return _spread(_ceil(count, COLUMNS), parts, 1, COLUMNS, numbers, maps, machine)
     if part.single:
         return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
-    if not part.chunks:
+    # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
+    fine = not maps and count >= MANY * machine.multiprocessors
+    if not part.chunks and not (fine and parts > FINE):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     if numbers:
-        together = _together(parts, count, 8 * parts * numbers, shelf, maps, machine)
+        most = WALKING if maps else FINE if fine else REDUCING
+        together = _together(parts, count, 8 * parts * numbers, shelf, maps, most, machine)
         if together:
             return together
     return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(parts, count, board, shelf, maps, machine):
+def _together(parts, count, board, shelf, maps, most, machine):
     """`launches` of a block or a cluster for each row; None where that is not the way."""
 
     def one(kept, blocks):
         held = kept == "registers"
-        rounds = _ceil(parts, (TEAM // WARP if held else WALKING) * blocks)
-        warps = WALKING
+        warps = TEAM // WARP if held else most
+        rounds = _ceil(parts, warps * blocks)
         if held and rounds == 1:
             warps = EVEN * _ceil(parts, EVEN * blocks)
         elif kept == "no":
@@ -142,7 +149,7 @@ def _together(parts, count, board, shelf, maps, machine):
         return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
 
     blocks = 1
-    while blocks <= machine.cluster:
+    while maps and blocks <= machine.cluster:
         found, constants = one("registers", blocks)
         if constants["rounds"] == 1:
             return found, constants
