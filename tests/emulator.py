@@ -172,6 +172,10 @@ class Emulator:
         to_bits = _bfloat16_bits if kind == "bf" else _float16_bits
         return (to_bits(low) | to_bits(high) << np.uint32(16)).view(np.int32)
 
+    def pair(self, low, high):
+        low, high = np.broadcast_arrays(low, high)
+        return low & 0xFFFF | high << 16
+
     def larger_halves(self, a, b, kind):
         dtype = ml_dtypes.bfloat16 if kind == "bf" else np.float16
         low, high = (

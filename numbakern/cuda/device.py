@@ -11,8 +11,8 @@ gives the same bits in every kernel.
 
 import functools
 import inspect
-import itertools
 import sys
+from typing import Any
 
 from numbakern.vmath import two_sum
 
@@ -286,6 +286,11 @@ def pack_halves(low, high, kind):
     return low.like(low.machine.pack_halves(low.value, high.value, kind), "i4")
 
 
+def pair(low, high):
+    """The low halves of two words as one word."""
+    return low.like(low.machine.pair(low.value, high.value), "i4")
+
+
 def larger_halves(a, b, kind):
     """The larger of the two halves (f2 or bf) each in two words; NaN if one is."""
     return a.like(a.machine.larger_halves(a.value, b.value, kind))
@@ -505,12 +510,21 @@ class Frame:
 
 
 def tree(values, combine):
-    """Combine a list pairwise, neighbours first."""
-    values = list(values)
-    while len(values) > 1:
-        pairs = itertools.zip_longest(values[::2], values[1::2])
-        values = [a if b is None else combine(a, b) for a, b in pairs]
-    return values[0]
+    """Combine a list pairwise, neighbours first.
+
+    In the order in which the values come, so that few of them wait in registers.
+    """
+    waiting: list[tuple[int, Any]] = []  # (level, what that many values come to), upper ones first
+    for v in values:
+        level = 0
+        while waiting and waiting[-1][0] == level:
+            v = combine(waiting.pop()[1], v)
+            level += 1
+        waiting.append((level, v))
+    _, result = waiting.pop()
+    while waiting:
+        result = combine(waiting.pop()[1], result)
+    return result
 
 
 def sum_tree(values):

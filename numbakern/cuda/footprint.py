@@ -220,7 +220,7 @@ class _Tracer:
     def _unknown(self, *values):
         return _Unknown(*values)
 
-    fma = maximum = at_least = join = half_to_single = pack_halves = _unknown
+    fma = maximum = at_least = join = half_to_single = pack_halves = pair = _unknown
     one_below = exp2 = larger_halves = shuffle_xor = shared = dynamic_shared = _unknown
 
     def split(self, bits):

@@ -23,6 +23,7 @@ from numbakern.cuda.device import (
     max_tree,
     narrow,
     pack_halves,
+    pair,
     put_shared_words,
     shared_words,
     smaller_integer,
@@ -87,7 +88,7 @@ class Format:
         """The words of elements that were loaded one by one."""
         if self.per_word == 1:
             return raw
-        return [low | (high << 16) for low, high in zip(raw[::2], raw[1::2], strict=True)]
+        return [pair(low, high) for low, high in zip(raw[::2], raw[1::2], strict=True)]
 
     # -- elements one by one
 

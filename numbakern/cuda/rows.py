@@ -36,6 +36,8 @@ LONELY = 80
 """The same of one that has a row for itself and reads halves one by one, each of another line."""
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
+CROWDED, LONE = 256, 48
+"""Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
 """Lanes of a row that is held in registers at most."""
 
@@ -64,6 +66,11 @@ class Partition(NamedTuple):
     def single(self):
         """Whether a row is one part."""
         return self.lanes <= WARP and not self.chunks
+
+    @property
+    def crowded(self):
+        """Whether a multiprocessor has registers for few of them."""
+        return self.lanes > CROWDED or (self.group == 1 and self.vectors > LONE)
 
     @property
     def span(self):
@@ -179,6 +186,16 @@ class Lane:
         for name, access in self.walker.inputs.items():
             if name not in self.words:
                 self.words[name] = access.load(self.places[name], self.groups)
+
+    def forget(self, zero):
+        """Have what follows take its numbers from the words anew, by a 0 unknown to the compiler.
+
+        It would keep what the reduction made of halves, which fills twice the registers or more.
+        """
+        for name, access in self.walker.inputs.items():
+            if access.wide and access.format.size == 2:
+                words = [w | zero for w in access.flat(self.words[name])]
+                self.words[name] = access.grouped(words, len(self.groups))
 
     def numbers(self):
         """(number behind the first, x, y, w) of each element."""
@@ -352,6 +369,8 @@ class Walk:
         span, m = self._read(part, i), None
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
+        if self.held and self.part.crowded:
+            span.forget(narrow(self.frame.classes >> 62))
         span.map(self.op, self.op.in_part(params, m))
 
     def _read(self, part, i):

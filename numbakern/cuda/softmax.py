@@ -19,6 +19,7 @@ from numbakern.cuda.device import (
     larger,
     one_below,
     sum_tree,
+    tree,
     where,
 )
 from numbakern.vmath import (
@@ -91,27 +92,43 @@ def share_of(op, row, left, numbers, m):
     elem = op.elem
     params, factor = exponentials(m, elem)
     top, subtracted = convert(m, elem), convert(safe(m), elem)
-    rests, belows, qs, nlls = [], [], [], []
-    for i, x, y, w in numbers:
-        # What is not below is the maximum, unless there is none: then nothing here is of account.
-        belows.append(one_below(x, top))
-        rests.append(scaled_exp(x, *params, op.halves))
-        if op.linear:
+    count = 0
+
+    def terms():
+        nonlocal count
+        for i, x, y, w in numbers:
+            count += 1
+            # What is not below is the maximum, unless there is none: then nothing is of account.
+            below, rest = one_below(x, top), scaled_exp(x, *params, op.halves)
+            if not op.linear:
+                yield rest, below
+                continue
             there = left > i
             q, own = op.target(row, y, w)
-            qs.append(where(there, q, 0.0))
             # A class that is no target adds nothing, not even where its logit is −inf.
-            nlls.append(where(there & (own != 0.0), own * (subtracted - x), 0.0))
-    rest = convert(_sum_of_products(rests, belows), "f8") * factor
-    k = float(len(belows)) - sum_tree(belows)
-    linear = (sum_tree(qs), convert(sum_tree(nlls), "f8")) if op.linear else ()
-    return Share(k, rest, *linear)
+            nll = where(there & (own != 0.0), own * (subtracted - x), 0.0)
+            yield rest, below, where(there, q, 0.0), nll
+
+    rest, below, *linear = tree(_pairs(terms()), _sums)
+    k = float(count) - below
+    if op.linear:
+        linear[1] = convert(linear[1], "f8")
+    return Share(k, convert(rest, "f8") * factor, *linear)
 
 
-def _sum_of_products(a, b):
-    """Σ a·b of numbers b that are 0 or 1, in the order of `sum_tree`."""
-    pairs = itertools.zip_longest(a[::2], b[::2], a[1::2], b[1::2])
-    return sum_tree(p * q if r is None else fma(r, s, p * q) for p, q, r, s in pairs)
+def _pairs(terms):
+    """The sums of neighbouring terms: of the first number times the second, and of each other."""
+    for first, second in itertools.zip_longest(terms, terms):
+        (rest, below, *linear) = first
+        product = rest * below
+        if second is None:
+            yield product, below, *linear
+        else:
+            yield fma(second[0], second[1], product), *_sums(first[1:], second[1:])
+
+
+def _sums(first, second):
+    return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
 def decay(m, top):
