@@ -215,12 +215,12 @@ class Whole:
     def load(self, place, groups):
         """What is read of the groups that lie so many elements behind a Place.
 
-        The fill stands for what lies behind the row's end.
+        The fill stands for what lies behind the row's end; of a Place with no `left` all are there.
         """
         return [self._group(place, n) for n in groups]
 
     def _group(self, place, n):
-        words, mask = [], place.left > n
+        words, mask = [], None if place.left is None else place.left > n
         address = place.address + n * self.format.size
         for at in range(0, self.bytes, self.chunk):
             words += load(address + at, self.word, self.per_chunk, mask, self.format.fill_word)
@@ -246,6 +246,13 @@ class Whole:
     def count(self, groups):
         """How many words `flat` gives of so many groups."""
         return -(-groups * self.bytes // max(4, self.word))
+
+    def fills(self, like, groups):
+        """What `flat` gives of so many groups that are not there."""
+        elem = "i8" if self.word == 8 else "i4"
+        bits = 64 if elem == "i8" else 32
+        fill = (self.format.fill_word + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
+        return [constant(like, fill, elem)] * self.count(groups)
 
     def largest(self, words):
         """The largest of the numbers in what `flat` gave; NaN if one is."""

@@ -22,6 +22,7 @@ from numbakern.cuda.device import (
     shared,
     shared_words,
     smaller_integer,
+    when,
     where,
 )
 from numbakern.cuda.memory import ACCESS, Place, Team, left_of
@@ -36,6 +37,8 @@ LONELY = 80
 """The same of one that has a row for itself and reads halves one by one, each of another line."""
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
+FULL = 4
+"""Groups of a lane from which on it asks once whether all of them are there."""
 CROWDED, LONE = 256, 48
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
@@ -71,6 +74,12 @@ class Partition(NamedTuple):
     def crowded(self):
         """Whether a multiprocessor has registers for few of them."""
         return self.lanes > CROWDED or (self.group == 1 and self.vectors > LONE)
+
+    @property
+    def sure(self):
+        """Groups that each lane has of a row's only part, or of each part but its last one."""
+        spare = 1 << max(0, self.vectors.bit_length() - 4) if self.single else 0
+        return (self.vectors - spare) // 2 * 2
 
     @property
     def span(self):
@@ -183,9 +192,33 @@ class Lane:
 
     def load(self):
         """Read the elements that are not there yet."""
-        for name, access in self.walker.inputs.items():
-            if name not in self.words:
-                self.words[name] = access.load(self.places[name], self.groups)
+        inputs = self.walker.inputs
+        missing = [name for name in inputs if name not in self.words]
+        wide = [name for name in missing if inputs[name].wide]
+        sure = self.groups[: self.part.sure]
+        found = self._load_full(wide, sure) if wide and len(sure) >= FULL else {}
+        for name in missing:
+            words, rest = found.get(name, []), self.groups
+            rest = rest[len(words) :]
+            self.words[name] = words + (inputs[name].load(self.places[name], rest) if rest else [])
+
+    def _load_full(self, names, groups):
+        """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
+        inputs, full = self.walker.inputs, self.left > groups[-1]
+
+        def read(left):
+            found = ((inputs[n], self.places[n]._replace(left=left)) for n in names)
+            return [w for access, at in found for w in access.flat(access.load(at, groups))]
+
+        fills = [w for n in names for w in inputs[n].fills(full, len(groups))]
+        words = when(full, lambda: read(None), fills)
+        if not self.part.single:
+            words = when((self.left > 0) & ~full, lambda: read(self.left), words)
+        found = {}
+        for name in names:
+            count = inputs[name].count(len(groups))
+            found[name], words = inputs[name].grouped(words[:count], len(groups)), words[count:]
+        return found
 
     def forget(self, zero):
         """Have what follows take its numbers from the words anew, by a 0 unknown to the compiler.

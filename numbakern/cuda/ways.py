@@ -24,7 +24,7 @@ FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
-WALKING = 12
+WALKING = 16
 """Warps of a block that takes long rows part by part; with 16 a register is missing."""
 REDUCING, FINE = 8, 4
 """Warps of a block that only reduces, so that there are several beside one another."""
@@ -140,8 +140,8 @@ def _together(parts, count, board, shelf, maps, most, machine):
         rounds = _ceil(parts, warps * blocks)
         if held and rounds == 1:
             warps = EVEN * _ceil(parts, EVEN * blocks)
-        elif kept == "no":
-            warps = _ceil(parts, rounds)  # as many as find a part in nearly every round
+        elif not held:
+            warps = _ceil(parts, rounds * blocks)  # that find a part in nearly every round
         size = board
         if kept == "shared":
             size += shelf * (parts if blocks == 1 else rounds * warps)
