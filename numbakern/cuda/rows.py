@@ -34,7 +34,7 @@ BLOCK = 128
 LANE = 128
 """Bytes of a lane at most."""
 LONELY = 80
-"""The same of one that has a row for itself and reads halves one by one, each of another line."""
+"""The same of one that has a row of halves for itself: one by one, each is of another line."""
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
 FULL = 4
@@ -103,7 +103,7 @@ def partition(classes, size, halved=False):
     """
     group = min(ACCESS // size, classes & -classes or ACCESS)
     most = LANE // size // (2 if halved else 1) // group
-    lanes = 2 if group * size == 2 and classes * size > LONELY else 1
+    lanes = 2 if size == 2 and classes * size > LONELY else 1
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
     parts = -(-classes // (lanes * group * most))

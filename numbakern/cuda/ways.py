@@ -25,9 +25,9 @@ FEW = 4
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
 WALKING = 16
-"""Warps of a block that takes long rows part by part; with 16 a register is missing."""
+"""Warps of a block that takes long rows part by part, at most."""
 REDUCING, FINE = 8, 4
-"""Warps of a block that only reduces, so that there are several beside one another."""
+"""The same of one that only reduces, at least: there are to be several beside one another."""
 MANY = 32
 """Rows for each multiprocessor from which on those are FINE."""
 EVEN = 8
@@ -137,7 +137,7 @@ def _together(parts, count, board, shelf, maps, most, machine):
     def one(kept, blocks):
         held = kept == "registers"
         warps = TEAM // WARP if held else most
-        rounds = _ceil(parts, warps * blocks)
+        rounds = _ceil(parts, warps * blocks) if maps else max(1, parts // warps)
         if held and rounds == 1:
             warps = EVEN * _ceil(parts, EVEN * blocks)
         elif not held:
