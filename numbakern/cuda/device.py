@@ -339,7 +339,7 @@ def repeat(count, body, *state):
     Parameters
     ----------
     count : Value
-        An int64.
+        An int64 below 2**31.
     body : function (i, *state) -> tuple
     """
     return count.machine.repeat(count, body, state)

@@ -35,6 +35,8 @@ APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
 TEAM = 512
 """Lanes of a row that is held in registers at most."""
+UNPACKED = 64
+"""Halves of a lane, of all arrays, that are not to be kept unpacked from reduction to map."""
 
 
 class Partition(NamedTuple):
@@ -339,9 +341,21 @@ class Walk:
 
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
+        if self.held:
+            self._unpack_anew(span)
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
         span.map(self.op, self.op.in_part(params, m))
+
+    def _unpack_anew(self, span):
+        """Have the map unpack what it and the reduction work on: many halves are not kept so."""
+        part, inputs = self.part, self.walker.inputs
+        if part.vectors * part.group * len(inputs) < UNPACKED:
+            return
+        zero = narrow(self.frame.rows >> 63)  # which compilers do not know
+        for name in self.op.twice:
+            if inputs[name].wide and inputs[name].format.size == 2:
+                span.words[name] = [[w | zero for w in words] for words in span.words[name]]
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
