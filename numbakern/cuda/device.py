@@ -11,7 +11,6 @@ gives the same bits in every kernel.
 
 import functools
 import inspect
-import itertools
 import sys
 
 from numbakern.vmath import two_sum
@@ -508,12 +507,17 @@ class Frame:
 
 
 def tree(values, combine):
-    """Combine a list pairwise, neighbours first."""
-    values = list(values)
-    while len(values) > 1:
-        pairs = itertools.zip_longest(values[::2], values[1::2])
-        values = [a if b is None else combine(a, b) for a, b in pairs]
-    return values[0]
+    """Combine values pairwise, neighbours first, each pair at once: few wait for others."""
+    waiting = []  # (height, value)
+    for value in values:
+        height = 0
+        while waiting and waiting[-1][0] == height:
+            value, height = combine(waiting.pop()[1], value), height + 1
+        waiting.append((height, value))
+    _, value = waiting.pop()
+    while waiting:
+        value = combine(waiting.pop()[1], value)
+    return value
 
 
 def sum_tree(values):

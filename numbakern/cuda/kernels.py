@@ -80,9 +80,7 @@ class Operation:
     """
 
     softmax = sums = linear = False
-    twice: tuple[
-        str, ...
-    ] = ()  # the inputs whose elements, as they are, both the reduction and the map work on
+    twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
 
