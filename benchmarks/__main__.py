@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,9 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     benchmarks: Sequence[Benchmark], patterns: Sequence[str], saved: dict[str, Any], path: str
 ) -> int:
-    """Run, print and save what the patterns select; gives 1 if something failed."""
+    """Run, print and save what the patterns select; gives 1 if something failed, or all is n/a."""
     failed = 0
     values: report.Values = {}
+    absent: Counter[tuple[str, str]] = Counter()  # why figures of a class are n/a
     for benchmark, params, value, note in run(benchmarks, patterns):
         entry = saved["results"].setdefault(
             benchmark.name, {"version": benchmark.version, "values": []}
@@ -146,7 +148,9 @@ def measure(
         if value is None:
             failed += 1
             print(f"{text}: failed: {note}", flush=True)
-        elif not math.isnan(value):
+        elif math.isnan(value):
+            absent[f"{benchmark.section}.{benchmark.cls}", note] += 1
+        else:
             values.setdefault(benchmark.name, {})[tuple(map(repr, params))] = value
             print(f"{text}: {value:.4g} {benchmark.unit}", flush=True)
         if path:
@@ -154,7 +158,9 @@ def measure(
     for target in ("cpu", "cuda"):
         if rows := report.rows(values, target):
             print(f"\n{report.text_table(rows)}")
-    return int(failed > 0)
+    for (name, note), count in absent.items():
+        print(f"{name}: {count} n/a: {note or 'not a number'}")
+    return int(failed > 0 or not values)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import gc
 import sys
 from collections.abc import Mapping
 from ctypes.util import find_library
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,21 @@ from numbakern._roofline import TOLERANCE, TORCH, Arrays, Bench, Call, Case, Pee
 FLUSHED_BYTES = 2**28  # more than any GPU's L2
 
 
-def require_cuda() -> None:
-    """Raise NotImplementedError, which asv shows as n/a, where no CUDA benchmark can run."""
+@cache
+def _missing() -> str:
     if not (find_library("cuda") or find_library("nvcuda")):
-        raise NotImplementedError("no CUDA driver")
+        return "no NVIDIA GPU (this machine has no CUDA driver)"
     try:
         import torch
     except ImportError:
-        raise NotImplementedError("needs torch for arrays on the device") from None
-    if not torch.cuda.is_available():
-        raise NotImplementedError("no CUDA device")
+        return "needs torch for arrays on the device"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU that torch can use"
+
+
+def require_cuda() -> None:
+    """Raise NotImplementedError, which asv shows as n/a, where no CUDA benchmark can run."""
+    if missing := _missing():
+        raise NotImplementedError(missing)
 
 
 class DeviceArrays(Arrays):

@@ -174,6 +174,8 @@ def main():
         measure(sys.argv[-1])
         return
     names = sys.argv[1:] or FAMILIES
+    if wrong := sorted(set(names) - set(FAMILIES)):
+        sys.exit(f"expected any of {', '.join(FAMILIES)}, got {', '.join(wrong)}")
     with tempfile.TemporaryDirectory() as folder:
         path = build_driver(folder)
         if path is None:

@@ -524,6 +524,19 @@ def test_the_runner_saves(tmp_path, monkeypatch):
     assert str(ROOT) not in file.read_text()
 
 
+def test_what_cannot_run_is_told(monkeypatch, capsys):
+    """In a line a class and reason; where nothing ran at all, the status says so too."""
+    from benchmarks import __main__ as command
+
+    speed = _of("cuda.Speed.track_x_copy")
+    found = [(speed, (n,), math.nan, "no NVIDIA GPU") for n in range(3)]
+    monkeypatch.setattr(command, "run", lambda *_: iter(found))
+    assert command.main([]) == 1
+    assert capsys.readouterr().out == "cuda.Speed: 3 n/a: no NVIDIA GPU\n"
+    found.append((_of("startup.Import.track_seconds"), (), 0.01, ""))
+    assert command.main([]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

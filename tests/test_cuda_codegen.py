@@ -20,7 +20,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from numbakern.cuda import codegen  # noqa: E402
 from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
-from numbakern.cuda.plan import Spec  # noqa: E402
+from numbakern.cuda.plan import Spec, build  # noqa: E402
 from numbakern.cuda.rows import Way  # noqa: E402
 
 try:
@@ -219,6 +219,33 @@ def test_machine_code_of_every_long_row(operation, kind, way, arch):
 )
 def test_machine_code_of_everything(one, arch):
     check(one, arch)
+
+
+STACK = case("log_softmax_backward", "f8", 513)
+"""A kernel for which ptxas by itself takes a stack on sm_90a; if not, another is to be found."""
+
+
+@pytest.mark.parametrize("one, bounds, there", [
+    (case("log_softmax", "f4", 1000), 128, "registers"),
+    (case("log_softmax", "f4", 65536), 352, "shared"),
+    (case("softmax", "f4", 1000), (128, 16), "stack"),
+    (STACK, 64, "stack"),
+])  # fmt: skip
+def test_resources_are_those_that_cuobjdump_prints(one, bounds, there):
+    code = compiler.compile_kernel(*build(one.step.spec), "sm_90a", bounds)
+    printed = compiler._run("cuobjdump", "-res-usage", code=code.code)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", printed)
+    used = compiler.resources(code)
+    assert used == tuple(map(int, found.groups()))
+    assert getattr(used, there) > 0
+
+
+def test_a_stack_that_need_not_be_is_not():
+    spec, threads = STACK.step.spec, STACK.step.block
+    alone = compiler.compile_kernel(*build(spec), "sm_90a", threads)
+    assert "STL" in compiler.sass(alone)
+    kept = compiler.cubin(spec, "sm_90a", threads)
+    assert not re.search(r"\b(STL|LDL)\b", compiler.sass(kept))
 
 
 def test_table():

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -106,6 +107,64 @@ def test_the_architecture_of_a_device():
     ]  # fmt: skip
 
 
+def cubin(registers, stack):
+    """A Cubin that says it takes so many, in an ELF file with nothing else."""
+    from numbakern.cuda.compile import Cubin
+
+    names = b"\0.nv.info\0.shstrtab\0"
+    other = struct.pack("<BBH", 3, 0x12, 77)  # an attribute of two bytes, of that number
+    found = [struct.pack("<BBHII", 4, n, 8, 5, v) for n, v in ((0x2F, registers), (0x12, stack))]
+    info = other + b"".join(found)
+    header = b"\x7fELF" + bytes(36) + struct.pack("<Q", 64 + len(names) + len(info))
+    header = header.ljust(58, b"\0") + struct.pack("<HHH", 64, 2, 0)
+    sections = ((10, 3, 64, len(names)), (1, 0x70000000, 64 + len(names), len(info)))
+    table = (struct.pack("<IIQQQQ", a, b, 0, 0, c, d).ljust(64, b"\0") for a, b, c, d in sections)
+    return Cubin("kernel", header + names + info + b"".join(table))
+
+
+@pytest.mark.parametrize("threads, registers, blocks", [
+    (128, 96, 5),  # a scheduler has 16384 registers: 5 warps
+    (352, 80, 2),  # 6 warps of each scheduler, 24 in all, of 11 a block
+    (352, 88, 1),  # 5 and 20, though 65536 registers were enough for 2 blocks
+    (512, 129, 0),
+])  # fmt: skip
+def test_blocks_that_there_are_registers_for(threads, registers, blocks):
+    from numbakern.cuda.compile import blocks_of
+
+    assert blocks_of(threads, registers) == blocks
+
+
+@pytest.mark.parametrize("answers, tried, taken", [
+    # Without a stack at once: nothing else is tried.
+    ({128: (96, 0)}, [128], 128),
+    # As many blocks without one.
+    ({128: (72, 8), (128, 7): (72, 0)}, [128, (128, 7)], (128, 7)),
+    # Only with more registers: the fewest of them first.
+    ({128: (72, 8), (128, 7): (72, 16), None: (80, 0)}, [128, (128, 7), None], None),
+    # What does not fit into a multiprocessor is no kernel.
+    ({512: (128, 8), (512, 1): (128, 24), None: (168, 0)}, [512, (512, 1), None], 512),
+    ({128: (255, 8), (128, 2): (240, 8), None: (255, 8), (128, 1): (240, 0)},
+     [128, (128, 2), None, (128, 1)], (128, 1)),
+    # Nowhere: the compiler's own choice.
+    ({128: (72, 8), (128, 7): (72, 4), None: (80, 4), (128, 1): (96, 4)},
+     [128, (128, 7), None, (128, 1)], 128),
+])  # fmt: skip
+def test_code_without_a_stack_where_there_is_some(answers, tried, taken, monkeypatch):
+    from numbakern.cuda import compile
+
+    made = {bounds: cubin(*used) for bounds, used in answers.items()}
+    asked = []
+
+    def compile_kernel(function, arg_types, arch, bounds):
+        asked.append(bounds)
+        return made[bounds]
+
+    monkeypatch.setattr(compile, "compile_kernel", compile_kernel)
+    threads = next(iter(answers))
+    assert compile.compile_without_stack(None, (), "sm_90a", threads) is made[taken]
+    assert asked == tried
+
+
 # --- the disk cache ------------------------------------------------------------------------------
 
 
@@ -155,11 +214,11 @@ def test_a_kernel_is_compiled_once(carried, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBAKERN_CUBINS" if carried else "NUMBA_CACHE_DIR", str(tmp_path))
     spec, built = plan.Spec("copy", (("size", 4), ("dimensions", 1))), []
 
-    def compile_kernel(function, arg_types, arch, bounds):
-        built.append((arch, bounds))
+    def compiled(function, arg_types, arch, threads):
+        built.append((arch, threads))
         return compile.Cubin("name", b"code of " + arch.encode())
 
-    monkeypatch.setattr(compile, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(compile, "compile_without_stack", compiled)
     monkeypatch.setattr(plan, "build", lambda spec: (None, ()))
 
     def fetch(arch, **changes):

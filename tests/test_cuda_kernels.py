@@ -789,6 +789,17 @@ def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
     return found
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 12, 31, 32, 33])
+def test_sums_are_of_neighbours_first(count):
+    """Whatever the order in which the pairs are taken, they are those of level by level."""
+    level = [str(i) for i in range(count)]
+    found = device.tree(iter(level), lambda a, b: f"({a} {b})")
+    while len(level) > 1:
+        pairs = itertools.zip_longest(level[::2], level[1::2])
+        level = [a if b is None else f"({a} {b})" for a, b in pairs]
+    assert found == level[0]
+
+
 def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
     """Every element is in one part, whatever the number of rows and whatever is chosen."""
     for size in (2, 4, 8):

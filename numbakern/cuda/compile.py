@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import threading
@@ -34,7 +35,7 @@ class Cubin(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a kernel takes, by cuobjdump."""
+    """What a kernel takes."""
 
     registers: int  # a thread
     stack: int  # bytes a thread
@@ -149,6 +150,34 @@ def compile_kernel(function, arg_types, arch, bounds=None):
         return Cubin(library._entry_name, bytes(linked.code))
 
 
+def blocks_of(threads, registers):
+    """How many blocks a multiprocessor has the registers for.
+
+    It has four schedulers with 512 of them for each lane, which give them out by 8 to whole warps.
+    """
+    warps = 4 * (512 // (-(-registers // 8) * 8))
+    return warps // -(-threads // 32)
+
+
+def compile_without_stack(function, arg_types, arch, threads):
+    """As `compile_kernel` for blocks of so many threads, if possible without a stack.
+
+    To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
+    values to memory and back. Told how many blocks there are to be, or not told how large they are,
+    it often finds a way that takes no or few more registers.
+    """
+    first = compile_kernel(function, arg_types, arch, threads)
+    used = resources(first)
+    if used.stack:
+        as_many = threads, blocks_of(threads, used.registers)
+        for bounds in dict.fromkeys((as_many, None, (threads, 1))):
+            found = compile_kernel(function, arg_types, arch, bounds)
+            used = resources(found)
+            if not used.stack and blocks_of(threads, used.registers):
+                return found
+    return first
+
+
 # ---------------------------------------------------------------- the cache
 
 
@@ -189,10 +218,10 @@ _SETTINGS = ("NUMBA_OPT", "NUMBA_FORCE_CUDA_CC", "NUMBA_CUDA_DEBUGINFO")
 
 
 @lru_cache(maxsize=4096)
-def cubin(spec, arch, bounds=None):
-    """The kernel that `plan.build` makes of a spec, from the disk or compiled and put there."""
+def cubin(spec, arch, threads):
+    """The kernel that `plan.build` makes of a spec, for blocks of so many threads, kept on disk."""
     folder = cache_folder()
-    key = repr((spec, arch, bounds))
+    key = repr((spec, arch, threads))
     name = f"{spec.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     if folder is not None:
         content = disk_cache.read(folder, name)
@@ -202,7 +231,7 @@ def cubin(spec, arch, bounds=None):
     from numbakern.cuda.plan import build
 
     function, arg_types = build(spec)
-    compiled = compile_kernel(function, arg_types, arch, bounds)
+    compiled = compile_without_stack(function, arg_types, arch, threads)
     if folder is not None:
         disk_cache.write(folder, name, compiled.entry.encode() + b"\0" + compiled.code)
     return compiled
@@ -242,8 +271,45 @@ def sass(cubin):
     return _tool("nvdisasm", "-c", "-hex", code=cubin.code)
 
 
+_SECTION = struct.Struct("<IIQQQQ")  # of an ELF file: name, kind, flags, address, place, size
+_ATTRIBUTES = 0x70000000
+"""Kind of the sections .nv.info, where NVIDIA's compiler says what a kernel takes."""
+_TAKEN = {0x2F: "registers", 0x12: "stack"}
+"""EIATTR_REGCOUNT and EIATTR_MIN_STACK_SIZE, as `cuobjdump -elf` calls these attributes."""
+_LONG = 4
+"""EIFMT_SVAL: such an attribute says how long its value is; those of all others are two bytes."""
+
+
 def resources(cubin):
-    """The Resources of a Cubin."""
-    usage = _tool("cuobjdump", "-res-usage", code=cubin.code)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    return Resources(*map(int, found.groups()))
+    """The Resources of a Cubin, as they stand in it."""
+    taken = dict.fromkeys(Resources._fields, 0)
+    for name, kind, content, size in _sections(cubin.code):
+        if name in (f".nv.shared.{cubin.entry}", f".nv.local.{cubin.entry}"):
+            taken[name.split(".")[2]] = size
+        elif kind == _ATTRIBUTES:
+            for number, (_, value) in _attributes(content):
+                taken[_TAKEN[number]] = max(taken[_TAKEN[number]], value)
+    return Resources(**taken)
+
+
+def _sections(code):
+    """(name, kind, content, size) of the sections of an ELF file."""
+    (start,) = struct.unpack_from("<Q", code, 40)
+    step, count, names = struct.unpack_from("<HHH", code, 58)
+    headers = [_SECTION.unpack_from(code, start + i * step) for i in range(count)]
+    first = headers[names][4]
+    for name, kind, _, _, at, size in headers:
+        end = code.index(b"\0", first + name)
+        yield code[first + name : end].decode(), kind, code[at : at + size], size
+
+
+def _attributes(content):
+    """(number, (function, value)) of the attributes that `_TAKEN` names."""
+    at = 0
+    while at < len(content):
+        form, number, size = struct.unpack_from("<BBH", content, at)
+        at += 4
+        if form == _LONG:
+            if number in _TAKEN:
+                yield number, struct.unpack_from("<II", content, at)
+            at += size

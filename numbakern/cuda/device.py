@@ -339,7 +339,7 @@ def repeat(count, body, *state):
     Parameters
     ----------
     count : Value
-        An int64.
+        An int64 below 2**31.
     body : function (i, *state) -> tuple
     """
     return count.machine.repeat(count, body, state)
@@ -510,21 +510,17 @@ class Frame:
 
 
 def tree(values, combine):
-    """Combine a list pairwise, neighbours first.
-
-    In the order in which the values come, so that few of them wait in registers.
-    """
-    waiting: list[tuple[int, Any]] = []  # (level, what that many values come to), upper ones first
-    for v in values:
-        level = 0
-        while waiting and waiting[-1][0] == level:
-            v = combine(waiting.pop()[1], v)
-            level += 1
-        waiting.append((level, v))
-    _, result = waiting.pop()
+    """Combine values pairwise, neighbours first, each pair at once: few wait for others."""
+    waiting: list[tuple[int, Any]] = []  # (height, value)
+    for value in values:
+        height = 0
+        while waiting and waiting[-1][0] == height:
+            value, height = combine(waiting.pop()[1], value), height + 1
+        waiting.append((height, value))
+    _, value = waiting.pop()
     while waiting:
-        result = combine(waiting.pop()[1], result)
-    return result
+        value = combine(waiting.pop()[1], value)
+    return value
 
 
 def sum_tree(values):

@@ -80,6 +80,7 @@ class Operation:
     """
 
     softmax = sums = linear = False
+    twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
 
@@ -202,6 +203,7 @@ class LogSoftmaxBackward(Operation):
     """out = x − exp(y)·Σx, for the gradient x and the output y of log_softmax."""
 
     sums = True
+    twice = ("x",)
 
     def term(self, _row, grad, _y, _w):
         """What is summed, in float64."""
@@ -220,6 +222,7 @@ class SoftmaxBackward(Operation):
     """out = y·(x − Σ x·y), for the gradient x and the output y of softmax."""
 
     sums = True
+    twice = ("x", "y")
 
     def term(self, _row, grad, y, _w):
         """What is summed, in float64."""
@@ -314,6 +317,7 @@ class CrossEntropy(Operation):
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
+        self.twice = ("y",) if soft else ()  # of x it is the exponentials
         self.sums = given and self.summed
 
     def begin(self, frame, row, at):

@@ -161,17 +161,18 @@ class LLVM:
         """See device.repeat."""
         b, before = self.builder, self.builder.basic_block
         head, inside, after = (b.append_basic_block(n) for n in ("repeat", "body", "done"))
+        total = b.trunc(count.value, _i32)  # half the registers, and half the work of a round
         b.branch(head)
         b.position_at_end(head)
-        i, values = b.phi(_i64), [b.phi(v.value.type) for v in state]
-        i.add_incoming(_i64(0), before)
+        i, values = b.phi(_i32), [b.phi(v.value.type) for v in state]
+        i.add_incoming(_i32(0), before)
         for phi, v in zip(values, state, strict=True):
             phi.add_incoming(v.value, before)
-        b.cbranch(b.icmp_signed("<", i, count.value), inside, after)
+        b.cbranch(b.icmp_signed("<", i, total), inside, after)
         b.position_at_end(inside)
         current = [v.like(phi) for phi, v in zip(values, state, strict=True)]
-        result = body(Value(self, i, "i8"), *current)
-        i.add_incoming(b.add(i, _i64(1)), b.basic_block)
+        result = body(Value(self, b.sext(i, _i64), "i8"), *current)
+        i.add_incoming(b.add(i, _i32(1)), b.basic_block)
         for phi, v in zip(values, result, strict=True):
             phi.add_incoming(v.value, b.basic_block)
         b.branch(head)
@@ -274,12 +275,12 @@ class LLVM:
         return self.builder.call(function, args)
 
     def _ptx(self, code, result, args):
-        """An operation on registers alone."""
+        """An operation on registers alone: the compiler may make one of two alike, or move it."""
         constraints = [f"={_CONSTRAINT[result]}", *(_CONSTRAINT[elem] for _, elem in args)]
         values = [v for v, _ in args]
         function_type = ir.FunctionType(_TYPE[result], [v.type for v in values])
         assembly = ir.InlineAsm(function_type, code, ",".join(constraints), False)
-        return self.builder.call(assembly, values)
+        return self.builder.call(assembly, values, attrs=("readnone",))
 
     def _words(self, code, elem, count, constraints, args):
         """The words that an access gives."""

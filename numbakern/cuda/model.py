@@ -50,7 +50,7 @@ class Gpu(NamedTuple):
         Cycles that a warp's instruction keeps a scheduler's pipe busy.
     same : dict of str to str
         Pipes that are another one.
-    registers, threads, blocks : int
+    threads, blocks : int
         That a multiprocessor has room for.
     launch : float
         Seconds between one kernel's end and the next one's first instruction.
@@ -69,7 +69,6 @@ class Gpu(NamedTuple):
     shared: int
     cycles: dict[str, float]
     same: dict[str, str]
-    registers: int = 65536
     threads: int = 2048
     blocks: int = 32
     launch: float = 1e-6
@@ -428,9 +427,8 @@ class Bounds(NamedTuple):
 
 
 def resident(step, used, gpu):
-    """Blocks of a step that a multiprocessor holds at once: registers are given out by warps."""
-    warps = -(-step.block // WARP)
-    by_registers = gpu.registers // (-(-used.registers * WARP // 256) * 256) // warps
+    """Blocks of a step that a multiprocessor holds at once."""
+    by_registers = compiler.blocks_of(step.block, used.registers)
     # The driver keeps 1 KB of shared memory a block for itself.
     each = step.shared + used.shared + 1024
     return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, gpu.shared // each))

@@ -43,6 +43,8 @@ CROWDED, LONE = 256, 48
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
 """Lanes of a row that is held in registers at most."""
+UNPACKED = 64
+"""Halves of a lane, of all arrays, that are not to be kept unpacked from reduction to map."""
 
 
 class Partition(NamedTuple):
@@ -220,12 +222,14 @@ class Lane:
             found[name], words = inputs[name].grouped(words[:count], len(groups)), words[count:]
         return found
 
-    def forget(self, zero):
-        """Have what follows take its numbers from the words anew, by a 0 unknown to the compiler.
+    def forget(self, names):
+        """Have what follows unpack the halves of these inputs anew, by a 0 unknown to the compiler.
 
-        It would keep what the reduction made of halves, which fills twice the registers or more.
+        It would keep what was made of them, which fills twice the registers or more.
         """
-        for name, access in self.walker.inputs.items():
+        zero = narrow(self.row.width >> 62)
+        for name in names:
+            access = self.walker.inputs[name]
             if access.wide and access.format.size == 2:
                 words = [w | zero for w in access.flat(self.words[name])]
                 self.words[name] = access.grouped(words, len(self.groups))
@@ -400,11 +404,19 @@ class Walk:
 
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
+        if self.held:
+            span.forget(self._unpacked_anew())
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
-        if self.held and self.part.crowded:
-            span.forget(narrow(self.frame.classes >> 62))
         span.map(self.op, self.op.in_part(params, m))
+
+    def _unpacked_anew(self):
+        """Inputs of which the map is not to keep what the reduction has unpacked."""
+        part, inputs = self.part, self.walker.inputs
+        if part.crowded:
+            return tuple(inputs)
+        many = part.vectors * part.group * len(inputs) >= UNPACKED
+        return self.op.twice if many else ()
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
