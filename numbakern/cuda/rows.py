@@ -230,9 +230,8 @@ class Lane:
         zero = narrow(self.row.width >> 62)
         for name in names:
             access = self.walker.inputs[name]
-            if access.wide and access.format.size == 2:
-                words = [w | zero for w in access.flat(self.words[name])]
-                self.words[name] = access.grouped(words, len(self.groups))
+            words = [w | zero for w in access.flat(self.words[name])]
+            self.words[name] = access.grouped(words, len(self.groups))
 
     def numbers(self):
         """(number behind the first, x, y, w) of each element."""
@@ -404,19 +403,18 @@ class Walk:
 
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
-        if self.held:
-            span.forget(self._unpacked_anew())
+        if self.held and (names := self._unpacked_anew()):
+            span.forget(names)
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
         span.map(self.op, self.op.in_part(params, m))
 
     def _unpacked_anew(self):
-        """Inputs of which the map is not to keep what the reduction has unpacked."""
+        """Inputs of halves of which the map is not to keep what the reduction has unpacked."""
         part, inputs = self.part, self.walker.inputs
-        if part.crowded:
-            return tuple(inputs)
         many = part.vectors * part.group * len(inputs) >= UNPACKED
-        return self.op.twice if many else ()
+        names = inputs if part.crowded else self.op.twice if many else ()
+        return [n for n in names if inputs[n].wide and inputs[n].format.size == 2]
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
