@@ -161,7 +161,7 @@ def test_code_without_a_stack_where_there_is_some(answers, tried, taken, monkeyp
 
     monkeypatch.setattr(compile, "compile_kernel", compile_kernel)
     threads = next(iter(answers))
-    assert compile.compile_without_stack(None, (), "sm_90a", threads) is made[taken]
+    assert compile.compile_well(None, (), "sm_90a", threads) is made[taken]
     assert asked == tried
 
 
@@ -218,7 +218,7 @@ def test_a_kernel_is_compiled_once(carried, tmp_path, monkeypatch):
         built.append((arch, threads))
         return compile.Cubin("name", b"code of " + arch.encode())
 
-    monkeypatch.setattr(compile, "compile_without_stack", compiled)
+    monkeypatch.setattr(compile, "compile_well", compiled)
     monkeypatch.setattr(plan, "build", lambda spec: (None, ()))
 
     def fetch(arch, **changes):

@@ -159,22 +159,31 @@ def blocks_of(threads, registers):
     return warps // -(-threads // 32)
 
 
-def compile_without_stack(function, arg_types, arch, threads):
+NEARLY, FEW = 16, 4
+"""Registers too many, blocks too few, for which another compilation is worth a try."""
+
+
+def compile_well(function, arg_types, arch, threads):
     """As `compile_kernel` for blocks of so many threads, if possible without a stack.
 
     To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
     values to memory and back. Told how many blocks there are to be, or not told how large they are,
-    it often finds a way that takes no or few more registers.
+    it often finds a way that takes no or few more registers. Where it has taken a few more than
+    would let in one block more, it is told of that block.
     """
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
+    blocks = blocks_of(threads, used.registers)
+    tried: tuple[tuple[int, int] | None, ...] = ()
     if used.stack:
-        as_many = threads, blocks_of(threads, used.registers)
-        for bounds in dict.fromkeys((as_many, None, (threads, 1))):
-            found = compile_kernel(function, arg_types, arch, bounds)
-            used = resources(found)
-            if not used.stack and blocks_of(threads, used.registers):
-                return found
+        tried = (threads, blocks), None, (threads, 1)
+    elif blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:
+        tried = ((threads, blocks + 1),)
+    for bounds in dict.fromkeys(tried):
+        found = compile_kernel(function, arg_types, arch, bounds)
+        used = resources(found)
+        if not used.stack and blocks_of(threads, used.registers):
+            return found
     return first
 
 
@@ -231,7 +240,7 @@ def cubin(spec, arch, threads):
     from numbakern.cuda.plan import build
 
     function, arg_types = build(spec)
-    compiled = compile_without_stack(function, arg_types, arch, threads)
+    compiled = compile_well(function, arg_types, arch, threads)
     if folder is not None:
         disk_cache.write(folder, name, compiled.entry.encode() + b"\0" + compiled.code)
     return compiled

@@ -198,11 +198,17 @@ class Lane:
         missing = [name for name in inputs if name not in self.words]
         wide = [name for name in missing if inputs[name].wide]
         sure = self.groups[: self.part.sure]
-        found = self._load_full(wide, sure) if wide and len(sure) >= FULL else {}
+        found = self._load_full(wide, sure) if len(sure) >= FULL and self._asks_once(wide) else {}
         for name in missing:
             words, rest = found.get(name, []), self.groups
             rest = rest[len(words) :]
             self.words[name] = words + (inputs[name].load(self.places[name], rest) if rest else [])
+
+    def _asks_once(self, wide):
+        """Whether `_load_full` is the way to read these inputs."""
+        # Of one row of halves, one by one, the compiler would not ask for all at once.
+        alone = self.part.chunks and self.walker.out is not None and len(wide) == 1
+        return bool(wide) and not (alone and self.walker.inputs[wide[0]].bytes == 2)
 
     def _load_full(self, names, groups):
         """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
