@@ -21,7 +21,7 @@ from numbakern.cuda import codegen  # noqa: E402
 from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
 from numbakern.cuda.plan import Spec, build  # noqa: E402
-from numbakern.cuda.rows import Way  # noqa: E402
+from numbakern.cuda.rows import FULL, Partition, Way  # noqa: E402
 
 try:
     from cuda import pathfinder
@@ -171,14 +171,15 @@ def check_way(operation, kind, way, arch):
     def count(pattern):
         return len(re.findall(rf"\b{pattern}\b", sass))
 
-    _, vectors, _, _ = params["part"]
+    part = Partition(*params["part"])
+    vectors, ways = part.vectors, 1 + (part.sure >= FULL)  # without a mask for each group, and with
     inputs = sum(n in ("x", "y") for n, _ in params["modes"])
     maps = way.stage != "reduce" and "out" in dict(params["modes"])
     reduced = 0 if way.stage == "map" else 1 if operation in OF_THE_GRADIENT else inputs
     if way.kept != "no":
         reduced = inputs  # of all that is kept
-    assert count(r"LDG\.E[.A-Z]*\.128") == vectors * (
-        reduced + (inputs if maps and way.kept == "no" else 0)
+    assert count(r"LDG\.E[.A-Z]*\.128") == (
+        ways * vectors * (reduced + (inputs if maps and way.kept == "no" else 0))
     )
     assert count(r"STG\.E[.A-Z]*\.128") == maps * vectors
     kept = way.kept == "shared"
