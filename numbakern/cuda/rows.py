@@ -353,8 +353,10 @@ class Walk:
         if part.vectors * part.group * len(inputs) < UNPACKED:
             return
         zero = narrow(self.frame.rows >> 63)  # which compilers do not know
+        # Where the row is no longer than what is held, exponentials are kept in place of x.
+        taken = {"x"} if self.op.exponential and self.op.softmax and not part.chunks else set()
         for name in self.op.twice:
-            if inputs[name].wide and inputs[name].format.size == 2:
+            if name not in taken and inputs[name].wide and inputs[name].format.size == 2:
                 span.words[name] = [[w | zero for w in words] for words in span.words[name]]
 
     def _read(self, part, i):
