@@ -317,7 +317,7 @@ class CrossEntropy(Operation):
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
-        self.twice = ("y",) if soft else ()  # of x it is the exponentials
+        self.twice = ("x", "y") if soft else ()
         self.sums = given and self.summed
 
     def begin(self, frame, row, at):
@@ -405,7 +405,14 @@ class CrossEntropy(Operation):
         """The parameters of `probability`, and the others."""
         skip, sums, rest = params
         *factors, scale, less = normalise(*sums, self.elem, m)
-        return (*factors, where(skip, 0.0, scale), less), rest
+        factors = *factors, where(skip, 0.0, scale), less
+        if self.soft and not self.given:
+            # The peak is told by its probability: the map needs no logits beside them.
+            *before, peak, second, keep, spread = rest
+            here = peak == (peak if m is None else convert(m, self.elem))
+            p = where(here, probability(peak, *factors, self.halves), math.nan)
+            rest = *before, p, second, keep, spread
+        return factors, rest
 
     def _put_loss(self, row, m, log_sum, q, nll):
         loss = 0.0
@@ -480,7 +487,7 @@ class CrossEntropy(Operation):
             others = -expm1_nonpositive(where(is_peak, where(d > 0.0, 0.0, d), -1.0))
             others = convert(others, self.elem)
         else:
-            is_peak, others = x == peak, second
+            is_peak, others = p == peak, second
         return where(is_peak, scale * (((high - q) + low) - high * others), grad)
 
 

@@ -419,8 +419,10 @@ class Walk:
         """Inputs of halves of which the map is not to keep what the reduction has unpacked."""
         part, inputs = self.part, self.walker.inputs
         many = part.vectors * part.group * len(inputs) >= UNPACKED
-        names = inputs if part.crowded else self.op.twice if many else ()
-        return [n for n in names if inputs[n].wide and inputs[n].format.size == 2]
+        names = set(inputs if part.crowded else self.op.twice if many else ())
+        if self.op.exponential and self.op.softmax and not part.crowded:
+            names -= {"x"}  # its exponentials are kept instead
+        return [n for n in inputs if n in names and inputs[n].wide and inputs[n].format.size == 2]
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
