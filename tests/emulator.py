@@ -9,6 +9,8 @@ too. What a real GPU would punish by wrong numbers or a fault raises `Fault` her
 - two threads that write to the same place, or one that reads what another one wrote, without a
   barrier between them (in global memory: of different blocks at all);
 - shared memory that is read before it is written, or beyond what was asked for;
+- a block that waits for others where more come, or fewer, or some that need not have started: those
+  have which took consecutive tickets (the emulator gives the first one to the last block);
 - a write to the shared memory of another block of the cluster before that has started, or with no
   barrier of the cluster before it ends;
 - a loop whose count differs from thread to thread: barriers and shuffles in it would diverge.
@@ -115,6 +117,9 @@ class Emulator:
         self.warp_time = self.time = 1
         self.cluster_time = 1 if cluster == 1 else 0
         self.remote_time = -1  # the last phase with a write to another block's shared memory
+        self.tickets = np.full(len(blocks), -1)  # of each block, as a counter had it
+        self.meeting = np.zeros(len(blocks), np.int64)  # the counter that each has met at
+        self.met = 0  # the phase in which
         self.cells: list[_Shared] = [_Shared(self, shared)]
         self.active = np.True_  # the threads that are not in another branch
 
@@ -296,7 +301,8 @@ class Emulator:
             if np.any(other):
                 same_block = (wrote - 1) // self.threads == (numbers - 1) // self.threads
                 earlier = self.memory.phase[k][at + byte] < self.time
-                if np.any(other & ~(same_block & earlier)):
+                told = self._have_met(wrote, self.memory.phase[k][at + byte], numbers)
+                if np.any(other & ~(same_block & earlier) & ~told):
                     raise Fault("reads what another thread wrote, no barrier between")
 
     def store(self, address, size, words, mask):
@@ -324,6 +330,57 @@ class Emulator:
         for k, inside, at in self.memory.find(addresses, 8):
             words = self.memory.views[k][: self.memory.views[k].size // 8 * 8].view(np.int64)
             np.minimum.at(words, at // 8, values[inside])
+
+    # -- blocks that wait for others
+
+    def _count(self, address, mask):
+        """One more for each thread; yields (which, what there was, what there is) of a counter."""
+        self._together("a counter")
+        addresses, _ = self._places(address, mask)
+        for one in np.unique(addresses):
+            which = np.nonzero(addresses == one)[0]
+            ((k, _, (at,)),) = self.memory.find(np.array([one]), 4)
+            word = self.memory.views[k][at : at + 4].view(np.uint32)
+            before = int(word[0])
+            word[0] = (before + len(which)) % (1 << 32)
+            yield which, before, int(word[0])
+
+    def atomic_add(self, address, mask):
+        """A ticket for a thread of each block: the last block comes first."""
+        _, mask = self._places(address, mask)
+        blocks, found = np.nonzero(mask)[0], np.zeros(self.shape, np.int32)
+        for which, before, _ in self._count(address, mask):
+            if before != self.blocks[0, 0]:
+                raise Fault("tickets that do not start at 0")
+            self.tickets[blocks[which]] = before + np.arange(len(which))[::-1]
+        found[mask] = self.tickets[blocks]
+        return found
+
+    def arrive(self, address, count, mask):
+        addresses, mask = self._places(address, mask)
+        blocks, counts = np.nonzero(mask)[0], np.broadcast_to(count, self.shape)[mask]
+        for which, _, now in self._count(address, mask):
+            if np.any(now < counts[which]):
+                raise Fault("a block waits for more than come")
+            if np.any(now > counts[which]):
+                raise Fault("a block waits for fewer than come")
+            tickets = np.sort(self.tickets[blocks[which]])
+            if tickets[0] < 0 or tickets[-1] - tickets[0] != len(tickets) - 1:
+                raise Fault("a block waits for others that may not have started")
+        self.meeting[blocks], self.met = addresses, self.time
+
+    def _have_met(self, wrote, when, numbers):
+        """Whether what one thread wrote has reached another one by a meeting of their blocks."""
+        theirs, own = ((n - 1) // self.threads - self.blocks[0, 0] for n in (wrote, numbers))
+        here = (theirs >= 0) & (theirs < len(self.blocks))
+        at = self.meeting[np.where(here, theirs, 0)]
+        return (
+            here
+            & (at == self.meeting[own])
+            & (at != 0)
+            & (when < self.met)
+            & (self.met < self.time)
+        )
 
     # -- shared memory
 
@@ -509,10 +566,13 @@ def emulate(kernel: Kernel, grid, block, args, arrays, shared=0, cluster=1):
         raise Fault(f"a block of {block} threads")
     if cluster < 1 or cluster > 16 or grid % cluster:
         raise Fault(f"{grid} blocks in clusters of {cluster}")
+    together = cluster  # blocks that are run at once, for they wait for each other
+    if "meetings" in kernel.args and "blocks" in kernel.args:
+        together = args[list(kernel.args).index("blocks")]
     if not 0 <= shared <= SHARED:
         raise Fault(f"{shared} bytes of shared memory")
     memory = Memory(arrays)
-    step = max(1, LANES_AT_ONCE // (block * cluster)) * cluster
+    step = max(1, LANES_AT_ONCE // (block * together)) * together
     with np.errstate(all="ignore"):
         for first in range(0, grid, step):
             blocks = range(first, min(grid, first + step))

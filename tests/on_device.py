@@ -68,7 +68,7 @@ class Emulator:
 
     def __init__(self):
         from numbakern.cuda import bad_labels, compile, families, launch, plan
-        from numbakern.cuda.ways import Machine
+        from numbakern.cuda.ways import MACHINE, machine_of
         from tests.emulator import emulate
 
         words, touched = Words(), []
@@ -114,7 +114,7 @@ class Emulator:
                 capability=(9, 0),
                 shared=232448,
                 multiprocessors=132,
-                machine=Machine(),
+                machine=machine_of(MACHINE.multiprocessors, MACHINE.shared, (9, 0)),
                 report=report,
                 take_bad_label=report.take,
                 calls={},

@@ -129,11 +129,14 @@ LONG = {
     "cluster-8": Way(8, cluster=8),
     "cluster-16": Way(16, cluster=8),
     "cluster-shared": Way(12, cluster=4, kept="shared"),
+    "together": Way(8, spread=True),
 }
 
 
 ONLY_READ = ("logsumexp", "cross_entropy")
 """Operations that give one value a row: nothing is kept for a second look, no block maps."""
+OF_SUMS = ("log_softmax_backward", "softmax_backward")
+"""Operations that reduce to one sum: parts are joined once, not by their maxima first."""
 OF_THE_GRADIENT = ("log_softmax_backward",)
 """Operations whose sum is of the gradient alone, so the output is first read by the map."""
 
@@ -141,7 +144,11 @@ OF_THE_GRADIENT = ("log_softmax_backward",)
 def ways_of(operation):
     if operation not in ONLY_READ:
         return LONG
-    ways = {n: way for n, way in LONG.items() if way.cluster == 1 and way.kept != "shared"}
+    ways = {
+        n: way
+        for n, way in LONG.items()
+        if way.cluster == 1 and way.kept != "shared" and n != "together"
+    }
     return {**ways, "map": LONG["map"]._replace(spread=False)}
 
 
@@ -186,6 +193,14 @@ def check_way(operation, kind, way, arch):
     assert count(r"STS\.128") == count(r"LDS\.128") == kept * inputs * vectors
     # Two waits, for the start of the others and for what they have written.
     assert count("UCGABAR_WAIT") == 2 * (way.cluster > 1)
+    if way.meets(1):
+        # A ticket, told to the block. All has been written before a block says so, and is read
+        # after all have, by a thread for each part, and what it takes from that by all.
+        joins = 1 if operation in OF_SUMS else 2
+        waits = r"\b(?:(?:ATOM|RED)G?\.E\.ADD|MEMBAR|LDG\.E\.STRONG|CCTL|BAR\.SYNC)\b"
+        assert [w.split(".")[0].removesuffix("G") for w in re.findall(waits, sass)] == [
+            "ATOM", "BAR", "BAR", "MEMBAR", "RED", "LD", "CCTL", "BAR", *["BAR"] * joins,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

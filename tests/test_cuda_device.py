@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import numbakern
+from numbakern.cuda import launch
 from tests import accuracy, cases, on_device, reference
 from tests.cases import assert_close, bfloat16, float16, float32, float64
 from tests.test_accuracy import LONGEST
@@ -389,6 +390,77 @@ def test_a_row_has_the_same_bits_anywhere(torch):
             column = torch.randn(classes, 9, device="cuda").to(row.dtype)
             column[:, 4] = row
             assert torch.equal(numbakern.log_softmax(column, 0)[:, 4], alone[0])
+
+
+# --- blocks that meet ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together(torch, monkeypatch):
+    """From its call on blocks that meet have long rows, whatever NUMBAKERN_CUDA_PATHS allows."""
+
+    def start():
+        device = launch.device(torch.cuda.current_device())
+        machine = device.machine._replace(shelf=False, cluster=1, together=True)
+        monkeypatch.setattr(device, "machine", machine)
+        monkeypatch.setattr(device, "calls", {})
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "rows, classes", [(1, 262_144), (7, 70_001), (7, 100_000), (300, 128_256), (2000, 128_256)]
+)
+def test_blocks_that_meet_change_no_bit(torch, together, name, rows, classes):
+    torch.manual_seed(rows)
+    x = torch.randn(rows, classes, device="cuda").to(getattr(torch, name))
+    labels = torch.randint(classes, (rows,), device="cuda")
+
+    def work():
+        yield numbakern.log_softmax(x)
+        yield numbakern.softmax_backward(x, x)
+        y = x.clone()
+        yield from numbakern.cross_entropy_value_and_grad(y, labels, out=y)
+
+    want = list(work())
+    together()
+    for _ in range(3):
+        for got, one in zip(work(), want, strict=True):
+            assert torch.equal(got, one)
+
+
+def test_blocks_that_meet_on_two_streams(torch, together):
+    """Two calls always find room for each other's blocks; many of them, so that they overlap."""
+    inputs = [torch.randn(64, 262_144, device="cuda") for _ in range(2)]
+    wants = [numbakern.log_softmax(x) for x in inputs]
+    together()
+    numbakern.log_softmax(inputs[0])
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in inputs], []
+    for _ in range(10):
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(numbakern.log_softmax(x, out=torch.empty_like(x)))
+        torch.cuda.synchronize()
+        for got, want in zip(results, wants, strict=True):
+            assert torch.equal(got, want)
+        results.clear()
+
+
+def test_a_graph_of_blocks_that_meet(torch, together):
+    """Each replay starts from counters of its own making."""
+    together()
+    x = torch.randn(5, 128_256, device="cuda")
+    numbakern.log_softmax(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = numbakern.log_softmax(x)
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(captured, numbakern.log_softmax(x))
 
 
 # --- labels out of range -------------------------------------------------------------------------

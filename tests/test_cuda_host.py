@@ -24,7 +24,7 @@ import pytest
 import numbakern
 import numbakern.cuda
 from numbakern import disk_cache
-from numbakern.cuda import bad_labels, families, launch, pool
+from numbakern.cuda import bad_labels, families, launch, pool, ways
 from tests import cases, host_cost, mock_libraries, on_device, reference
 from tests.cases import assert_close, bfloat16, float32, float64
 from tests.test_errors import check
@@ -569,6 +569,24 @@ def test_a_call_like_an_earlier_one(mocked, family):
     assert remembered(mocked) == before == 4
 
 
+def test_long_rows_of_blocks_that_meet(mocked, monkeypatch):
+    """From the setting on; a call and one like it, whose counters start at 0 again."""
+    monkeypatch.setenv("NUMBAKERN_CUDA_PATHS", "together")
+    device, steps = mocked.devices[0], []
+    device.machine = ways.machine_of(108, 163 << 10, (8, 0))
+    prepared = device.prepared
+    device.prepared = lambda step: steps.append(step.spec.kernel) or prepared(step)
+    for seed in range(2):
+        x, labels = cases.logits((3, 17_001), seed=seed), cases.class_labels(3, 17_001, seed=seed)
+        given, t = (mocked("torch", aligned(a)) for a in (x.copy(), labels))
+        loss, grad = numbakern.cross_entropy_value_and_grad(given, t, out=given)
+        assert_close(host(loss), reference.cross_entropy(x, labels), float32)
+        assert_close(host(grad), reference.cross_entropy_backward(1.0, x, labels), float32)
+        out = numbakern.log_softmax(mocked("torch", aligned(x)))
+        assert_close(host(out), reference.log_softmax(x), float32)
+    assert steps == ["count", "clear", "cross_entropy", "total", "clear", "log_softmax"]
+
+
 def test_what_a_remembered_call_hangs_on(mocked):
     """Types of options, alignment, strides, device and kind of the number: each is another call."""
     x = cases.logits((6, 24))
@@ -956,6 +974,26 @@ def test_what_the_driver_is_told_of_a_launch(scripted):
         print(cluster, shared)
         """)
     assert done == ["True", "True"]
+
+
+def test_rows_that_several_blocks_hold(scripted):
+    """One launch more, for the zeros; a call like it needs nothing else of the driver."""
+    done = scripted("""
+        os.environ["NUMBAKERN_CUDA_PATHS"] = "together"
+        from numbakern.cuda import launch
+        steps, prepared = [], launch.Device.prepared
+        launch.Device.prepared = lambda self, step: [steps.append(step), prepared(self, step)][1]
+        x = torch.Tensor(np.zeros((4, 100_000), np.float32))
+        for _ in range(2):
+            before = counts()
+            numbakern.log_softmax(x)
+            print([after - earlier for earlier, after in zip(before.values(), counts().values())])
+        for step in steps:
+            print(step.spec.kernel, step.grid, step.block)
+        print([driver.fake_last(i) for i in range(4)] == [52, 256, step.shared, 1])
+        """)
+    launched = "[2, 0, 0, 0, 0] "
+    assert " ".join(done) == 2 * launched + "clear 1 256 log_softmax 52 256 True"
 
 
 def test_threads_that_all_come_first(scripted):

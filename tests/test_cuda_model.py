@@ -14,8 +14,18 @@ from collections import Counter
 
 import pytest
 
-from numbakern.cuda import codegen, footprint, model, predictions
-from numbakern.cuda.device import Kernel, constant, convert, load, repeat, store, when
+from numbakern.cuda import codegen, footprint, model, predictions, ways
+from numbakern.cuda.device import (
+    Kernel,
+    constant,
+    convert,
+    load,
+    meet,
+    repeat,
+    store,
+    ticket,
+    when,
+)
 from numbakern.cuda.plan import Plan, Spec, Step
 
 H100 = model.GPUS["H100"]
@@ -197,6 +207,21 @@ def test_rounds_of_a_loop_wait_one_after_the_other():
     assert found.cycles == pytest.approx(7 * (H100.l2_latency * H100.clock + 4) + 1)
 
 
+def test_a_warp_waits_for_l2_where_blocks_meet():
+    """A ticket's way there and back, what was written on its way there, a look at the counter."""
+    there_and_back = H100.l2_latency * H100.clock
+    opcodes = {"ATOMG.E.ADD.STRONG.GPU": 0, "IADD3": -1, "MEMBAR.ALL.GPU": -1, "REDG.E.ADD": -1}
+    program = codegen.Program(
+        tuple(
+            instruction(16 * i, opcode, sets=sets, waits=opcode == "IADD3")
+            for i, (opcode, sets) in enumerate(opcodes.items())
+        ),
+        (),
+    )
+    found = model.alone(model.weighed(program, scope()), H100)
+    assert found.cycles == pytest.approx(2 * there_and_back + 3)
+
+
 # ---------------------------------------------------------------- what a kernel touches
 
 
@@ -298,6 +323,30 @@ def test_what_was_read_before_is_known(monkeypatch):
 
     branch, first, second = traced(monkeypatch, body).parts
     assert (branch.again, first.again, second.again) == ("l1", "", "l2")
+
+
+def test_blocks_know_their_row_by_their_tickets(monkeypatch):
+    """Tickets are taken in the order of blocks; what the launch writes is read from L2."""
+
+    def body(frame):
+        number = ticket(frame.out, frame.thread)
+        place = (number << 8) + (convert(frame.thread, "i8") << 2)
+        (word,) = load(frame.a + place, 4, 1)
+        store(frame.out + place, 4, [word])
+        meet(frame.out, frame.count, frame.thread)
+
+        def again(i, total):
+            return (total + load(frame.out + place + (i << 2), 4, 1)[0],)
+
+        (word,) = repeat(frame.count, again, word)
+        store(frame.labels + place, 4, [word])
+
+    found = traced(monkeypatch, body)
+    assert found.read["a"] == found.written["labels"] == 256
+    asked, last = found.parts
+    assert (asked.kind, asked.weight, asked.again) == ("loop", footprint.POLLS, "l2")
+    assert asked.read == {"out": footprint.SECTOR}
+    assert (last.weight, last.again) == (5, "l2")
 
 
 def _bytes(plan, layouts, what):
@@ -428,6 +477,21 @@ def test_a_second_read_goes_to_dram_as_far_as_l2_does_not_hold_it(monkeypatch):
     assert b.bytes == pytest.approx(1600 * row * (2 - b.hit))
     # With 16 blocks at once all of it is.
     assert by_hand(monkeypatch, ["FADD"], 16, read=2 * row, array=16 * row).hit == 1.0
+
+
+def test_blocks_of_a_row_wait_for_the_last_of_them(monkeypatch):
+    """Of 160 at once, 40 have a row: a quarter of their time until the last one has started."""
+    alone = by_hand(monkeypatch, ["FADD"], 1600, read=64.0)
+    plan = Plan((), (), {"blocks": 40})
+    step = Step(Spec("test", ()), 1600, 128, 0, 1, ())
+    made = scope()
+    made.read = {"x": 64.0, "meetings": 0.0}
+    monkeypatch.setattr(model, "footprint", lambda *_: made)
+    together = model.bounds(step, plan, {}, {}, GPU, 1e6)
+    assert together.latency == pytest.approx(1.25 * alone.latency)
+    # Those that start all at once wait for none.
+    few = model.bounds(step._replace(grid=160), plan, {}, {}, GPU, 1e6)
+    assert few.latency == pytest.approx(alone.latency / 10)
 
 
 def test_loads_in_flight_against_littles_law(monkeypatch):
@@ -586,6 +650,23 @@ def test_more_rows_take_longer_and_a_faster_gpu_less():
         for classes in (65536, 131072, 262144)
     ]
     assert longer == sorted(longer)
+
+
+@compiles
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("operation, kind", [("log_softmax", "f4"), ("log_softmax", "bf")])
+def test_blocks_that_meet_read_long_rows_once(operation, kind, gpu, monkeypatch):
+    """At the copy rate, where a block that reads them twice gets past L2."""
+    rows, classes = 2**10, 2**18
+    found = {}
+    for setting in "", "together":
+        monkeypatch.setenv(ways.SETTING, setting)
+        found[setting] = model.predict(model.GPUS[gpu], operation, kind, rows, classes)
+    (clear, _), (step, b) = found["together"].steps
+    assert clear.spec.kernel == "clear" and step.grid == rows * (32 if kind == "f4" else 16)
+    once = 2 * rows * classes * codegen.size_of(kind)
+    assert once < b.bytes < 1.02 * once
+    assert found[""].share < 0.8 and found["together"].share >= 0.97
 
 
 @compiles

@@ -43,12 +43,14 @@ def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0):
         (n, Layout(kinds.get(n, "f4"), a.strides, not offset)) for n, a in given.items()
     )
     made = plan(operation, options, x.shape, 1, "f4", layouts, machine)
-    given |= {name: np.zeros(size, np.uint8) for name, size in made.temporaries}
+    given |= {name: np.full(size, 0xFF, np.uint8) for name, size in made.temporaries}
     given["bad"] = np.zeros(16, np.int64)
     numbers = {"ignore_index": -100, "scale": 1.0, "keep": 1.0, "spread": 0.0, **made.constants}
 
-    def start(change=lambda slots: None):
+    def start(change=lambda slots: None, leave_out=""):
         for step in made.steps:
+            if step.spec.kernel == leave_out:
+                continue
             slots = {n: a.ctypes.data for n, a in given.items()} | numbers
             change(slots)
             args, memory = [slots[name] for name in step.args], given.values()
@@ -62,6 +64,7 @@ MEAN = ("ignores", True), ("reduction", "mean")
 CLUSTERS = Machine(cluster=8)
 SHARED = Machine(shelf=True)
 BOTH = Machine(shelf=True, cluster=2, shared=100 << 10)
+TOGETHER = Machine(together=True)
 KERNELS = {
     "a block a row": ("log_softmax", 4096),
     "a block a row, its loss": ("cross_entropy", 3000, MEAN),
@@ -71,6 +74,7 @@ KERNELS = {
     "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),
     "a block a row that starts anywhere": ("softmax", 4096, (), MACHINE, 3, 3),
+    "blocks that meet": ("log_softmax", 20_000, (), TOGETHER),
 }
 
 
@@ -101,7 +105,47 @@ def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
                 with pytest.raises(Fault):
                     start()
         waits += calls[0]
-    assert waits >= (2 if "cluster" in name or "anywhere" in name else 1)
+    least = 5 if "meet" in name else 2 if "cluster" in name or "anywhere" in name else 1
+    assert waits >= least
+
+
+def test_counters_that_are_not_cleared_are_noticed():
+    start, given = launch(*KERNELS["blocks that meet"])
+    for _ in range(2):  # with what was there before, and with what the call before left
+        with pytest.raises(Fault, match="start at 0"):
+            start(leave_out="clear")
+        start()
+    given["meetings"][:4] = 0  # that of the tickets alone
+    with pytest.raises(Fault, match="fewer than come"):
+        start(leave_out="clear")
+
+
+MEETINGS = {
+    "none": (lambda *_: None, "reads what another thread wrote"),
+    "for one more": (lambda meet, at, n, mask: meet(at, n + 1, mask), "more than come"),
+    "for one fewer": (lambda meet, at, n, mask: meet(at, n - 1, mask), "fewer than come"),
+    "of every thread": (lambda meet, at, n, mask: meet(at, n, mask | True), "fewer than come"),
+    "twice": (lambda meet, *of: meet(*of) or meet(*of), "fewer than come"),
+    "at the next row's": (lambda meet, at, n, mask: meet(at + 4, n, mask), "outside"),
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_a_meeting_that_is_none_is_noticed(name, monkeypatch):
+    change, message = MEETINGS[name]
+    original = Emulator.arrive
+    monkeypatch.setattr(Emulator, "arrive", lambda self, *of: change(original.__get__(self), *of))
+    with pytest.raises(Fault, match=message):
+        launch(*KERNELS["blocks that meet"])[0]()
+
+
+def test_a_block_waits_for_none_without_its_ticket(monkeypatch):
+    """Blocks that take their parts by their own numbers."""
+    monkeypatch.setattr(
+        Emulator, "atomic_add", lambda self, *_: np.broadcast_to(self.blocks, self.shape)
+    )
+    with pytest.raises(Fault, match="may not have started"):
+        launch(*KERNELS["blocks that meet"])[0]()
 
 
 @pytest.mark.parametrize("classes", [40, 1000, 1001, 4096, 4097])

@@ -1,7 +1,7 @@
 """Moving elements as they are: from one layout to another, and one value to everywhere.
 
 What the operations need where a view cannot be had: an input that overlaps `out`, and several
-class axes that do not walk on from each other.
+class axes that do not walk on from each other; and zeros where blocks are to meet (`rows.Way`).
 """
 
 import functools
@@ -11,7 +11,7 @@ from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import offsets
 
 BLOCK = 256
-KERNELS = ("copy", "fill")
+KERNELS = ("copy", "fill", "clear")
 
 
 def steps_of(shape, strides):
@@ -36,7 +36,9 @@ def steps_of(shape, strides):
 
 
 def kernel(name, params):
-    """The Kernel `copy` or `fill`."""
+    """The Kernel `copy`, `fill` or `clear`."""
+    if name == "clear":
+        return Kernel(name, _clear, {"meetings": "i8", "rows": "i8"})
     dimensions = params["dimensions"]
     arrays = ("source", "target") if name == "copy" else ("target",)
     args = {"rows": "i8", **({"number": "f8"} if name == "fill" else {})}
@@ -46,6 +48,12 @@ def kernel(name, params):
     for d in range(1, dimensions):
         args |= {f"size{d}": "i8", f"inverse{d}": "f8"}
     return Kernel(name, functools.partial(_run, arrays, params), args)
+
+
+def _clear(frame):
+    """Zero the tickets' counter and that of each row."""
+    i = frame.block * BLOCK + convert(frame.thread, "i8")
+    store(frame.meetings + (i << 2), 4, [constant(i, 0, "i4")], i <= frame.rows)
 
 
 def _run(arrays, params, frame):

@@ -386,6 +386,29 @@ def atomic_min(address, v, mask):
     address.machine.atomic_min(address.value, v.value, mask.value)
 
 
+def ticket(counter, thread):
+    """How many blocks have taken a ticket before, int64, by a uint32 at this address.
+
+    Blocks with smaller ones have started, whatever their numbers: they can be waited for.
+    """
+    first, place = thread == 0, shared(thread, 4)
+    before = counter.like(counter.machine.atomic_add(counter.value, first.value), "i4")
+    put_shared_words(place, 4, [before], first)
+    barrier(thread)
+    return convert(*shared_words(place, 4, 1), "i8")
+
+
+def meet(counter, blocks, thread):
+    """Wait until so many blocks have come here, by a uint32 at this address, of 0 at first.
+
+    What any thread of them has written to global memory before, all can read from then on. Each
+    block has to have a `ticket`, and those that meet have consecutive ones.
+    """
+    barrier(thread)
+    counter.machine.arrive(counter.value, blocks.value, (thread == 0).value)
+    barrier(thread)
+
+
 def shared(of, size):
     """Address of `size` bytes of the block's shared memory, for the functions below."""
     return of.like(of.machine.shared(size), "i4")

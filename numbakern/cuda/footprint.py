@@ -20,6 +20,8 @@ SECTOR = 32
 """Bytes that L2 and DRAM move at once."""
 LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
+POLLS = 2
+"""How often a block asks whether those that it waits for have come."""
 SAMPLE = 4
 """Neighbouring blocks that are traced, from the middle of the grid."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
@@ -187,6 +189,7 @@ class _Tracer:
         self.shape = (len(blocks), threads)
         self.scope = _Raw("kernel")
         self.active: Any = np.True_
+        self.told: dict[Any, Any] = {}  # what all threads find at a place of shared memory
 
     # -- numbers
 
@@ -221,7 +224,7 @@ class _Tracer:
         return _Unknown(*values)
 
     fma = maximum = at_least = join = half_to_single = pack_halves = pair = _unknown
-    one_below = exp2 = larger_halves = shuffle_xor = shared = dynamic_shared = _unknown
+    one_below = exp2 = larger_halves = shuffle_xor = dynamic_shared = _unknown
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)
@@ -320,11 +323,27 @@ class _Tracer:
         _Unknown(address, mask, *words).keep()
         self._touch("written", address, size * len(words), mask, None)
 
+    def shared(self, _size):
+        return _Unknown()
+
     def shared_load(self, address, _size, count):
-        return [_Unknown(address) for _ in range(count)]
+        return self.told.get(address) or [_Unknown(address) for _ in range(count)]
 
     def shared_store(self, address, _size, words, mask=None, peer=None):
         _Unknown(address, mask, peer, *words).keep()
+        if not _is_unknown(*words) and all(np.size(w) <= len(self.blocks) for w in words):
+            self.told[address] = words
+
+    def atomic_add(self, address, mask):
+        """A ticket: blocks take them in their order."""
+        self._touch("written", address, 4, mask, None)
+        return self.blocks.astype(np.int32)
+
+    def arrive(self, address, _count, mask):
+        self._touch("written", address, 4, mask, None)
+        asked = _Raw("loop")
+        self._inside(asked, lambda: self._touch("read", address, 4, mask, None))
+        self.scope.parts.append([(asked, POLLS)])
 
     def atomic_min(self, address, v, mask):
         """Rare, a label that is no class: its bytes are not counted."""
@@ -375,8 +394,8 @@ def footprint(step, plan, layouts):
 
 
 def _mark_again(kernel):
-    """Mark the loops that read what a loop before them has read."""
-    seen: set[str] = set()
+    """Mark the loops that read what a loop before them has read, or what the launch writes."""
+    seen = set(kernel.written)
     for part in kernel.parts:
         if part.kind == "loop":
             names = {n for n, size in part.total("read").items() if size}

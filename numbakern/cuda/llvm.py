@@ -229,6 +229,24 @@ class LLVM:
         code = self._masked("red.global.min.s64 [$0], $1;", mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
+    def atomic_add(self, address, mask):
+        """What the uint32 at an address was before 1 was added, where the mask holds."""
+        constraints, args = ["=r", "l"], [address]
+        code = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;"
+        code = self._masked(code, mask, constraints, args, "mov.b32 $0, 0;")
+        return self._assembly(code, _i32, constraints, args)
+
+    def arrive(self, address, count, mask):
+        """Where the mask holds, add 1 to the uint32 at an address and wait until it is `count`."""
+        code = (
+            "{.reg .pred p, q; .reg .u32 n; setp.ne.b32 p, $2, 0; mov.u32 n, $1; "
+            "@p red.release.gpu.global.add.u32 [$0], 1; "
+            "again: @p ld.acquire.gpu.global.u32 n, [$0]; "
+            "setp.lt.u32 q, n, $1; @q bra again;}"
+        )
+        args = [address, self.builder.trunc(count, _i32), self.builder.zext(mask, _i32)]
+        self._assembly(code, _void, ["l", "r", "r"], args)
+
     def shared(self, size):
         """See device.shared."""
         name = f"shared_{next(_serial)}"

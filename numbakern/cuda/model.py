@@ -357,10 +357,14 @@ class _Warp:
                 self.loads.append((ready, WARP * size))
                 self.most = max(self.most, sum(n for _, n in self.loads))
         self.now += max(1, one.stall) + (_BARRIER if one.name == "BAR" else 0)
+        if one.name == "MEMBAR":  # until L2 has all that was written
+            self.now += self.gpu.clock * self.gpu.l2_latency
 
     def _latency(self, one, again):
         gpu = self.gpu
-        if one.name in ("LDG", "LD", "LDGSTS", "ATOMG"):
+        if one.name == "ATOMG":  # of a counter, which many ask for
+            return gpu.clock * gpu.l2_latency
+        if one.name in ("LDG", "LD", "LDGSTS"):
             if again == "l1":
                 return _L1
             return gpu.clock * (gpu.l2_latency if again else gpu.latency)
@@ -483,6 +487,9 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         "pipe": warps / SCHEDULERS * pipes[busiest] / gpu.clock,
     }
     life = max(single.cycles / gpu.clock, gpu.latency + max(block.values()))
+    if "meetings" in read and step.grid > at_once:
+        # Those of a row start as others end, one after the other: the first waits for the last.
+        life *= 1 + plan.constants["blocks"] / at_once
     totals = dict.fromkeys(("seconds", *BOUNDS), 0.0)
     full, last = divmod(step.grid, held * gpu.multiprocessors)
     for count, times in ((held * gpu.multiprocessors, full), (last, 1 if last else 0)):

@@ -259,8 +259,12 @@ class _Planner:
             part, self.classes, self.rows, numbers, shelf, maps is not None, columns, machine
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
-        if any(launch.way.stage == "reduce" for launch in found):
+        meets = any(launch.way.meets(numbers) for launch in found)
+        if meets or any(launch.way.stage == "reduce" for launch in found):
             self.temporaries.append(("shares", 8 * self.rows * (parts * numbers + 1)))
+        if meets:
+            self.temporaries.append(("meetings", 4 * (self.rows + 1)))
+            self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
@@ -395,8 +399,10 @@ def _row_kernel(operation, params):
         args["scale"] = "f8"
         if options.get("reduction") == "mean" and not options.get("soft"):
             args["divisor"] = "i8"
-    if way.stage != "all":
+    if way.stage != "all" or way.meets(width(op)):
         args["shares"] = "i8"
+    if way.meets(width(op)):
+        args["meetings"] = "i8"
     if part.chunks:
         args |= {"parts": "i8", "joins": "i8"}
     if way.kept != "registers":

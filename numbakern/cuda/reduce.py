@@ -10,14 +10,17 @@ from numbakern.cuda.device import (
     barrier,
     bits_of,
     cluster_barrier,
+    constant,
     divmod_positive,
     float_of,
     larger,
     load,
+    meet,
     shared_load,
     shared_store,
     shuffle_xor,
     store,
+    when,
     where,
 )
 
@@ -86,6 +89,31 @@ class Board:
         at = self.address + part * (8 * self.width)
         fills = [_LOWEST if v else 0 for v in self.nothing[:count]]
         return [float_of(load(at + 8 * i, 8, 1, there, v)[0]) for i, v in enumerate(fills)]
+
+
+class MeetingBoard(Board):
+    """A Board in global memory for the blocks that have a row together: they meet in between.
+
+    Each thread has the numbers of but one part, that of its own number.
+    """
+
+    @classmethod
+    def of_row(cls, frame, p, width, parts):
+        """As Board.of_row; the array `meetings` has a counter for each row, behind the tickets'."""
+        board = super().of_row(frame, p, width, parts)
+        board.counter, board.blocks = frame.meetings + ((p + 1) << 2), frame.blocks
+        board.thread, board.there = frame.thread, frame.thread < parts
+        return board
+
+    def end(self):
+        """As Board.end; the numbers are read."""
+        meet(self.counter, self.blocks, self.thread)
+        read, nothing = super().get, [constant(self.address, v, "f8") for v in self.nothing]
+        self.numbers = when(self.there, lambda: read(self.thread, None), nothing)
+
+    def get(self, part, there, count=None):
+        """As Board.get, of the thread's part alone."""
+        return self.numbers[:count]
 
 
 _LOWEST = 0xFFF0 << 48  # the bits of −inf

@@ -11,6 +11,7 @@ its neighbours, its place or its layout, nor on who takes the parts: that is a `
 from typing import NamedTuple
 
 from numbakern.cuda.device import (
+    barrier,
     cluster_rank,
     constant,
     convert,
@@ -20,13 +21,24 @@ from numbakern.cuda.device import (
     put_shared_words,
     repeat,
     shared,
+    shared_load,
+    shared_store,
     shared_words,
     smaller_integer,
+    ticket,
     when,
     where,
 )
 from numbakern.cuda.memory import ACCESS, Place, Team, left_of
-from numbakern.cuda.reduce import WARP, Board, SharedBoard, team_fold, team_max, team_sum
+from numbakern.cuda.reduce import (
+    WARP,
+    Board,
+    MeetingBoard,
+    SharedBoard,
+    team_fold,
+    team_max,
+    team_sum,
+)
 from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, width
 
 BLOCK = 128
@@ -127,8 +139,8 @@ class Way(NamedTuple):
     stage : {"all", "reduce", "map"}
         What this launch does: between two of them the parts' sums wait in global memory.
     spread : bool
-        Whether several blocks take the parts of a row. They know of each other by what waits in
-        global memory, or by the shared memory of a cluster.
+        Whether several blocks take the parts of a row, which know of each other by what waits in
+        global memory: the next launch finds it there, or they meet (`meets`).
     cluster : int
         Blocks of a cluster, which then have a row together.
     kept : {"registers", "shared", "no"}
@@ -141,6 +153,10 @@ class Way(NamedTuple):
     spread: bool = False
     cluster: int = 1
     kept: str = "registers"
+
+    def meets(self, numbers):
+        """Whether blocks wait for what the others of their row leave: so many numbers a part."""
+        return self.spread and self.stage == "all" and numbers > 0
 
 
 class Rows:
@@ -318,6 +334,8 @@ class Walk:
                 block, p = convert(cluster_rank(thread), "i8"), p >> (way.cluster.bit_length() - 1)
             elif way.spread:
                 blocks = frame.blocks
+                if way.meets(width(op)):
+                    p = ticket(frame.meetings, thread)
                 p, block = divmod_positive(p, blocks, frame.blocks_inverse)
             self.own = narrow(block) * way.warps + team
             leader = (thread == 0) & (block == 0)
@@ -335,15 +353,18 @@ class Walk:
         return shared(self.thread, out.room * warps) + (self.thread >> 5) * out.room
 
     def _board(self, p, entries):
-        way = self.way
+        way, address = self.way, dynamic_shared(self.thread)
+        if way.meets(entries):
+            self.free = address
+            return MeetingBoard.of_row(self.frame, p, entries, self.count)
         if way.stage != "all" or not entries:
             return Board.of_row(self.frame, p, entries, self.count)
-        address = dynamic_shared(self.thread)
         if way.kept == "shared":
             # A block alone has all parts, in their order; one of several a share with gaps.
             parts = narrow(self.frame.rounds) * way.warps if way.cluster > 1 else self.count
             self.shelf = Shelf(self.lane, address, parts, self.walker)
             address = self.shelf.behind
+        self.free = address + self.count * (8 * entries)
         return SharedBoard(entries, address, way.cluster)
 
     def _peek(self, j, read):
@@ -446,6 +467,8 @@ class Walk:
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
         start = [constant(self.own, start, "f8")] * count
         lane = self.lane
+        if self.part.chunks and self.way.kept == "registers":
+            values = self._once_a_block(values, start)
         if not self.part.chunks:
             joiners, parts = joiners_of(self.part), self.part.lanes // WARP
             part = lane & (joiners - 1)
@@ -461,6 +484,20 @@ class Walk:
 
             found = repeat(self.frame.joins, add, *start)
         return [team_fold(v, joiners, combine) for v in found]
+
+    def _once_a_block(self, values, nothing):
+        """The same `values`, taken by a thread for each part, for all to read: they take long."""
+        places, part = narrow(self.frame.joins) * WARP, self.thread
+        address, self.free = self.free, self.free + places * (8 * len(nothing))
+        there = part < self.count
+
+        def place(part, n):
+            return address + (places * n + part) * 8
+
+        for n, v in enumerate(when(there, lambda: values(part, there), nothing)):
+            shared_store(place(part, n), v, part < places)
+        barrier(part)
+        return lambda part, _there: [shared_load(place(part, n)) for n in range(len(nothing))]
 
 
 def joiners_of(part):

@@ -9,7 +9,15 @@ holds in registers are a block each. For longer ones there are
   one that joins and maps, the parts' sums waiting in global memory in between;
 - a block each that keeps the row in its shared memory (`Machine.shelf`);
 - a cluster of blocks each, which hold the row in registers or keep it in their shared memory and
-  tell each other the parts' sums (`Machine.cluster`).
+  tell each other the parts' sums (`Machine.cluster`);
+- several blocks each that hold it in registers and meet in global memory (`Machine.together`).
+
+Blocks that meet have to be at work at the same time, and in which order blocks start is not known.
+So which part of which row a block has, its number does not say, but the ticket that it takes when
+it starts: all blocks of all rows but the last one have started then, and come to their meetings.
+Those of the last one start when they find room. That takes room for a row's blocks, and where k
+calls are at work at once, for k·(blocks − 1) + 1. A row has at most one for each `ROOM`
+multiprocessors: 2 calls always find room, 4 to 8 where a multiprocessor holds 2 to 4 blocks.
 """
 
 import os
@@ -20,6 +28,7 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, TEAM, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
+PATHS = "shared", "cluster", "together"
 FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
@@ -32,6 +41,10 @@ MANY = 32
 """Rows for each multiprocessor from which on those are FINE."""
 EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
+HELD = 8
+"""Warps of a block beside which others find room while it waits for those of its row."""
+ROOM = 2
+"""Multiprocessors for each block of a row that meets, so that several calls can run at once."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 READ_AGAIN = 205 << 10
@@ -54,12 +67,15 @@ class Machine(NamedTuple):
         Whether rows may be kept in it.
     cluster : int
         Blocks of the largest cluster that rows may be taken by; 1 for none.
+    together : bool
+        Whether blocks without a cluster may meet to have a row together.
     """
 
     multiprocessors: int = 132
     shared: int = 227 << 10
     shelf: bool = False
     cluster: int = 1
+    together: bool = False
 
 
 MACHINE = Machine()
@@ -69,9 +85,9 @@ MACHINE = Machine()
 def chosen():
     """The ways that the environment variable NUMBAKERN_CUDA_PATHS allows beside the default."""
     names = {name.strip() for name in os.environ.get(SETTING, "").split(",")} - {""}
-    if names - {"shared", "cluster"}:
-        wrong = ", ".join(sorted(names - {"shared", "cluster"}))
-        raise ValueError(f"{SETTING}: expected any of shared, cluster, got {wrong}")
+    if names - set(PATHS):
+        wrong = ", ".join(sorted(names - set(PATHS)))
+        raise ValueError(f"{SETTING}: expected any of {', '.join(PATHS)}, got {wrong}")
     return names
 
 
@@ -79,7 +95,7 @@ def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
     cluster = 8 if "cluster" in names and capability >= (9, 0) else 1
-    return Machine(multiprocessors, shared, "shared" in names, cluster)
+    return Machine(multiprocessors, shared, "shared" in names, cluster, "together" in names)
 
 
 def walks_columns(neighbours, parts, machine):
@@ -125,14 +141,16 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     if numbers:
         most = WALKING if maps else FINE if fine else REDUCING
-        together = _together(parts, count, 8 * parts * numbers, shelf, maps, most, machine)
+        together = _together(parts, count, numbers, shelf, maps, most, machine)
         if together:
             return together
     return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(parts, count, board, shelf, maps, most, machine):
-    """`launches` of a block or a cluster for each row; None where that is not the way."""
+def _together(parts, count, numbers, shelf, maps, most, machine):
+    """`launches` of those that have a row within one launch; None where that is not the way."""
+    board = 8 * parts * numbers
+    taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part has made of it
 
     def one(kept, blocks):
         held = kept == "registers"
@@ -142,7 +160,7 @@ def _together(parts, count, board, shelf, maps, most, machine):
             warps = EVEN * _ceil(parts, EVEN * blocks)
         elif not held:
             warps = _ceil(parts, rounds * blocks)  # that find a part in nearly every round
-        size = board
+        size = board + (taken if held else 0)
         if kept == "shared":
             size += shelf * (parts if blocks == 1 else rounds * warps)
         way = Way(warps, "all", False, blocks, kept)
@@ -157,12 +175,20 @@ def _together(parts, count, board, shelf, maps, most, machine):
         if machine.shelf and shelf and found[0].shared <= machine.shared:
             return found, constants
         blocks *= 2
-    if count >= 2 * machine.multiprocessors and board <= BOARD:
+    many = count >= 2 * machine.multiprocessors and board <= BOARD
+    again = READ_AGAIN // (parts * max(shelf, 1))  # rows of a multiprocessor that L2 keeps
+    blocks = _ceil(parts, HELD)
+    room = min(WARP, machine.multiprocessors // ROOM)  # a thread of a block for each part
+    if machine.together and maps and blocks <= room and not (many and again > 1):
+        warps = _ceil(parts, blocks)
+        launch = Launch(Way(warps, spread=True), count * blocks, warps * WARP, taken)
+        return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
+    if many:
         (launch,), constants = one("no", 1)
         if maps:
             # No more of them at once than L2 still has when they are read again.
-            blocks = max(1, READ_AGAIN // (parts * max(shelf, 1)))
-            launch = launch._replace(shared=max(board, machine.shared // (blocks + 1) + 1))
+            fit = max(1, again)
+            launch = launch._replace(shared=max(board, machine.shared // (fit + 1) + 1))
         return [launch], constants
     return None
 
