@@ -666,7 +666,7 @@ def test_blocks_that_meet_read_long_rows_once(operation, kind, gpu, monkeypatch)
     assert clear.spec.kernel == "clear" and step.grid == rows * (32 if kind == "f4" else 16)
     once = 2 * rows * classes * codegen.size_of(kind)
     assert once < b.bytes < 1.02 * once
-    assert found[""].share < 0.8 and found["together"].share >= 0.97
+    assert found[""].share < 0.8 and found["together"].share >= 0.95
 
 
 @compiles

@@ -272,6 +272,8 @@ def _pair_branches(instructions, spans, scopes, kind):
     taken = [(s.weight, s.again) for s in scopes]
     if kind == "kernel" and len(taken) == len(long) + 1:
         taken.pop()  # the last one became an early exit
+    while len(taken) > len(long):
+        taken.remove(max(taken))  # what is nearly always taken became the straight way, or masks
     if len(taken) != len(long):
         mean = sum(s.weight for s in scopes) / len(scopes) if scopes else 1.0
         taken = [(mean, "l1" if any(s.again for s in scopes) else "")] * len(long)
