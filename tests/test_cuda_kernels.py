@@ -842,6 +842,9 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
             # No part is empty where several are full, and no lane has twice what it needs.
             assert part.chunks or held <= max(2 * classes, part.group) + 32 * part.group * parts
             assert part.span * size <= 4096
+            # What a lane reads without a mask is there: of a row's only part, or of a full one.
+            assert part.group * part.lanes * part.sure <= classes or not part.single
+            assert part.sure <= part.vectors and part.sure % 2 == 0
 
 
 @pytest.mark.parametrize(
