@@ -56,8 +56,9 @@ BUDGET = {
 JOIN = 9
 """Those of the loops that join the parts of a long row, counted as if they ran for each part; they
 run for every 32."""
-LONG_BUDGET = {"softmax": 50}
-"""Where the exponentials of a row that is read twice are taken twice."""
+LONG_BUDGET = {"softmax": 51}
+"""Where the exponentials of a row that is read twice are taken twice: 50, and about 1 for the loads
+under masks, which only a row's last part takes but which are counted here."""
 SINGLE = 8
 """Accesses of less than 16 bytes for what there is one of a row: label, logit there, weight, …"""
 AGAIN = 1
@@ -82,8 +83,7 @@ def check(one, arch):
         assert asked >= IN_FLIGHT, found
     whole = one.layout == "whole" and group * size >= 16
     if whole and one.operation != "nll_loss":
-        assert found.wide > 0, found
-        assert found.wide % vectors == 0, found
+        assert found.wide >= vectors, found
         assert found.narrow <= (AGAIN if chunks and found.looped else SINGLE), found
         assert found.single <= SINGLE, found
     if whole and vectors * group >= 31 and one.kind != "f8":

@@ -331,7 +331,7 @@ def figures(case: Case, arch: str) -> Figures:
     every = Counter(i.opcode for i in found if _GLOBAL.match(i.opcode))
     wide = [op for op in moved if ".128" in op]
     narrow = len(moved) - len(wide)
-    single = sum(every.values()) - len(moved)
+    single = sum(n for op, n in every.items() if ".128" not in op) - narrow
     double = sum(op.startswith(("DADD", "DMUL", "DFMA", "DSETP", "F2F")) for op in inside)
     return Figures(
         used.registers,
