@@ -222,9 +222,9 @@ class Lane:
 
     def _asks_once(self, wide):
         """Whether `_load_full` is the way to read these inputs."""
-        # Of one row of halves, one by one, the compiler would not ask for all at once.
+        # Of long rows of halves, one array of them, the compiler would not ask for all at once.
         alone = self.part.chunks and self.walker.out is not None and len(wide) == 1
-        return bool(wide) and not (alone and self.walker.inputs[wide[0]].bytes == 2)
+        return bool(wide) and not (alone and self.walker.inputs[wide[0]].format.size == 2)
 
     def _load_full(self, names, groups):
         """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
