@@ -960,20 +960,30 @@ def test_what_the_driver_is_told_of_a_launch(scripted):
         os.environ["NUMBAKERN_CUDA_PATHS"] = "shared,cluster"
         from numbakern.cuda import launch
         steps, prepared = [], launch.Device.prepared
-        launch.Device.prepared = lambda self, step: [steps.append(step), prepared(self, step)][1]
-        cluster = shared = False
-        for rows, classes in ((9, 10), (300, 5000), (300, 50_000), (4, 100_000), (2, 250_000)):
-            numbakern.log_softmax(torch.Tensor(np.zeros((rows, classes), np.float32)))
-            step = steps[-1]
+        def keep(self, step):
+            steps.append((self, step))
+            return prepared(self, step)
+        launch.Device.prepared = keep
+        cluster = shared = own = False
+        for rows, classes, offset in (
+            (9, 10, 0), (300, 5000, 0), (300, 50_000, 0), (300, 50_000, 1), (300, 60_000, 1),
+            (300, 20_004, 1), (4, 100_000, 0), (2, 250_000, 0),
+        ):
+            x = np.zeros(rows * classes + 8, np.float32)[offset:][: rows * classes]
+            x = torch.Tensor(x.reshape(rows, classes))
+            numbakern.log_softmax(x, out=x)
+            device, step = steps[-1]
             told = [driver.fake_last(i) for i in range(5)]
             assert told[:4] == [step.grid, step.block, step.shared, step.cluster], (step, told)
             cluster |= step.cluster > 1
             if step.shared > 48 << 10:
                 shared = True
-                assert told[4] >= step.shared
-        print(cluster, shared)
+                own |= ("out", "shifted") in dict(step.spec.params)["modes"]
+                # What stores take of it is a kernel's own: 1 KB a warp.
+                assert step.shared <= told[4] <= device.shared - 32 * step.block, (step, told)
+        print(cluster, shared, own)
         """)
-    assert done == ["True", "True"]
+    assert done == ["True", "True", "True"]
 
 
 def test_rows_that_several_blocks_hold(scripted):

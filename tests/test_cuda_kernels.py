@@ -574,6 +574,22 @@ def test_conversions(dtype, to):
         del classes
 
 
+@pytest.mark.parametrize("dtype, to", [(float16, float64), (bfloat16, float32), (float32, float64)])
+def test_results_wider_than_their_groups(dtype, to):
+    """Groups of more than 16 bytes, of results that start anywhere, of rows of several warps."""
+    elem = "f8" if to == float64 else "f4"
+    x = cases.logits((2, 4608), dtype, scale=4.0)
+    want = empty_like(x, to)
+    run("log_softmax", {"x": x, "out": want}, 1, elem)
+    close(want, reference.log_softmax(x, work=WORK), to)
+    for offset in (1, 3):
+        out = placed(want, offset)
+        out[...] = 7
+        made = run("log_softmax", {"x": placed(x, offset), "out": out}, 1, elem)
+        assert dict(dict(made.steps[0].spec.params)["modes"])["out"] == "single"
+        assert cases.same_bits(out, want)
+
+
 def test_halves_from_float64_round_once():
     """A float64 that lies just beside the middle of two halves."""
     y = np.full((2, 4), -np.inf)

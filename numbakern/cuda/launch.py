@@ -11,7 +11,7 @@ from numbakern.cuda import bad_labels
 from numbakern.cuda import compile as compiler
 from numbakern.cuda.ways import machine_of
 
-_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory a block
+_SHARED_WITHOUT_ASKING = 32 << 10  # bytes of a block's 48 KB, but for what stores may take of it
 _PORTABLE_CLUSTER = 8  # blocks
 _KEPT = 4096  # entries of a cache before it is emptied
 LEGACY = 1
@@ -77,6 +77,7 @@ class Device:
         """What is remembered of calls, by what it follows from; kept by the target."""
         self._current = driver().cuCtxGetDevice
         self._steps = {}
+        self._asked = {}  # bytes of dynamic shared memory that a Cubin may have, beyond the default
         self._streams = {}
         self._made = {}
         self._lock = threading.RLock()
@@ -175,7 +176,9 @@ class Device:
         attributes = driver().CUfunction_attribute
         wanted = []
         if step.shared > _SHARED_WITHOUT_ASKING:
-            wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared))
+            # No more than is needed: with the kernel's own it may not exceed what a block can have.
+            most = self._asked[cubin] = max(step.shared, self._asked.get(cubin, 0))
+            wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most))
         if step.cluster > _PORTABLE_CLUSTER:
             wanted.append((attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
         for attribute, value in wanted:

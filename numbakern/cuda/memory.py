@@ -4,7 +4,8 @@ A thread takes groups of consecutive elements, the same ones however the array l
 divide every row, 16 bytes at most (`rows.partition`). Four ways to get at a group:
 
 - `Whole`: rows start at multiples of its size and end with a whole group. One access.
-- `Single`: groups of one, those of neighbouring lanes lie side by side.
+- `Single`: groups of one, those of neighbouring lanes lie side by side; and groups of more than 16
+  bytes (of a wider type than the lead's) that start anywhere.
 - `Shifted`: rows are contiguous but start anywhere. Element by element as well: what a load leaves
   of a line the next ones find in L1, and before a store groups change lanes.
 - `Strided`: any distance between the classes; element by element.

@@ -300,7 +300,9 @@ class _Planner:
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
         if part.group == 1:
             return "single"
-        return "whole" if aligned else "shifted"
+        if aligned:
+            return "whole"
+        return "shifted" if part.group * size <= ACCESS else "single"
 
 
 def _size(kind):
