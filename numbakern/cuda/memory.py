@@ -34,10 +34,10 @@ from numbakern.cuda.device import (
     warp_barrier,
     where,
 )
+from numbakern.cuda.reduce import WARP
 
 ACCESS = 16
 """Bytes of the widest access."""
-WARP = 32
 
 
 class Format:

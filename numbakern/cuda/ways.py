@@ -3,6 +3,7 @@
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
 holds in registers are a block each. For longer ones there are
 
+- a small block each, which goes through it part by part, if it is only reduced;
 - a block each, which reads the row once to reduce it and once more to map it; so few of them at a
   time that L2 holds their rows meanwhile, by asking for more shared memory than they use;
 - several blocks each, where there are too few rows to fill the machine: a launch that reduces and
