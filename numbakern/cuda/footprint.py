@@ -22,8 +22,8 @@ LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
-SAMPLE = 4
-"""Neighbouring blocks that are traced, from the middle of the grid."""
+SAMPLE, ROUNDS = 4, 16
+"""Neighbouring blocks that are traced, from the middle of the grid, and rounds of a loop."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 _BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
 _BINARY: dict[str, Any] = {
@@ -258,13 +258,14 @@ class _Tracer:
         return result
 
     def repeat(self, count, body, state):
-        """Trace the first round, one in the middle and the last; the middle stands for the rest."""
+        """Trace the first round, the last and some between, which stand for their neighbours."""
         known = not _is_unknown(count.value)
         fixed = known and np.ndim(count.value) == 0
         rounds = int(np.max(count.value)) if known else 1
-        tried = [(0, 1), (1, rounds - 2), (rounds - 1, 1)] if rounds > 2 else [(0, 1), (1, 1)]
+        between = np.array_split(np.arange(1, rounds - 1), ROUNDS - 2)
+        tried = [[0], *between, [rounds - 1] if rounds > 1 else []]
         found = []
-        for i, times in tried[: max(1, rounds)]:
+        for i, times in ((n[len(n) // 2], len(n)) for n in tried if len(n)):
             raw = _Raw("loop", fixed=fixed)
 
             def one(i=i, state=state):

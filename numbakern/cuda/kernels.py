@@ -80,6 +80,7 @@ class Operation:
     """
 
     softmax = sums = linear = False
+    both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
@@ -203,7 +204,7 @@ class LogSoftmaxBackward(Operation):
     """out = x − exp(y)·Σx, for the gradient x and the output y of log_softmax."""
 
     sums = True
-    twice = ("x",)
+    both = twice = ("x",)
 
     def term(self, _row, grad, _y, _w):
         """What is summed, in float64."""
@@ -317,6 +318,7 @@ class CrossEntropy(Operation):
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
+        self.both = ("y",) if given else ("x", "y")
         self.twice = ("x", "y") if soft else ()
         self.sums = given and self.summed
 

@@ -435,8 +435,8 @@ class Bounds(NamedTuple):
 def resident(step, used, gpu):
     """Blocks of a step that a multiprocessor holds at once."""
     by_registers = compiler.blocks_of(step.block, used.registers)
-    # The driver keeps 1 KB of shared memory a block for itself.
-    each = step.shared + used.shared + 1024
+    # The driver keeps 1 KB of shared memory a block; from sm_90 on that is in what ptxas tells.
+    each = step.shared + used.shared + (_KB if gpu.arch == "sm_80" else 0)
     return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, gpu.shared // each))
 
 
@@ -475,7 +475,7 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
     again = {n: size for n, size in again.items() if size > least}
     at_once = min(step.grid, held * gpu.multiprocessors)
     # Half of L2 serves: a line whose home is the other partition is held in both.
-    reused = at_once * sum(compulsory[n] for n in again) / step.grid
+    reused = at_once * sum(again.values()) / step.grid
     hit = min(1.0, gpu.l2 / 2 / reused) if reused else 1.0
     each = sum(read.values()) + sum(written.values())  # bytes of a block
     stored = {n: min(step.grid * size, rows_bytes.get(n, math.inf)) for n, size in written.items()}

@@ -252,7 +252,7 @@ class _Planner:
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
         columns = dict(params)["walker"] == "columns"
         # What nothing is made of is not kept.
-        shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses))
+        shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
         machine = self.machine._replace(shared=self.machine.shared - room)
         found, constants = launches(
@@ -409,6 +409,8 @@ def _row_kernel(operation, params):
         args |= {"parts": "i8", "joins": "i8"}
     if way.kept != "registers":
         args["rounds"] = "i8"
+    if way.kept == "partly":
+        args["shelved"] = "i8"
     if way.spread:
         args |= {"blocks": "i8", "blocks_inverse": "f8"}
     return Kernel(operation, functools.partial(_run, walk, op), args)

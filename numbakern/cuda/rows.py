@@ -143,9 +143,10 @@ class Way(NamedTuple):
         global memory: the next launch finds it there, or they meet (`meets`).
     cluster : int
         Blocks of a cluster, which then have a row together.
-    kept : {"registers", "shared", "no"}
-        Where the row is between reduction and map; "no": it is read again. In registers there is
-        but one part for each warp.
+    kept : {"registers", "shared", "partly", "no"}
+        Where the row is between reduction and map; "no": it is read again; "partly": its first
+        parts are in shared memory, the others are read again. In registers there is but one part
+        for each warp.
     """
 
     warps: int
@@ -210,15 +211,39 @@ class Lane:
 
     def load(self):
         """Read the elements that are not there yet."""
+        self.words |= self._loaded([name for name in self.walker.inputs if name not in self.words])
+
+    def load_where(self, mask):
+        """Read anew those that are there, where the mask holds."""
+        names = list(self.words)
+        known = self._flat(self.words, names)
+        words = when(mask, lambda: self._flat(self._loaded(names), names), known)
+        self.words = self._split(words, names, self.groups)
+
+    def _loaded(self, names):
+        """What is read of these inputs."""
         inputs = self.walker.inputs
-        missing = [name for name in inputs if name not in self.words]
-        wide = [name for name in missing if inputs[name].wide]
+        wide = [name for name in names if inputs[name].wide]
         sure = self.groups[: self.part.sure]
         found = self._load_full(wide, sure) if len(sure) >= FULL and self._asks_once(wide) else {}
-        for name in missing:
-            words, rest = found.get(name, []), self.groups
-            rest = rest[len(words) :]
-            self.words[name] = words + (inputs[name].load(self.places[name], rest) if rest else [])
+        for name in names:
+            words = found.get(name, [])
+            rest = self.groups[len(words) :]
+            found[name] = words + (inputs[name].load(self.places[name], rest) if rest else [])
+        return found
+
+    def _flat(self, words, names):
+        """All words of these inputs, from {name: groups}."""
+        return [word for name in names for word in self.walker.inputs[name].flat(words[name])]
+
+    def _split(self, words, names, groups):
+        """{name: groups} again, from what `_flat` gave of these groups."""
+        found = {}
+        for name in names:
+            access = self.walker.inputs[name]
+            count = access.count(len(groups))
+            found[name], words = access.grouped(words[:count], len(groups)), words[count:]
+        return found
 
     def _asks_once(self, wide):
         """Whether `_load_full` is the way to read these inputs."""
@@ -231,18 +256,14 @@ class Lane:
         inputs, full = self.walker.inputs, self.left > groups[-1]
 
         def read(left):
-            found = ((inputs[n], self.places[n]._replace(left=left)) for n in names)
-            return [w for access, at in found for w in access.flat(access.load(at, groups))]
+            places = {n: self.places[n]._replace(left=left) for n in names}
+            return self._flat({n: inputs[n].load(places[n], groups) for n in names}, names)
 
         fills = [w for n in names for w in inputs[n].fills(full, len(groups))]
         words = when(full, lambda: read(None), fills)
         if not self.part.single:
             words = when((self.left > 0) & ~full, lambda: read(self.left), words)
-        found = {}
-        for name in names:
-            count = inputs[name].count(len(groups))
-            found[name], words = inputs[name].grouped(words[:count], len(groups)), words[count:]
-        return found
+        return self._split(words, names, groups)
 
     def forget(self, names):
         """Have what follows unpack the halves of these inputs anew, by a 0 unknown to the compiler.
@@ -359,10 +380,12 @@ class Walk:
             return MeetingBoard.of_row(self.frame, p, entries, self.count)
         if way.stage != "all" or not entries:
             return Board.of_row(self.frame, p, entries, self.count)
-        if way.kept == "shared":
+        if way.kept in ("shared", "partly"):
             # A block alone has all parts, in their order; one of several a share with gaps.
             parts = narrow(self.frame.rounds) * way.warps if way.cluster > 1 else self.count
-            self.shelf = Shelf(self.lane, address, parts, self.walker)
+            if way.kept == "partly":
+                parts = narrow(self.frame.shelved)
+            self.shelf = Shelf(self.lane, address, parts, self.walker, self.op.both)
             address = self.shelf.behind
         self.free = address + self.count * (8 * entries)
         return SharedBoard(entries, address, way.cluster)
@@ -398,9 +421,9 @@ class Walk:
                 reduced = join(op, self.board, self._over_parts)
         params = op.finish(self.row, reduced)
         if self.walker.out is not None:
-            self._each(lambda part, i, _: self._map(part, i, params), _nothing)
+            self._each(lambda part, i, _: self._map(part, i, params), _nothing, back=True)
 
-    def _each(self, visit, begin):
+    def _each(self, visit, begin, back=False):
         """Visit the parts of this warp, after a beginning that is to come after the first loads."""
         if self.way.kept == "registers":
             visit(self.own, None, begin)
@@ -408,6 +431,8 @@ class Walk:
         begin()
 
         def in_round(i):
+            if back:  # what was read last, L2 has still
+                i = self.frame.rounds - 1 - i
             # Of a part that there is not, nothing is read or written. A branch around shuffles
             # would cost more.
             visit(self.own + narrow(i) * self.step, i, _nothing)
@@ -419,10 +444,8 @@ class Walk:
         span = self._read(part, None)
         if self.way.kept == "registers":
             self.held = span
-        elif self.way.kept == "shared":
-            # In a cluster each part has its place, and all are read: also those that there are not.
-            there = constant(part, True, "b1") if self.way.cluster > 1 else part < self.count
-            self.shelf.put(self._own_number(i), span.words, there)
+        elif self.shelf:
+            self.shelf.put(self._own_number(i), span.words)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
@@ -451,7 +474,10 @@ class Walk:
             return self.held
         span = self._place(part)
         if self.shelf and i is not None:
-            span.words = self.shelf.get(self._own_number(i))
+            n = self._own_number(i)
+            span.words = self.shelf.get(n)
+            if self.way.kept == "partly":
+                span.load_where(self.shelf.lacks(n))
         span.load()
         return span
 
@@ -519,37 +545,43 @@ class Shelf:
     parts : Value
         How many there are room for.
     walker : Rows
+    names : tuple of str
+        The inputs that are kept.
     """
 
-    def __init__(self, lane, address, parts, walker):
-        self.inputs, self.vectors = walker.inputs, walker.part.vectors
-        self.pieces = shelved(walker.part, walker.inputs)
-        self.address, self.last = address + lane * ACCESS, parts - 1
+    def __init__(self, lane, address, parts, walker, names):
+        self.inputs, self.vectors, self.parts = walker.inputs, walker.part.vectors, parts
+        self.pieces = shelved(walker.part, walker.inputs, names)
+        self.address = address + lane * ACCESS
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
     def _places(self, n):
         at = self.address + n * (len(self.pieces) * WARP * ACCESS)
         return [(at + i * (WARP * ACCESS), *piece) for i, piece in enumerate(self.pieces)]
 
-    def put(self, n, words, there):
-        """Keep the words of part n, where `there`."""
+    def lacks(self, n):
+        """Whether there is no room for part n."""
+        return n >= self.parts
+
+    def put(self, n, words):
+        """Keep the words of part n, if there is room."""
         for place, size, name, at, count in self._places(n):
             flat = self.inputs[name].flat(words[name])
-            put_shared_words(place, size, flat[at : at + count], there)
+            put_shared_words(place, size, flat[at : at + count], n < self.parts)
 
     def get(self, n):
         """Have them again; any of a part that there is not."""
         flat = {}
-        for place, size, name, _, count in self._places(smaller_integer(n, self.last)):
+        for place, size, name, _, count in self._places(smaller_integer(n, self.parts - 1)):
             flat.setdefault(name, []).extend(shared_words(place, size, count))
         return {n: self.inputs[n].grouped(words, self.vectors) for n, words in flat.items()}
 
 
-def shelved(part, inputs):
+def shelved(part, inputs, names):
     """A thread's pieces on a Shelf in a round: (bytes of a word, array, first word, count)."""
     pieces = []
     for name, access in inputs.items():
-        if access.wide:
+        if access.wide and name in names:
             size, total = max(4, access.word), access.count(part.vectors)
             at = 0
             while at < total:

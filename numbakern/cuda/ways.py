@@ -4,11 +4,11 @@ Nothing here changes a result: how a row is divided is settled (`rows.partition`
 holds in registers are a block each. For longer ones there are
 
 - a small block each, which goes through it part by part, if it is only reduced;
-- a block each, which reads the row once to reduce it and once more to map it; so few of them at a
-  time that L2 holds their rows meanwhile, by asking for more shared memory than they use;
+- a block each, which keeps in its shared memory what the map needs again: all of the row, or as
+  many of its parts as there is room for. The others are read again, the last ones first: those L2
+  still has;
 - several blocks each, where there are too few rows to fill the machine: a launch that reduces and
   one that joins and maps, the parts' sums waiting in global memory in between;
-- a block each that keeps the row in its shared memory (`Machine.shelf`);
 - a cluster of blocks each, which hold the row in registers or keep it in their shared memory and
   tell each other the parts' sums (`Machine.cluster`);
 - several blocks each that hold it in registers and meet in global memory (`Machine.together`).
@@ -29,7 +29,7 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, TEAM, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
-PATHS = "shared", "cluster", "together"
+PATHS = "cluster", "together"
 FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
@@ -48,8 +48,6 @@ ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
-READ_AGAIN = 205 << 10
-"""Bytes of rows that L2 keeps for each multiprocessor: a little over half of an H100's 50 MB."""
 NEIGHBOURS = 8
 """Rows side by side that are worth a thread each: what a sector of float32 holds."""
 THREADS = 64
@@ -64,8 +62,6 @@ class Machine(NamedTuple):
     multiprocessors : int
     shared : int
         Bytes of shared memory that a block can have.
-    shelf : bool
-        Whether rows may be kept in it.
     cluster : int
         Blocks of the largest cluster that rows may be taken by; 1 for none.
     together : bool
@@ -74,7 +70,6 @@ class Machine(NamedTuple):
 
     multiprocessors: int = 132
     shared: int = 227 << 10
-    shelf: bool = False
     cluster: int = 1
     together: bool = False
 
@@ -96,7 +91,7 @@ def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
     cluster = 8 if "cluster" in names and capability >= (9, 0) else 1
-    return Machine(multiprocessors, shared, "shared" in names, cluster, "together" in names)
+    return Machine(multiprocessors, shared, cluster, "together" in names)
 
 
 def walks_columns(neighbours, parts, machine):
@@ -152,6 +147,7 @@ def _together(parts, count, numbers, shelf, maps, most, machine):
     """`launches` of those that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
     taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part has made of it
+    many = count >= 2 * machine.multiprocessors and board <= BOARD
 
     def one(kept, blocks):
         held = kept == "registers"
@@ -161,11 +157,14 @@ def _together(parts, count, numbers, shelf, maps, most, machine):
             warps = EVEN * _ceil(parts, EVEN * blocks)
         elif not held:
             warps = _ceil(parts, rounds * blocks)  # that find a part in nearly every round
-        size = board + (taken if held else 0)
+        size, constants = board + (taken if held else 0), {"rounds": rounds}
         if kept == "shared":
             size += shelf * (parts if blocks == 1 else rounds * warps)
+        if kept == "partly":
+            constants["shelved"] = (machine.shared - board) // shelf
+            size += shelf * constants["shelved"]
         way = Way(warps, "all", False, blocks, kept)
-        return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
+        return [Launch(way, count * blocks, warps * WARP, size)], constants
 
     blocks = 1
     while maps and blocks <= machine.cluster:
@@ -173,25 +172,18 @@ def _together(parts, count, numbers, shelf, maps, most, machine):
         if constants["rounds"] == 1:
             return found, constants
         found, constants = one("shared", blocks)
-        if machine.shelf and shelf and found[0].shared <= machine.shared:
+        if shelf and (many or blocks > 1) and found[0].shared <= machine.shared:
             return found, constants
         blocks *= 2
-    many = count >= 2 * machine.multiprocessors and board <= BOARD
-    again = READ_AGAIN // (parts * max(shelf, 1))  # rows of a multiprocessor that L2 keeps
     blocks = _ceil(parts, HELD)
     room = min(WARP, machine.multiprocessors // ROOM)  # a thread of a block for each part
-    if machine.together and maps and blocks <= room and not (many and again > 1):
+    if machine.together and maps and blocks <= room:
         warps = _ceil(parts, blocks)
         launch = Launch(Way(warps, spread=True), count * blocks, warps * WARP, taken)
         return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
-    if many:
-        (launch,), constants = one("no", 1)
-        if maps:
-            # No more of them at once than L2 still has when they are read again.
-            fit = max(1, again)
-            launch = launch._replace(shared=max(board, machine.shared // (fit + 1) + 1))
-        return [launch], constants
-    return None
+    if many and maps and shelf:
+        return one("partly", 1)
+    return one("no", 1) if many else None
 
 
 def _spread(groups, parts, warps, threads, numbers, maps, machine):
