@@ -545,13 +545,13 @@ class Shelf:
     parts : Value
         How many there are room for.
     walker : Rows
-    names : tuple of str
-        The inputs that are kept.
+    both : tuple of str
+        Inputs that the reduction and the map need.
     """
 
-    def __init__(self, lane, address, parts, walker, names):
+    def __init__(self, lane, address, parts, walker, both):
         self.inputs, self.vectors, self.parts = walker.inputs, walker.part.vectors, parts
-        self.pieces = shelved(walker.part, walker.inputs, names)
+        self.pieces = shelved(walker.part, walker.inputs, both)
         self.address = address + lane * ACCESS
         self.behind = address + parts * (len(self.pieces) * WARP * ACCESS)
 
@@ -577,11 +577,15 @@ class Shelf:
         return {n: self.inputs[n].grouped(words, self.vectors) for n, words in flat.items()}
 
 
-def shelved(part, inputs, names):
-    """A thread's pieces on a Shelf in a round: (bytes of a word, array, first word, count)."""
+def shelved(part, inputs, both):
+    """A thread's pieces on a Shelf in a round: (bytes of a word, array, first word, count).
+
+    Of the inputs that reduction and map need; for halves that are read one by one, in a map beside
+    others, ptxas has no registers: they are kept as well.
+    """
     pieces = []
     for name, access in inputs.items():
-        if access.wide and name in names:
+        if access.wide and (name in both or access.bytes == 2):
             size, total = max(4, access.word), access.count(part.vectors)
             at = 0
             while at < total:
