@@ -103,7 +103,7 @@ class Emulator:
 
         def prepared(step):
             if os.environ.get("NUMBAKERN_CUBINS"):  # what a GPU would need is compiled too
-                compile.cubin(step.spec, Queue.device.arch, step.block)
+                compile.cubin(step.spec, Queue.device.arch, step.block, step.blocks)
             return step, plan.kernel_of(step.spec)
 
         class Queue:

@@ -581,14 +581,14 @@ def test_slots_are_those_of_the_listing(classes, loops):
     """Counted here line by line, without the parser."""
     case = codegen.case("log_softmax", "f4", classes)
     text = codegen.compiler.sass(
-        codegen.compiler.cubin(case.step.spec, "sm_90a", case.step.block)
+        codegen.compiler.cubin(case.step.spec, "sm_90a", case.step.block, case.step.blocks)
     ).splitlines()
     rows = [re.match(r"\s+/\*([0-9a-f]{4})\*/\s+(.*?);", line) for line in text]
     listed = [(int(m.group(1), 16), m.group(2)) for m in rows if m]
     end = max(a for a, code in listed if code.strip() == "EXIT")
     listed = [(a, code) for a, code in listed if a <= end and not code.startswith("NOP")]
     plan, layouts = codegen.call("log_softmax", "f4", codegen.ROWS, classes)
-    program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block)
+    program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block, case.step.blocks)
     traced = footprint.footprint(case.step, plan, layouts)
     times: dict[int, float] = {}
 
@@ -618,7 +618,7 @@ def test_the_trace_moves_what_the_machine_code_moves(operation, kind, classes):
     """Bytes by the widths and numbers of the accesses; in a long row some lanes may be idle."""
     case = codegen.case(operation, kind, classes)
     plan, layouts = codegen.call(operation, kind, codegen.ROWS, classes)
-    program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block)
+    program, _ = model._compiled(case.step.spec, "sm_90a", case.step.block, case.step.blocks)
     traced = footprint.footprint(case.step, plan, layouts)
     moved = {"LDG": 0.0, "STG": 0.0}
 

@@ -316,7 +316,7 @@ def disassembled(cubin):
 
 def figures(case: Case, arch: str) -> Figures:
     """The Figures of a kernel, compiled for an architecture or read from the cache."""
-    cubin = compiler.cubin(case.step.spec, arch, case.step.block)
+    cubin = compiler.cubin(case.step.spec, arch, case.step.block, case.step.blocks)
     used = compiler.resources(cubin)
     found, spans = disassembled(cubin)
     params: dict[str, Any] = dict(case.step.spec.params)

@@ -163,20 +163,24 @@ NEARLY, FEW = 16, 4
 """Registers too many, blocks too few, for which another compilation is worth a try."""
 
 
-def compile_well(function, arg_types, arch, threads):
+def compile_well(function, arg_types, arch, threads, room=0):
     """As `compile_kernel` for blocks of so many threads, if possible without a stack.
 
     To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
     values to memory and back. Told how many blocks there are to be, or not told how large they are,
     it often finds a way that takes no or few more registers. Where it has taken a few more than
-    would let in one block more, it is told of that block.
+    would let in one block more, it is told of that block. Of blocks of which shared memory has room
+    for fewer than registers have (`room`; 0 for any number) it is told as well: with all registers
+    it asks for more before it waits.
     """
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
     tried: tuple[tuple[int, int] | None, ...] = ()
-    if used.stack:
-        tried = (threads, blocks), None, (threads, 1)
+    if 0 < room < blocks:
+        tried = ((threads, room),)
+    elif used.stack:
+        tried = *((threads, n) for n in range(blocks, 0, -1)), None
     elif blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:
         tried = ((threads, blocks + 1),)
     for bounds in dict.fromkeys(tried):
@@ -227,10 +231,13 @@ _SETTINGS = ("NUMBA_OPT", "NUMBA_FORCE_CUDA_CC", "NUMBA_CUDA_DEBUGINFO")
 
 
 @lru_cache(maxsize=4096)
-def cubin(spec, arch, threads):
-    """The kernel that `plan.build` makes of a spec, for blocks of so many threads, kept on disk."""
+def cubin(spec, arch, threads, room=0):
+    """The kernel that `plan.build` makes of a spec, for blocks of so many threads, kept on disk.
+
+    `room` as in `compile_well`.
+    """
     folder = cache_folder()
-    key = repr((spec, arch, threads))
+    key = repr((spec, arch, threads, room))
     name = f"{spec.kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     if folder is not None:
         content = disk_cache.read(folder, name)
@@ -240,7 +247,7 @@ def cubin(spec, arch, threads):
     from numbakern.cuda.plan import build
 
     function, arg_types = build(spec)
-    compiled = compile_well(function, arg_types, arch, threads)
+    compiled = compile_well(function, arg_types, arch, threads, room)
     if folder is not None:
         disk_cache.write(folder, name, compiled.entry.encode() + b"\0" + compiled.code)
     return compiled

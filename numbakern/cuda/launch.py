@@ -170,7 +170,7 @@ class Device:
         return config(grid=step.grid, block=step.block, shmem_size=step.shared)
 
     def _kernel(self, step):
-        cubin = compiler.cubin(step.spec, self.arch, step.block)
+        cubin = compiler.cubin(step.spec, self.arch, step.block, step.blocks)
         module = _loaded(self.ordinal, cubin)
         kernel = module.get_kernel(cubin.entry)
         attributes = driver().CUfunction_attribute

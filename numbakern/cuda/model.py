@@ -441,8 +441,8 @@ def resident(step, used, gpu):
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(spec, arch, block):
-    cubin = compiler.cubin(spec, arch, block)
+def _compiled(spec, arch, block, blocks):
+    cubin = compiler.cubin(spec, arch, block, blocks)
     return codegen.disassembled(cubin), compiler.resources(cubin)
 
 
@@ -459,7 +459,7 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
     elements : float
         Of the call, to tell instructions by.
     """
-    program, used = _compiled(step.spec, gpu.arch, step.block)
+    program, used = _compiled(step.spec, gpu.arch, step.block, step.blocks)
     scope = footprint(step, plan, layouts)
     code = weighed(program, scope)
     cycles, single = busy(code, gpu), alone(code, gpu)

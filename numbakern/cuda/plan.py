@@ -60,6 +60,8 @@ class Step(NamedTuple):
         Blocks of a cluster.
     args : tuple of str
         Names of what the kernel is given.
+    blocks : int
+        That a multiprocessor has shared memory for, of a crowded Partition; 0 of others.
     """
 
     spec: Spec
@@ -68,6 +70,7 @@ class Step(NamedTuple):
     shared: int
     cluster: int
     args: tuple[str, ...]
+    blocks: int = 0
 
 
 class Plan(NamedTuple):
@@ -185,8 +188,9 @@ class _Planner:
         self._step(Spec(kernel, params), parts, totals.BLOCK)
         self._step(Spec("combine", (("parts", kernel), *last)), 1, totals.BLOCK)
 
-    def _step(self, spec, grid, block, shared=0, cluster=1):
-        self.steps.append(Step(spec, grid, block, shared, cluster, tuple(kernel_of(spec).args)))
+    def _step(self, spec, grid, block, shared=0, cluster=1, blocks=0):
+        args = tuple(kernel_of(spec).args)
+        self.steps.append(Step(spec, grid, block, shared, cluster, args, blocks))
 
     # -- rows
 
@@ -268,7 +272,9 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            self._step(spec, grid, threads, shared, way.cluster)
+            told = part.crowded and way.kept in ("shared", "partly")
+            blocks = machine.beside(shared) if told else 0
+            self._step(spec, grid, threads, shared, way.cluster, blocks)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""

@@ -121,12 +121,12 @@ def partition(classes, size, halved=False):
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
     parts = -(-classes // (lanes * group * most))
-    if parts > TEAM // WARP:
-        return Partition(TEAM, most, group, True)
-    lanes *= max(1, parts)
+    team = TEAM // 2 if size == 2 else TEAM
+    chunks = parts > team // WARP
+    lanes *= max(1, parts + chunks * parts % 2)  # so that two rounds have as many
     vectors = max(1, -(-classes // (lanes * group)))
     grain = 1 << max(0, vectors.bit_length() - 4)  # each number of them is a kernel of its own
-    return Partition(lanes, -(-vectors // grain) * grain, group, False)
+    return Partition(team if chunks else lanes, -(-vectors // grain) * grain, group, chunks)
 
 
 class Way(NamedTuple):

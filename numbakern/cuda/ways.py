@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from numbakern.cuda.columns import BLOCK as COLUMNS
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import BLOCK, TEAM, Way
+from numbakern.cuda.rows import BLOCK, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
 PATHS = "cluster", "together"
@@ -36,6 +36,8 @@ FULL = 1024
 """Threads that keep a multiprocessor busy."""
 WALKING = 16
 """Warps of a block that takes long rows part by part, at most."""
+SMALL = 8
+"""The same where several find shared memory beside one another."""
 REDUCING, FINE = 8, 4
 """The same of one that only reduces, at least: there are to be several beside one another."""
 MANY = 32
@@ -46,6 +48,8 @@ HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
+OWN = 1 << 10
+"""Bytes of shared memory that the driver keeps of each block."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 NEIGHBOURS = 8
@@ -72,6 +76,10 @@ class Machine(NamedTuple):
     shared: int = 227 << 10
     cluster: int = 1
     together: bool = False
+
+    def beside(self, shared):
+        """Blocks of so many bytes that a multiprocessor has shared memory for."""
+        return max(1, (self.shared + OWN) // (shared + OWN))
 
 
 MACHINE = Machine()
@@ -137,13 +145,13 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     if numbers:
         most = WALKING if maps else FINE if fine else REDUCING
-        together = _together(parts, count, numbers, shelf, maps, most, machine)
+        together = _together(part, parts, count, numbers, shelf, maps, most, machine)
         if together:
             return together
     return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(parts, count, numbers, shelf, maps, most, machine):
+def _together(part, parts, count, numbers, shelf, maps, most, machine):
     """`launches` of those that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
     taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part has made of it
@@ -151,15 +159,19 @@ def _together(parts, count, numbers, shelf, maps, most, machine):
 
     def one(kept, blocks):
         held = kept == "registers"
-        warps = TEAM // WARP if held else most
+        size = board + (taken if held else 0)
+        warps = part.lanes // WARP if held else most
+        if kept == "shared" and blocks == 1:
+            size += shelf * parts
+            warps = most if machine.beside(size) == 1 else SMALL
         rounds = _ceil(parts, warps * blocks) if maps else max(1, parts // warps)
         if held and rounds == 1:
             warps = EVEN * _ceil(parts, EVEN * blocks)
         elif not held:
             warps = _ceil(parts, rounds * blocks)  # that find a part in nearly every round
-        size, constants = board + (taken if held else 0), {"rounds": rounds}
-        if kept == "shared":
-            size += shelf * (parts if blocks == 1 else rounds * warps)
+        constants = {"rounds": rounds}
+        if kept == "shared" and blocks > 1:
+            size += shelf * rounds * warps
         if kept == "partly":
             constants["shelved"] = (machine.shared - board) // shelf
             size += shelf * constants["shelved"]
