@@ -382,7 +382,7 @@ def test_a_row_is_read_and_written_as_its_length_says(operation, layout, kind):
 # ---------------------------------------------------------------- the bounds, by hand
 
 
-def used(registers=32, shared=1 << 10):
+def used(registers=32, shared=0):
     from numbakern.cuda.compile import Resources
 
     return Resources(registers, 0, shared, 0)

@@ -435,8 +435,9 @@ class Bounds(NamedTuple):
 def resident(step, used, gpu):
     """Blocks of a step that a multiprocessor holds at once."""
     by_registers = compiler.blocks_of(step.block, used.registers)
-    # The driver keeps 1 KB of shared memory a block; from sm_90 on that is in what ptxas tells.
-    each = step.shared + used.shared + (_KB if gpu.arch == "sm_80" else 0)
+    # The driver keeps 1 KB of shared memory a block; from sm_90 on ptxas counts it, if there is any.
+    own = used.shared + _KB if gpu.arch == "sm_80" else max(_KB, used.shared)
+    each = step.shared + own
     return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, gpu.shared // each))
 
 
