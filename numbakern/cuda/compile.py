@@ -177,8 +177,8 @@ def compile_well(function, arg_types, arch, threads, room=0):
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
     tried: tuple[tuple[int, int] | None, ...] = ()
-    if 0 < room <= blocks:
-        tried = ((threads, room),)
+    if room:
+        tried = ((threads, min(room, blocks)),)
     elif used.stack:
         tried = *((threads, n) for n in range(blocks, 0, -1)), None
     elif blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:

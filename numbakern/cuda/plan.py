@@ -272,8 +272,7 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            told = part.crowded and way.kept in ("shared", "partly")
-            blocks = machine.beside(shared) if told else 0
+            blocks = machine.beside(shared) if part.crowded and maps else 0
             self._step(spec, grid, threads, shared, way.cluster, blocks)
 
     def _halved(self):

@@ -48,8 +48,8 @@ HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
-OWN = 1 << 10
-"""Bytes of shared memory that the driver keeps of each block."""
+OWN, BLOCKS = 1 << 10, 32
+"""Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor at most."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 NEIGHBOURS = 8
@@ -79,7 +79,7 @@ class Machine(NamedTuple):
 
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
-        return max(1, (self.shared + OWN) // (shared + OWN))
+        return min(BLOCKS, max(1, (self.shared + OWN) // (shared + OWN)))
 
 
 MACHINE = Machine()
