@@ -401,7 +401,7 @@ def together(torch, monkeypatch):
 
     def start():
         device = launch.device(torch.cuda.current_device())
-        machine = device.machine._replace(shelf=False, cluster=1, together=True)
+        machine = device.machine._replace(cluster=1, together=True)
         monkeypatch.setattr(device, "machine", machine)
         monkeypatch.setattr(device, "calls", {})
 

@@ -957,7 +957,7 @@ def test_a_remembered_call_can_be_captured(scripted):
 def test_what_the_driver_is_told_of_a_launch(scripted):
     """Blocks, not clusters, are its grid; more than 48 KiB of shared memory a kernel asks for."""
     done = scripted("""
-        os.environ["NUMBAKERN_CUDA_PATHS"] = "shared,cluster"
+        os.environ["NUMBAKERN_CUDA_PATHS"] = "cluster"
         from numbakern.cuda import launch
         steps, prepared = [], launch.Device.prepared
         def keep(self, step):

@@ -15,7 +15,7 @@ from numbakern.arrays import kind_of
 from numbakern.cuda import device, ways
 from numbakern.cuda import plan as plans
 from numbakern.cuda.plan import Layout, kernel_of, plan
-from numbakern.cuda.rows import Partition, partition
+from numbakern.cuda.rows import Partition, Way, partition
 from numbakern.cuda.ways import MACHINE, Machine
 from tests import accuracy, cases, emulator, reference
 from tests.cases import bfloat16, float16, float32, float64
@@ -109,11 +109,11 @@ def small_chunks(monkeypatch):
     def partition(classes, size, halved):
         most = max(2, min(8, 16 // size))
         group = min(most, classes & -classes or most)
-        return Partition(32, most // group, group, True)
+        return Partition(4 * WARP, most // group, group, True)
 
     monkeypatch.setattr(plans, "partition", partition)
-    monkeypatch.setattr(ways, "TEAM", 4 * WARP)
     monkeypatch.setattr(ways, "WALKING", 2)
+    monkeypatch.setattr(ways, "SMALL", 2)
     monkeypatch.setattr(ways, "HELD", 2)
     plan.cache_clear()
     yield
@@ -270,9 +270,10 @@ WAYS = {
     "block": Machine(multiprocessors=1),
     "blocks": Machine(multiprocessors=132),
     "few blocks": Machine(multiprocessors=7),
-    "shared": Machine(shelf=True),
+    "block, room for a part of it": Machine(multiprocessors=1, shared=3 << 10),
+    "block, no room": Machine(multiprocessors=1, shared=0),
     "cluster": Machine(cluster=16),
-    "cluster, shared": Machine(shelf=True, cluster=2, shared=12 << 10),
+    "cluster, shared": Machine(cluster=2, shared=12 << 10),
     "together": Machine(together=True),
 }
 
@@ -328,9 +329,11 @@ def test_who_takes_the_parts_changes_no_bit(
         for name, array in want.items():
             assert cases.same_bits(found[name], array), (name, machine)
     mapped_only = call.get("given") and not {"smooth", "soft"} & set(call)
-    reduced_only = "out" not in results  # no way keeps the row
+    read_once = "out" not in results or (call.get("given") and not call.get("soft"))
     taken -= {None}
-    assert len(taken) >= (1 if mapped_only else 3 if reduced_only else 6)
+    assert len(taken) >= (1 if mapped_only else 3 if read_once else 8)
+    kept = {Way(*way).kept for way in taken}
+    assert read_once or kept == {"registers", "shared", "partly", "no"}
 
 
 @pytest.mark.parametrize(
@@ -356,7 +359,7 @@ def test_a_cluster_keeps_rows_with_gaps(small_chunks):
     """The last round of a block's share may have no parts: what is not there is read too."""
     x = placed(cases.logits((2, 1100), float32), 0)  # 9 parts, for 2 blocks of 2 warps
     found = []
-    for machine in Machine(), Machine(shelf=True, cluster=2, shared=8 << 10):
+    for machine in Machine(), Machine(cluster=2, shared=8 << 10):
         found.append(empty_like(x))
         made = run("log_softmax_backward", {"x": x, "y": x, "out": found[-1]}, 1, machine=machine)
     assert [step.cluster for step in made.steps] == [2]
@@ -831,7 +834,7 @@ def test_shared_memory_of_a_launch_has_an_end():
 
 def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
     part = partition(classes, size)
-    shelf = 16 * 32 * part.vectors
+    shelf = 32 * part.vectors * part.group * size
     found, _ = ways.launches(part, classes, count, numbers, shelf, maps, False, machine)
     return found
 
@@ -870,21 +873,22 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
         (16384, 1, MACHINE, ["all"], "registers", 1),
         (128256, 1, MACHINE, ["reduce", "map"], "no", 1),
         (128256, 263, MACHINE, ["reduce", "map"], "no", 1),
-        (128256, 264, MACHINE, ["all"], "no", 1),
+        (128256, 264, MACHINE, ["all"], "partly", 1),
         (10_000_000, 264, MACHINE, ["reduce", "map"], "no", 1),
-        (50_000, 1, Machine(shelf=True), ["all"], "shared", 1),
-        (50_000, 1, Machine(shelf=True, shared=163 << 10), ["reduce", "map"], "no", 1),
+        (50_000, 1, MACHINE, ["reduce", "map"], "no", 1),
+        (50_000, 264, MACHINE, ["all"], "shared", 1),
+        (50_000, 264, Machine(shared=163 << 10), ["all"], "partly", 1),
         (20_000, 1, Machine(cluster=8), ["all"], "registers", 2),
-        (128256, 1, Machine(cluster=8), ["all"], "registers", 8),
-        (262144, 300, Machine(cluster=8), ["all"], "no", 1),
-        (262144, 300, Machine(cluster=8, shelf=True), ["all"], "shared", 8),
+        (128256, 1, Machine(cluster=8), ["all"], "shared", 4),
+        (262144, 300, Machine(cluster=8), ["all"], "shared", 8),
+        (500_000, 300, Machine(cluster=8), ["all"], "partly", 1),
         (20_000, 1, Machine(together=True), ["all"], "registers", 1),
-        (20_000, 300, Machine(together=True), ["all"], "no", 1),
+        (20_000, 300, Machine(together=True), ["all"], "shared", 1),
         (128256, 300, Machine(together=True), ["all"], "registers", 1),
         (262144, 300, Machine(together=True, multiprocessors=64), ["all"], "registers", 1),
-        (262144, 300, Machine(together=True, multiprocessors=63), ["all"], "no", 1),
-        (262145, 300, Machine(together=True), ["all"], "no", 1),
-        (128256, 300, Machine(together=True, cluster=8), ["all"], "registers", 8),
+        (262144, 300, Machine(together=True, multiprocessors=63), ["all"], "partly", 1),
+        (262145, 300, Machine(together=True), ["all"], "partly", 1),
+        (128256, 300, Machine(together=True, cluster=8), ["all"], "shared", 4),
     ],
 )
 def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
@@ -897,11 +901,22 @@ def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
         assert shared <= machine.shared
 
 
-def test_rows_that_are_read_twice_are_few_at_once():
-    """One on a multiprocessor; those that are only reduced as many as there is room for."""
-    (mapped,), (reduced,) = (ways_of(128256, 264, maps=maps) for maps in (True, False))
-    assert 2 * mapped.shared > MACHINE.shared >= mapped.shared
-    assert reduced.shared <= ways.BOARD and reduced.way.kept == mapped.way.kept == "no"
+def test_what_shared_memory_keeps():
+    """Of a row that is mapped as many parts as go in, beside the board; of others none."""
+    for classes in (60_000, 128256, 262144):
+        (mapped,), (reduced,) = (ways_of(classes, 264, maps=maps) for maps in (True, False))
+        assert mapped.shared <= MACHINE.shared < mapped.shared + 4096
+        assert mapped.way.kept == "partly"
+        assert reduced.shared <= ways.BOARD and reduced.way.kept == "no"
+
+
+@pytest.mark.parametrize("classes", [16_388, 25_600, 28_672, 50_000])
+def test_blocks_find_shared_memory_beside_one_another(classes):
+    """Where two rows go into a multiprocessor's, their blocks are small."""
+    ((way, _, _, shared),) = ways_of(classes, 264)
+    beside = MACHINE.beside(shared)
+    assert way.kept == "shared" and way.warps <= (8 if beside > 1 else 16)
+    assert beside * (shared + 1024) <= 228 << 10 < (beside + 1) * (shared + 1024)
 
 
 @pytest.mark.parametrize("classes", [4096, 8192, 16384, 128256])
@@ -956,15 +971,15 @@ def test_what_is_only_reduced_is_read_once_as_it_is():
 
 
 def test_what_is_chosen(monkeypatch):
-    for setting, shelf, cluster, together in [
-        ("", False, 1, False),
-        ("shared", True, 1, False),
-        ("cluster, shared", True, 8, False),
-        ("together", False, 1, True),
+    for setting, cluster, together in [
+        ("", 1, False),
+        ("cluster", 8, False),
+        ("together", 1, True),
+        ("cluster, together", 8, True),
     ]:
         monkeypatch.setenv(ways.SETTING, setting)
-        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (shelf, cluster, together)
-        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (shelf, 1, together)
+        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (cluster, together)
+        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (1, together)
     monkeypatch.setenv(ways.SETTING, "clusters")
     with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*, got clusters$"):
         ways.machine_of(132, 227 << 10, (9, 0))

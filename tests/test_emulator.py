@@ -62,14 +62,16 @@ def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0):
 
 MEAN = ("ignores", True), ("reduction", "mean")
 CLUSTERS = Machine(cluster=8)
-SHARED = Machine(shelf=True)
-BOTH = Machine(shelf=True, cluster=2, shared=100 << 10)
+SHARED = Machine(multiprocessors=1)
+PARTLY = Machine(multiprocessors=1, shared=40 << 10)
+BOTH = Machine(cluster=2, shared=100 << 10)
 TOGETHER = Machine(together=True)
 KERNELS = {
     "a block a row": ("log_softmax", 4096),
     "a block a row, its loss": ("cross_entropy", 3000, MEAN),
     "a block a row, one value": ("logsumexp", 4096),
     "a long row in shared memory": ("log_softmax", 20_000, (), SHARED),
+    "a long row of which shared memory has a part": ("log_softmax", 20_000, (), PARTLY),
     "a cluster": ("softmax", 20_000, (), CLUSTERS),
     "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),

@@ -193,7 +193,7 @@ def _together(part, parts, count, numbers, shelf, maps, most, machine):
         warps = _ceil(parts, blocks)
         launch = Launch(Way(warps, spread=True), count * blocks, warps * WARP, taken)
         return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
-    if many and maps and shelf:
+    if many and maps and shelf and board + shelf <= machine.shared:
         return one("partly", 1)
     return one("no", 1) if many else None
 
