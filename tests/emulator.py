@@ -195,8 +195,9 @@ class Emulator:
     def exp2(self, v):
         """As far off as the hardware may be, always to the same side: in a sum that adds up."""
         rounded = np.exp2(np.asarray(v, np.float64)).astype(np.float32)
-        ulp = np.where(rounded < 1.0, 2.0**-24, 2.0**-23)
-        return np.where(v == 0, 1.0, rounded + EXP2_ERROR * ulp).astype(np.float32)
+        rounded = np.where(rounded < 2.0**-126, 0.0, rounded).astype(np.float32)  # flushed
+        off = np.where(rounded > 0, EXP2_ERROR * np.spacing(rounded), 0.0)
+        return np.where(v == 0, 1.0, rounded + off).astype(np.float32)
 
     # -- threads
 

@@ -722,6 +722,23 @@ def test_accuracy_of_hard_rows_of_halves(dtype, off, name, monkeypatch):
             assert accuracy.errors(out, want, dtype, flushed=True).max() <= 1.0
 
 
+@pytest.mark.parametrize("dtype, off, name", HALF_ROWS)
+def test_exponentials_that_are_taken_anew(dtype, off, name, small_chunks, monkeypatch):
+    """For the halves of a long row: rounded once, the number that is rounded is nearly exact."""
+    monkeypatch.setattr(emulator, "EXP2_ERROR", off)
+    rows = accuracy.rows_of(name, 2 if name == "[0, -30]" else 1000, dtype)
+    x, labels = rows.x, np.argmin(rows.x, axis=1)
+    out, grad, given = (empty_like(x) for _ in range(3))
+    run("softmax", {"x": x, "out": out}, 1)
+    assert accuracy.errors(out, rows.p, dtype, flushed=True).max() <= 0.51
+    run("cross_entropy", {"x": x, "labels": labels, "out": grad}, 1)
+    want, _ = accuracy.label_gradient(rows, labels)
+    assert accuracy.errors(grad, want, dtype, flushed=True).max() <= 0.51
+    lse = rows.lse.astype(float64)
+    run("cross_entropy", {"x": x, "labels": labels, "row_lse": lse, "out": given}, 1, given=True)
+    assert accuracy.errors(given, want, dtype, flushed=True).max() <= 0.51
+
+
 # --- the machine notices -------------------------------------------------------------------------
 
 

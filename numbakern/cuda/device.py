@@ -182,7 +182,7 @@ def one_below(x, top):
 
 
 def exp2(v):
-    """2**v of float32 from −1 to 1, at most 2 ulp off: an instruction of its own."""
+    """2**v of float32 from −126 to 127, at most 2 ulp off: an instruction of its own."""
     return v.like(v.machine.exp2(v.value))
 
 

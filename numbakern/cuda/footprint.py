@@ -22,8 +22,9 @@ LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
-SAMPLE, ROUNDS = 4, 16
-"""Neighbouring blocks that are traced, from the middle of the grid, and rounds of a loop."""
+SAMPLE, ROW, ROUNDS = 4, 16, 16
+"""Neighbouring blocks that are traced, from the middle of the grid (of several that have a row up to
+so many), and rounds of a loop."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 _BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
 _BINARY: dict[str, Any] = {
@@ -361,10 +362,12 @@ def _lookups(lines):
 @functools.lru_cache(maxsize=1024)
 def _traced(step, constants, shifts):
     kernel = kernel_of(step.spec)
-    first = max(0, min(step.grid // 2, step.grid - SAMPLE))
-    blocks = range(first, min(step.grid, first + SAMPLE))
-    tracer = _Tracer(list(kernel.args), blocks, step.block, step.cluster)
     known, values = dict(constants), []
+    row = min(known["blocks"], ROW) if "blocks" in kernel.args else 1
+    count = max(SAMPLE, row)
+    first = max(0, min(step.grid // 2 // row * row, step.grid - count))
+    blocks = range(first, min(step.grid, first + count))
+    tracer = _Tracer(list(kernel.args), blocks, step.block, step.cluster)
     numbers = {"ignore_index": -100, "scale": 1.0, "keep": 1.0, "spread": 0.0}
     shift = dict(shifts)
     for n, (name, elem) in enumerate(kernel.args.items()):

@@ -24,6 +24,7 @@ from numbakern.cuda.softmax import (
     decay,
     exponentials,
     log_sum_exp,
+    rough_exp,
     row_log_sum,
     safe,
     scaled_exp,
@@ -84,6 +85,7 @@ class Operation:
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
+    anew = False  # whether a map to halves takes exponentials that the reduction did not keep
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
@@ -158,7 +160,7 @@ class Softmax(Operation):
 
     def value(self, params, x, _y, _w):
         """softmax(x); rounding may end one ulp above 1."""
-        p = probability(x, *params, self.halves)
+        p = probability(self, x, *params)
         return where(p > 1.0, 1.0, p)
 
 
@@ -173,9 +175,10 @@ def normalise(m, total, log_sum, elem, part=None):
     return *params, scale, part if part is None else convert(decay(part, m), elem)
 
 
-def probability(x, base, magic, floor, scale, less, halves):
+def probability(op, x, base, magic, floor, scale, less):
     """exp(x − m) / Σ."""
-    p = scaled_exp(x, base, magic, floor, halves) * scale
+    how = base, magic, floor
+    p = (rough_exp(x, *how) if op.anew else scaled_exp(x, *how, op.halves)) * scale
     # Their product may be subnormal where the probability is not.
     return p if less is None else p * less
 
@@ -412,7 +415,7 @@ class CrossEntropy(Operation):
             # The peak is told by its probability: the map needs no logits beside them.
             *before, peak, second, keep, spread = rest
             here = peak == (peak if m is None else convert(m, self.elem))
-            p = where(here, probability(peak, *factors, self.halves), math.nan)
+            p = where(here, probability(self, peak, *factors), math.nan)
             rest = *before, p, second, keep, spread
         return factors, rest
 
@@ -465,7 +468,7 @@ class CrossEntropy(Operation):
     def value(self, params, x, y, w):
         """The gradient."""
         factors, rest = params
-        p = probability(x, *factors, self.halves)
+        p = probability(self, x, *factors)
         if self.soft:
             return self._soft_value(rest, p, x, y, w)
         factor, target, _, _ = rest

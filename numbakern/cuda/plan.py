@@ -368,6 +368,8 @@ def _made(operation, params):
     access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
+    kept = op.softmax and not (part.chunks or part.crowded)
+    op.anew = op.halves and arrays.get("out") in ("f2", "bf") and not kept
     if "x" in access and op.softmax:
         access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
     if "x" in access and not (op.softmax or op.sums or "out" in access):
