@@ -23,8 +23,8 @@ LINE, LINES = 128, 4
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
 SAMPLE, ROW, ROUNDS = 4, 16, 16
-"""Neighbouring blocks that are traced, from the middle of the grid (of several that have a row up to
-so many), and rounds of a loop."""
+"""Neighbouring blocks that are traced, from the middle of the grid; where several have a row all of
+its blocks up to so many; rounds of a loop."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 _BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
 _BINARY: dict[str, Any] = {

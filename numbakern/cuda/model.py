@@ -20,7 +20,7 @@ from numbakern.cuda import codegen
 from numbakern.cuda import compile as compiler
 from numbakern.cuda.footprint import WARP, footprint
 from numbakern.cuda.plan import Plan, Step
-from numbakern.cuda.ways import machine_of
+from numbakern.cuda.ways import OWN, machine_of
 
 SCHEDULERS = 4
 """Of a multiprocessor."""
@@ -435,8 +435,8 @@ class Bounds(NamedTuple):
 def resident(step, used, gpu):
     """Blocks of a step that a multiprocessor holds at once."""
     by_registers = compiler.blocks_of(step.block, used.registers)
-    # The driver keeps 1 KB of shared memory a block; from sm_90 on ptxas counts it, if there is any.
-    own = used.shared + _KB if gpu.arch == "sm_80" else max(_KB, used.shared)
+    # The driver keeps some of each block; from sm_90 on ptxas counts that where there is any.
+    own = used.shared + OWN if gpu.arch == "sm_80" else max(OWN, used.shared)
     each = step.shared + own
     return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, gpu.shared // each))
 
@@ -587,7 +587,7 @@ def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Predict
         axis first.
     """
     capability = divmod(int(gpu.arch[3:].rstrip("a")), 10)
-    machine = machine_of(gpu.multiprocessors, gpu.shared - _KB, capability)
+    machine = machine_of(gpu.multiprocessors, gpu.shared - OWN, capability)
     plan, layouts = codegen.call(operation, kind, rows, classes, layout, machine)
     size, elements = codegen.size_of(kind), rows * classes
     sizes = {

@@ -54,7 +54,7 @@ FULL = 4
 CROWDED, LONE = 256, 48
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
-"""Lanes of a row that is held in registers at most."""
+"""Lanes of a row that is held in registers at most; half of them for halves."""
 UNPACKED = 64
 """Halves of a lane, of all arrays, that are not to be kept unpacked from reduction to map."""
 

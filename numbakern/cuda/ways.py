@@ -34,10 +34,9 @@ FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
-WALKING = 16
-"""Warps of a block that takes long rows part by part, at most."""
-SMALL = 8
-"""The same where several find shared memory beside one another."""
+WALKING, SMALL = 16, 8
+"""Warps of a block that takes long rows part by part, at most; where several find shared memory
+beside one another."""
 REDUCING, FINE = 8, 4
 """The same of one that only reduces, at least: there are to be several beside one another."""
 MANY = 32
@@ -49,7 +48,7 @@ HELD = 8
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
 OWN, BLOCKS = 1 << 10, 32
-"""Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor at most."""
+"""Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 NEIGHBOURS = 8
@@ -143,59 +142,56 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     fine = not maps and count >= MANY * machine.multiprocessors
     if not part.chunks and not (fine and parts > FINE):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
-    if numbers:
-        most = WALKING if maps else FINE if fine else REDUCING
-        together = _together(part, parts, count, numbers, shelf, maps, most, machine)
-        if together:
-            return together
-    return _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
+    found = None
+    if numbers and maps:
+        found = _mapped(part, parts, count, numbers, shelf, machine)
+    elif numbers and count >= 2 * machine.multiprocessors and 8 * parts * numbers <= BOARD:
+        rounds = max(1, parts // (FINE if fine else REDUCING))
+        found = _in_rounds(parts, count, "no", 1, rounds, 8 * parts * numbers)
+    return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _together(part, parts, count, numbers, shelf, maps, most, machine):
-    """`launches` of those that have a row within one launch; None where that is not the way."""
+def _mapped(part, parts, count, numbers, shelf, machine):
+    """`launches` that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
     taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part has made of it
     many = count >= 2 * machine.multiprocessors and board <= BOARD
-
-    def one(kept, blocks):
-        held = kept == "registers"
-        size = board + (taken if held else 0)
-        warps = part.lanes // WARP if held else most
-        if kept == "shared" and blocks == 1:
-            size += shelf * parts
-            warps = most if machine.beside(size) == 1 else SMALL
-        rounds = _ceil(parts, warps * blocks) if maps else max(1, parts // warps)
-        if held and rounds == 1:
-            warps = EVEN * _ceil(parts, EVEN * blocks)
-        elif not held:
-            warps = _ceil(parts, rounds * blocks)  # that find a part in nearly every round
-        constants = {"rounds": rounds}
-        if kept == "shared" and blocks > 1:
-            size += shelf * rounds * warps
-        if kept == "partly":
-            constants["shelved"] = (machine.shared - board) // shelf
-            size += shelf * constants["shelved"]
-        way = Way(warps, "all", False, blocks, kept)
-        return [Launch(way, count * blocks, warps * WARP, size)], constants
-
     blocks = 1
-    while maps and blocks <= machine.cluster:
-        found, constants = one("registers", blocks)
-        if constants["rounds"] == 1:
-            return found, constants
-        found, constants = one("shared", blocks)
-        if shelf and (many or blocks > 1) and found[0].shared <= machine.shared:
-            return found, constants
+    while blocks <= machine.cluster:
+        if parts <= part.lanes // WARP * blocks:
+            warps = EVEN * _ceil(parts, EVEN * blocks)
+            way = Way(warps, cluster=blocks)
+            return [Launch(way, count * blocks, warps * WARP, board + taken)], {}
+        alone = blocks == 1
+        small = alone and machine.beside(board + shelf * parts) > 1
+        rounds = _ceil(parts, (SMALL if small else WALKING) * blocks)
+        places = parts if alone else rounds * _ceil(parts, rounds * blocks)
+        size = board + shelf * places
+        if shelf and (many or not alone) and size <= machine.shared:
+            return _in_rounds(parts, count, "shared", blocks, rounds, size)
         blocks *= 2
     blocks = _ceil(parts, HELD)
     room = min(WARP, machine.multiprocessors // ROOM)  # a thread of a block for each part
-    if machine.together and maps and blocks <= room:
+    if machine.together and blocks <= room:
         warps = _ceil(parts, blocks)
         launch = Launch(Way(warps, spread=True), count * blocks, warps * WARP, taken)
         return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
-    if many and maps and shelf and board + shelf <= machine.shared:
-        return one("partly", 1)
-    return one("no", 1) if many else None
+    if not many:
+        return None
+    rounds = _ceil(parts, WALKING)
+    places = (machine.shared - board) // shelf if shelf else 0
+    if places < 1:
+        return _in_rounds(parts, count, "no", 1, rounds, board)
+    size = board + shelf * places
+    found, constants = _in_rounds(parts, count, "partly", 1, rounds, size)
+    return found, constants | {"shelved": places}
+
+
+def _in_rounds(parts, count, kept, blocks, rounds, size):
+    """Blocks of as many warps as find a part in nearly every round."""
+    warps = _ceil(parts, rounds * blocks)
+    way = Way(warps, cluster=blocks, kept=kept)
+    return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
 
 
 def _spread(groups, parts, warps, threads, numbers, maps, machine):
