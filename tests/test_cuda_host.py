@@ -134,22 +134,27 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     assert blocks_of(threads, registers) == blocks
 
 
-@pytest.mark.parametrize("answers, tried, taken", [
+@pytest.mark.parametrize("room, answers, tried, taken", [
     # Without a stack at once: nothing else is tried.
-    ({128: (96, 0)}, [128], 128),
+    (0, {128: (96, 0)}, [128], 128),
+    # With room for no more blocks, or for fewer, it may have their registers.
+    (32, {128: (87, 0), (128, 5): (96, 0)}, [128, (128, 5)], (128, 5)),
+    (2, {192: (80, 0), (192, 2): (157, 0)}, [192, (192, 2)], (192, 2)),
+    (32, {128: (87, 0), (128, 5): (96, 16)}, [128, (128, 5)], 128),
+    (2, {192: (80, 8), (192, 2): (168, 8), (192, 4): (80, 0)}, [192, (192, 2), (192, 4)], (192, 4)),
     # As many blocks without one.
-    ({128: (72, 8), (128, 7): (72, 0)}, [128, (128, 7)], (128, 7)),
+    (0, {128: (72, 8), (128, 7): (72, 0)}, [128, (128, 7)], (128, 7)),
     # Only with more registers: the fewest of them first.
-    ({128: (72, 8), (128, 7): (72, 16), None: (80, 0)}, [128, (128, 7), None], None),
+    (0, {128: (72, 8), (128, 7): (72, 16), None: (80, 0)}, [128, (128, 7), None], None),
     # What does not fit into a multiprocessor is no kernel.
-    ({512: (128, 8), (512, 1): (128, 24), None: (168, 0)}, [512, (512, 1), None], 512),
-    ({128: (255, 8), (128, 2): (240, 8), None: (255, 8), (128, 1): (240, 0)},
+    (0, {512: (128, 8), (512, 1): (128, 24), None: (168, 0)}, [512, (512, 1), None], 512),
+    (0, {128: (255, 8), (128, 2): (240, 8), None: (255, 8), (128, 1): (240, 0)},
      [128, (128, 2), None, (128, 1)], (128, 1)),
     # Nowhere: the compiler's own choice.
-    ({128: (72, 8), (128, 7): (72, 4), None: (80, 4), (128, 1): (96, 4)},
+    (0, {128: (72, 8), (128, 7): (72, 4), None: (80, 4), (128, 1): (96, 4)},
      [128, (128, 7), None, (128, 1)], 128),
 ])  # fmt: skip
-def test_code_without_a_stack_where_there_is_some(answers, tried, taken, monkeypatch):
+def test_code_without_a_stack_where_there_is_some(room, answers, tried, taken, monkeypatch):
     from numbakern.cuda import compile
 
     made = {bounds: cubin(*used) for bounds, used in answers.items()}
@@ -161,7 +166,7 @@ def test_code_without_a_stack_where_there_is_some(answers, tried, taken, monkeyp
 
     monkeypatch.setattr(compile, "compile_kernel", compile_kernel)
     threads = next(iter(answers))
-    assert compile.compile_well(None, (), "sm_90a", threads) is made[taken]
+    assert compile.compile_well(None, (), "sm_90a", threads, room) is made[taken]
     assert asked == tried
 
 
@@ -214,7 +219,7 @@ def test_a_kernel_is_compiled_once(carried, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBAKERN_CUBINS" if carried else "NUMBA_CACHE_DIR", str(tmp_path))
     spec, built = plan.Spec("copy", (("size", 4), ("dimensions", 1))), []
 
-    def compiled(function, arg_types, arch, threads):
+    def compiled(function, arg_types, arch, threads, room):
         built.append((arch, threads))
         return compile.Cubin("name", b"code of " + arch.encode())
 

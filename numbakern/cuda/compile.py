@@ -169,20 +169,18 @@ def compile_well(function, arg_types, arch, threads, room=0):
     To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
     values to memory and back. Told how many blocks there are to be, or not told how large they are,
     it often finds a way that takes no or few more registers. Where it has taken a few more than
-    would let in one block more, it is told of that block. Of blocks of which shared memory has room
-    for fewer than registers have (`room`; 0 for any number) it is told as well: with all registers
-    it asks for more before it waits.
+    would let in one block more, it is told of that block. And of so many blocks as there is also
+    other room for (`room`; 0 to not tell): it takes all of their registers then, and asks for more
+    before it waits.
     """
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
-    tried: tuple[tuple[int, int] | None, ...] = ()
-    if room:
-        tried = ((threads, min(room, blocks)),)
-    elif used.stack:
-        tried = *((threads, n) for n in range(blocks, 0, -1)), None
-    elif blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:
-        tried = ((threads, blocks + 1),)
+    tried: list[tuple[int, int] | None] = [(threads, min(room, blocks))] if room else []
+    if used.stack:
+        tried += [(threads, blocks), None, (threads, 1)]
+    elif not room and blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:
+        tried = [(threads, blocks + 1)]
     for bounds in dict.fromkeys(tried):
         found = compile_kernel(function, arg_types, arch, bounds)
         used = resources(found)
