@@ -27,6 +27,7 @@ from numbakern.cuda.device import (
     when,
 )
 from numbakern.cuda.plan import Plan, Spec, Step
+from numbakern.cuda.rows import Partition, Way
 
 H100 = model.GPUS["H100"]
 
@@ -372,9 +373,13 @@ def test_a_row_is_read_and_written_as_its_length_says(operation, layout, kind):
         slack = 0.03 * array + rows * 4 * footprint.SECTOR
         least = array * (1 - 1e-12)  # rounds of a loop are added up by their shares
         assert least <= written["out"] <= array + slack
+        part = Partition(*params["part"])
+        held = params["walker"] == "rows" and not part.chunks
+        again = 0.0 if held else 1.0
+        if params["walker"] == "rows" and Way(*params["way"]).kept in ("shared", "partly"):
+            again = 1 - min(1, plan.constants.get("shelved", classes) * part.span / classes)
         for name in ("x", "y") if operation == "softmax_backward" else ("x",):
-            held = params["walker"] == "rows" and classes <= 8192
-            times = 1 if held else round(read[name] / array)
+            times = 1 + again if params["walker"] == "rows" else round(read[name] / array)
             assert 1 <= times <= 3
             assert times * least <= read[name] <= times * (array + slack)
 
@@ -666,7 +671,8 @@ def test_blocks_that_meet_read_long_rows_once(operation, kind, gpu, monkeypatch)
     assert clear.spec.kernel == "clear" and step.grid == rows * (32 if kind == "f4" else 16)
     once = 2 * rows * classes * codegen.size_of(kind)
     assert once < b.bytes < 1.02 * once
-    assert found[""].share < 0.8 and found["together"].share >= 0.95
+    assert found[""].main[1].bytes > 1.1 * once
+    assert found["together"].share >= max(0.95, found[""].share + 0.04)
 
 
 @compiles

@@ -22,9 +22,9 @@ LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
-SAMPLE, ROW, ROUNDS = 4, 16, 16
-"""Neighbouring blocks that are traced, from the middle of the grid; where several have a row all of
-its blocks up to so many; rounds of a loop."""
+SAMPLE, ROW, ROUNDS = 4, 64, 16
+"""Neighbouring blocks that are traced, from the middle of the grid; where no more than so many have
+a row, all of it; rounds of a loop."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 _BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
 _BINARY: dict[str, Any] = {
@@ -363,7 +363,8 @@ def _lookups(lines):
 def _traced(step, constants, shifts):
     kernel = kernel_of(step.spec)
     known, values = dict(constants), []
-    row = min(known["blocks"], ROW) if "blocks" in kernel.args else 1
+    row = known["blocks"] if "blocks" in kernel.args else 1
+    row = row if row <= ROW else 1
     count = max(SAMPLE, row)
     first = max(0, min(step.grid // 2 // row * row, step.grid - count))
     blocks = range(first, min(step.grid, first + count))
