@@ -22,9 +22,9 @@ LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
-SAMPLE, ROW, ROUNDS = 4, 64, 16
+SAMPLE, ROW = 4, 64
 """Neighbouring blocks that are traced, from the middle of the grid; where no more than so many have
-a row, all of it; rounds of a loop."""
+a row, all of it."""
 _DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 _BASE_BITS = 44  # arrays lie so far apart that an address tells which one it is in
 _BINARY: dict[str, Any] = {
@@ -119,6 +119,11 @@ class _Raw:
         return any(what == "written" or of.live for what, _, _, of, _ in self.accesses) or any(
             raw.live for part in rounds for raw, _ in part
         )
+
+    def taken(self):
+        """Which share of the warps takes each branch in it."""
+        parts = [part if isinstance(part, _Raw) else part[0][0] for part in self.parts]
+        return self.weight, [part.taken() for part in parts]
 
     def touched(self, what, name):
         """The sectors of an array, those of loads that nothing comes of left out."""
@@ -259,22 +264,36 @@ class _Tracer:
         return result
 
     def repeat(self, count, body, state):
-        """Trace the first round, the last and some between, which stand for their neighbours."""
+        """Trace the first two rounds, the last two, and as many as it takes in between.
+
+        That is none where the same branches are taken after the first as before the last round;
+        otherwise the round is looked for from which on it is others.
+        """
         known = not _is_unknown(count.value)
         fixed = known and np.ndim(count.value) == 0
         rounds = int(np.max(count.value)) if known else 1
-        between = np.array_split(np.arange(1, rounds - 1), ROUNDS - 2)
-        tried = [[0], *between, [rounds - 1] if rounds > 1 else []]
-        found = []
-        for i, times in ((n[len(n) // 2], len(n)) for n in tried if len(n)):
-            raw = _Raw("loop", fixed=fixed)
+        traced = {}
 
-            def one(i=i, state=state):
-                return tuple(body(Value(self, np.int64(i), "i8"), *state))
+        def trace(i):
+            nonlocal state
+            raw = traced[i] = _Raw("loop", fixed=fixed)
+            state = self._inside(raw, lambda: tuple(body(Value(self, np.int64(i), "i8"), *state)))
 
-            state = self._inside(raw, one)
-            found.append((raw, times if rounds > 0 else 0))
-        self.scope.parts.append(found)
+        def look_between(low, high):
+            if high - low > 1 and traced[low].taken() != traced[high].taken():
+                middle = (low + high) // 2
+                trace(middle)
+                look_between(low, middle)
+                look_between(middle, high)
+
+        for i in sorted({0, 1, rounds - 2, rounds - 1} & set(range(max(1, rounds)))):
+            trace(i)
+        if rounds > 2:
+            look_between(1, rounds - 2)
+        places = sorted(traced)
+        # Each stands for those up to the next one.
+        times = np.diff([*places, max(1, rounds)]) if rounds > 0 else [0]
+        self.scope.parts.append([(traced[i], int(n)) for i, n in zip(places, times, strict=True)])
         return state
 
     def when(self, mask, compute, otherwise):
