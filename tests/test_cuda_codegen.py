@@ -126,6 +126,7 @@ LONG = {
     "reduce": Way(4, "reduce", True, kept="no"),
     "map": Way(4, "map", True, kept="no"),
     "shared": Way(12, kept="shared"),
+    "partly": Way(16, kept="partly"),
     "cluster-8": Way(8, cluster=8),
     "cluster-16": Way(16, cluster=8),
     "cluster-shared": Way(12, cluster=4, kept="shared"),
@@ -139,6 +140,8 @@ OF_SUMS = ("log_softmax_backward", "softmax_backward")
 """Operations that reduce to one sum: parts are joined once, not by their maxima first."""
 OF_THE_GRADIENT = ("log_softmax_backward",)
 """Operations whose sum is of the gradient alone, so the output is first read by the map."""
+SHELVED = ("shared", "partly")
+"""Where shared memory keeps what reduction and map both read."""
 
 
 def ways_of(operation):
@@ -147,7 +150,7 @@ def ways_of(operation):
     ways = {
         n: way
         for n, way in LONG.items()
-        if way.cluster == 1 and way.kept != "shared" and n != "together"
+        if way.cluster == 1 and way.kept not in SHELVED and n != "together"
     }
     return {**ways, "map": LONG["map"]._replace(spread=False)}
 
@@ -182,16 +185,15 @@ def check_way(operation, kind, way, arch):
     inputs = sum(n in ("x", "y") for n, _ in params["modes"])
     maps = way.stage != "reduce" and "out" in dict(params["modes"])
     reduced = 0 if way.stage == "map" else 1 if operation in OF_THE_GRADIENT else inputs
-    if way.kept != "no":
-        reduced = inputs  # of all that is kept
+    shelved = reduced if way.kept in SHELVED else 0
+    mapped = inputs if way.kept in ("no", "partly") else inputs - reduced
     # Without a mask for each group and with; some compilers share one of both, or repeat some.
-    needed = vectors * (reduced + (inputs if maps and way.kept == "no" else 0))
+    needed = vectors * (reduced + maps * mapped)
     wide = count(r"LDG\.E[.A-Z]*\.128")
     assert needed <= wide <= 4 * needed
     assert count(r"STG\.E[.A-Z]*\.128") == maps * vectors
-    kept = way.kept == "shared"
-    assert count(r"LDS\.128") == kept * inputs * vectors
-    assert count(r"STS\.128") in (kept * inputs * vectors, 2 * kept * inputs * vectors)
+    assert count(r"LDS\.128") == shelved * vectors
+    assert count(r"STS\.128") in (shelved * vectors, 2 * shelved * vectors)
     # Two waits, for the start of the others and for what they have written.
     assert count("UCGABAR_WAIT") == 2 * (way.cluster > 1)
     if way.meets(1):
