@@ -106,6 +106,11 @@ def two_sum(a, b):
     return s, (a - (s - t)) + (b - t)
 
 
+def whole_sum(high, low):
+    """A sum and what its additions have rounded away (`two_sum`), which is NaN of an infinite one."""
+    return high.ops.where(is_finite(high), high + low, high)
+
+
 def is_finite(m):
     """Whether m is neither infinite nor NaN."""
     return m - m == 0.0

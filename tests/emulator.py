@@ -392,16 +392,17 @@ class Emulator:
     def dynamic_shared(self):
         return np.int32(0)
 
-    def _cell(self, address):
+    def _cell(self, address, mask):
+        """The area that the threads of a mask address, and where in it."""
         address = np.broadcast_to(address, self.shape)
-        area = np.unique(address >> 20)
-        if len(area) != 1 or not 0 <= area[0] < len(self.cells):
+        area = np.unique(address[mask] >> 20)
+        if len(area) > 1 or not all(0 <= a < len(self.cells) for a in area):
             raise Fault("shared memory out of bounds")
-        return self.cells[area[0]], address & ((1 << 20) - 1)
+        return self.cells[area[0] if len(area) else 0], address & ((1 << 20) - 1)
 
     def shared_load(self, address, size, count):
-        cell, at = self._cell(address)
         mask = np.broadcast_to(self.active, self.shape)
+        cell, at = self._cell(address, mask)
         if size == 2:
             if count != 1 or np.any(at % 2):
                 raise Fault("shared memory misaligned or out of bounds")
@@ -416,8 +417,8 @@ class Emulator:
         return [words[:, :, i] for i in range(count)]
 
     def shared_store(self, address, size, words, mask, peer):
-        cell, at = self._cell(address)
         mask = np.broadcast_to(np.logical_and(self.active, mask), self.shape)
+        cell, at = self._cell(address, mask)
         lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
         raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
         blocks = np.nonzero(mask)[0]

@@ -387,6 +387,26 @@ def test_masked_classes(repeat):
     assert cross_entropy(x, [0, 1]) == INF
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [3, 100, 300, 20_000])
+def test_a_target_that_is_out_of_the_question(classes, axis):
+    """The loss is infinite, however many terms it is a sum of, and the gradient a number."""
+    x = cases.logits((2, classes))
+    x[0, 1] = -INF
+    for target in [0, 2], cases.probabilities(x.shape, 1):
+        options = {} if np.ndim(target) == 2 else {"label_smoothing": 0.1}
+        want = reference.cross_entropy(x, target, reduction="none", **options)
+        assert want[0] == INF and np.isfinite(want[1])
+        x_turned = np.moveaxis(x, 1, axis)
+        turned = np.moveaxis(target, 1, axis) if np.ndim(target) == 2 else target
+        rows, fused, grad, by_lse = everything(x_turned, turned, axis=axis, **options)
+        assert_close(rows, want, float32)
+        assert_close(fused, want, float32)
+        want = reference.cross_entropy_backward([1.0, 1.0], x, target, reduction="none", **options)
+        for got in grad, by_lse:
+            assert_close(np.moveaxis(got, axis, 1), want, float32, scale=4)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("content", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])

@@ -725,6 +725,9 @@ def test_what_is_missing_is_one_line(monkeypatch):
     monkeypatch.setattr(predictions, "predict", missing)
     with pytest.raises(SystemExit, match="^error: nvdisasm is not installed$"):
         __main__.main(["model"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^error: NUMB.*got both$"):
+        patch.setenv(ways.SETTING, "both")
+        __main__.main(["model"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     for words in (["cliffs", "--plot", "absent/cliffs"], ["document", "absent/file.md"]):
         with pytest.raises(SystemExit, match="^error: no such folder: absent$"):

@@ -339,6 +339,17 @@ def test_backward_of_masked_classes():
     assert_close(got, reference.log_softmax_backward(g, y), float32, scale=6)
 
 
+@pytest.mark.parametrize("classes", [3, 300, 20_000])
+@pytest.mark.parametrize("infinity", [INF, -INF], ids=str)
+def test_backward_of_an_infinite_gradient(infinity, classes):
+    g, y = backward_inputs((2, classes), -1)
+    g[1, 2] = infinity
+    with np.errstate(invalid="ignore"):
+        want = reference.log_softmax_backward(g, y)
+    assert np.isinf(want[1, 0])
+    assert_close(log_softmax_backward(g, y), want, float32, scale=4)
+
+
 def test_backward_of_a_nan_row_is_nan():
     g, y = backward_inputs((3, 10), -1)
     y[1] = NAN

@@ -128,6 +128,19 @@ def test_minus_inf_is_exactly_zero(position, dtype):
     assert_close(got, reference.softmax(x), dtype)
 
 
+@pytest.mark.parametrize("classes", [3, 300, 20_000])
+@pytest.mark.parametrize("infinity", [INF, -INF], ids=str)
+def test_backward_of_an_infinite_gradient(infinity, classes):
+    """Its own element is NaN, all others are infinite."""
+    g = cases.logits((2, classes))
+    y = cases.probabilities(g.shape, 1)
+    g[1, 2] = infinity
+    with np.errstate(invalid="ignore"):
+        want = reference.softmax_backward(g, y)
+    assert np.isnan(want[1]).sum() == 1 and np.isinf(want[1]).sum() == classes - 1
+    assert_close(softmax_backward(g, y), want, float32, scale=4)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF], ids=str)
 @cases.dtypes(*cases.FLOATS)
 def test_one_bad_value_spoils_its_row_only(bad, dtype):

@@ -45,6 +45,7 @@ from numbakern.vmath import (
     exp_scaled,
     expm1_nonpositive,
     is_finite,
+    whole_sum,
 )
 
 S_M, S_K, S_REST = (SLOT[name] for name in ("m", "k", "rest"))
@@ -164,7 +165,7 @@ def log_softmax_backward(walker):
 
     @each_eight
     def total(state):
-        put(state, p0=get(state, "sum_a") + get(state, "sum_a_low"))
+        put(state, p0=whole_sum(get(state, "sum_a"), get(state, "sum_a_low")))
 
     return _backward(walker, terms, total, value, ("p0",))
 
@@ -184,8 +185,8 @@ def softmax_backward(walker):
     @each_eight
     def total(state):
         a, low = get(state, "sum_a"), get(state, "sum_a_low")
-        high = convert(convert(a + low, elem), "f8")
-        put(state, p0=high, p1=(a - high) + low)
+        high = convert(convert(whole_sum(a, low), elem), "f8")
+        put(state, p0=high, p1=where(is_finite(high), (a - high) + low, 0.0))
 
     return _backward(walker, terms, total, value, ("p0", "p1"))
 
@@ -374,7 +375,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         log_p, others = margin(state)
         value = 0.0  # Σ of the targets times −log p
         if summed:
-            value = get(state, "sum_a") + get(state, "sum_a_low")
+            value = whole_sum(get(state, "sum_a"), get(state, "sum_a_low"))
         if soft:
             total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
         else:

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from numbakern.cuda import codegen, model, predictions
+from numbakern.cuda import codegen, model, predictions, ways
 
 
 def _count(text):
@@ -65,6 +65,10 @@ def main(argv):
     if options.command == "document" or getattr(options, "plot", None):
         _need_matplotlib()
         _need_folder(options.file if options.command == "document" else options.plot)
+    try:
+        ways.chosen()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     try:
         _run(options, kinds)
     except RuntimeError as error:  # nothing that compiles or disassembles

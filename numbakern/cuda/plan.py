@@ -272,7 +272,9 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            blocks = machine.beside(shared) if part.crowded and maps else 0
+            told = part.crowded and maps is not None
+            own = maps.room * (threads // WARP) if told else 0
+            blocks = self.machine.beside(shared + own) if told else 0
             self._step(spec, grid, threads, shared, way.cluster, blocks)
 
     def _halved(self):

@@ -123,7 +123,8 @@ def partition(classes, size, halved=False):
     parts = -(-classes // (lanes * group * most))
     team = TEAM // 2 if size == 2 else TEAM
     chunks = parts > team // WARP
-    lanes *= max(1, parts + chunks * parts % 2)  # so that two rounds have as many
+    # Of long rows an even number, for two rounds, and no longer than that takes.
+    lanes *= max(1, parts + chunks * parts % 2)
     vectors = max(1, -(-classes // (lanes * group)))
     grain = 1 << max(0, vectors.bit_length() - 4)  # each number of them is a kernel of its own
     return Partition(team if chunks else lanes, -(-vectors // grain) * grain, group, chunks)
