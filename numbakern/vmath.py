@@ -107,7 +107,7 @@ def two_sum(a, b):
 
 
 def whole_sum(high, low):
-    """A sum and what its additions have rounded away (`two_sum`), which is NaN of an infinite one."""
+    """A sum and what its additions rounded away (`two_sum`): nothing, if it is infinite."""
     return high.ops.where(is_finite(high), high + low, high)
 
 
