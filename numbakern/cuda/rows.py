@@ -51,7 +51,7 @@ APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
 FULL = 4
 """Groups of a lane from which on it asks once whether all of them are there."""
-CROWDED, LONE = 256, 48
+CROWDED, LONE = 256, 40
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
 """Lanes of a row that is held in registers at most; half of them for halves."""
