@@ -159,7 +159,7 @@ def blocks_of(threads, registers):
     return warps // -(-threads // 32)
 
 
-NEARLY, FEW = 16, 4
+NEARLY, FEW = 40, 8
 """Registers too many, blocks too few, for which another compilation is worth a try."""
 
 
