@@ -272,7 +272,9 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            told = part.crowded and maps is not None
+            # Halves read one by one want a register for each load in flight.
+            single = any(a.wide and a.chunk == 2 for a in accesses.values())
+            told = (part.crowded or (single and part.chunks)) and maps is not None
             own = maps.room * (threads // WARP) if told else 0
             blocks = self.machine.beside(shared + own) if told else 0
             self._step(spec, grid, threads, shared, way.cluster, blocks)
