@@ -136,7 +136,11 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
 
 @pytest.mark.parametrize("room, answers, tried, taken", [
     # Without a stack at once: nothing else is tried.
-    (0, {128: (96, 0)}, [128], 128),
+    (0, {128: (64, 0)}, [128], 128),
+    # A block more, if that costs no stack.
+    (0, {192: (134, 0), (192, 3): (96, 0)}, [192, (192, 3)], (192, 3)),
+    (0, {192: (134, 0), (192, 3): (96, 104)}, [192, (192, 3)], 192),
+    (0, {192: (165, 0)}, [192], 192),
     # With room for no more blocks, or for fewer, it may have their registers.
     (32, {128: (87, 0), (128, 5): (96, 0)}, [128, (128, 5)], (128, 5)),
     (2, {192: (80, 0), (192, 2): (157, 0)}, [192, (192, 2)], (192, 2)),
