@@ -10,7 +10,6 @@ import math
 from numbakern import formulas
 from numbakern.cuda.device import (
     atomic_min,
-    bits_of,
     constant,
     convert,
     divide,
@@ -19,7 +18,7 @@ from numbakern.cuda.device import (
     narrow,
     where,
 )
-from numbakern.cuda.reduce import offsets
+from numbakern.cuda.reduce import WARP, offsets
 from numbakern.cuda.softmax import (
     decay,
     exponentials,
@@ -29,6 +28,7 @@ from numbakern.cuda.softmax import (
     safe,
     scaled_exp,
 )
+from numbakern.cuda.totals import put_row, quotient
 from numbakern.vmath import (
     LN_2,
     exp,
@@ -54,6 +54,8 @@ class Row:
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
         Of the row in the batch.
+    lane : Value
+        Of the thread in its warp.
     peek : function (j, read) -> Value
         What ``read(mask)`` gives of class j before anything is written, for those who need it.
     team : (Value, int)
@@ -62,9 +64,10 @@ class Row:
 
     x_label = team = None
 
-    def __init__(self, places, classes, ok, leader, number, peek):
+    def __init__(self, places, classes, ok, leader, number, lane, peek):
         self.places, self.classes, self.width = places, classes, classes
         self.ok, self.leader, self.number, self.peek = ok, leader & ok, number, peek
+        self.lane = lane
 
 
 class Operation:
@@ -78,8 +81,14 @@ class Operation:
         Axes of the batch.
     arrays : tuple of str
         The arrays with a place for each row: x, y, out, labels, …
+
+    Attributes
+    ----------
+    added : totals.Sums or None
+        How the rows' losses are added up, if they are.
     """
 
+    added = None
     softmax = sums = linear = False
     both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
@@ -104,11 +113,14 @@ class Operation:
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
         p = at.pop("number", p)
+        if self.added:
+            at["row_loss"] = (p >> (self.added.rows.bit_length() - 1)) * self.added.size
         at = {name: getattr(frame, name) + offset for name, offset in at.items()}
         places = {n: (at[n], getattr(frame, f"{n}_class")) for n in ("x", "y", "out") if n in at}
         if "weight" in frame:
             places["w"] = frame.weight, frame.weight_class
-        row = Row(places, frame.classes, ok, leader, p, peek)
+        lane = frame.thread & (WARP - 1)
+        row = Row(places, frame.classes, ok, leader, p, lane, peek)
         self.begin(frame, row, at)
         return row
 
@@ -117,6 +129,14 @@ class Operation:
 
     def settle(self, frame, row):
         """What is to be known of a row before it is reduced; may wait for what `begin` reads."""
+
+    def put_loss(self, formats, row, at, loss, weight):
+        """Write a row's loss: to the result, or with its label's weight to where they add up."""
+        if self.added:
+            values = [loss, weight][: self.added.count]
+            put_row(self.added, at["row_loss"], row, values)
+        else:
+            formats["loss"].put(at["loss"], loss, row.leader)
 
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
@@ -304,7 +324,7 @@ class CrossEntropy(Operation):
     mean : bool
         Whether the gradient is divided: by `divisor`, of probabilities by the number of rows.
     formats : dict of str to memory.Format
-        Of x, y, weight, row_scale, row_lse, row_loss, as far as they are there.
+        Of x, y, weight, row_scale, row_lse, loss, as far as they are there.
     labels : Labels or None
     """
 
@@ -428,7 +448,8 @@ class CrossEntropy(Operation):
             log_p = formulas.log_softmax_value(row.x_label, m, log_sum)
             loss = loss - where(own == 0.0, 0.0, own * log_p)
         loss = where(row.skip, 0.0, where(row.bad, math.nan, loss))
-        put_loss(self.formats, row.at, loss, row.leader)
+        weight = where(row.skip | row.bad, 0.0, row.w_label)
+        self.put_loss(self.formats, row, row.at, loss, weight)
 
     def _hard(self, row, m, k, rest, scale, q):
         """(factor of p, target, label, gradient there): p − q cancels at a confident label.
@@ -496,22 +517,6 @@ class CrossEntropy(Operation):
         return where(is_peak, scale * (((high - q) + low) - high * others), grad)
 
 
-def put_loss(formats, at, loss, leader):
-    """Write a row's loss: to the result, or to where it waits to be added up."""
-    name = "loss" if "loss" in formats else "row_loss"
-    formats[name].put(at[name], loss, leader)
-
-
-def quotient(a, b):
-    """a / b of float64, as IEEE has it for b of 0 and infinity."""
-    size = float_of(bits_of(b) & 0x7FFFFFFFFFFFFFFF)
-    q = divide(a, where(size == 0.0, 1.0, size))
-    q = where(is_finite(a), q, a)
-    q = where(b < 0.0, -q, q)
-    q = where(size == math.inf, where(is_finite(a), constant(a, 0.0, "f8"), math.nan), q)
-    return where(size == 0.0, a * math.inf, q)
-
-
 class Nll(Operation):
     """row_loss = −weight[t]·x[t], 0 for an ignored label t."""
 
@@ -526,12 +531,14 @@ class Nll(Operation):
         there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
         x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
+        w = constant(x, 1.0, "f8")
         if "weight" in self.formats:
             start, step = row.places["w"]
             w = convert(self.formats["weight"].get(start + row.label * step, ~row.bad), "f8")
             x = where(w == 0.0, 0.0, x * w)
         loss = where(row.skip, 0.0, where(row.bad, math.nan, -x))
-        put_loss(self.formats, at, loss, row.leader)
+        weight = where(row.skip | row.bad, 0.0, w)
+        self.put_loss(self.formats, row, at, loss, weight)
 
     def finish(self, row, reduced):
         """Nothing is left to do."""

@@ -16,6 +16,7 @@ from numbakern.cuda.memory import ACCESS, Format, Shifted, Single, Strided, Whol
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
+from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import MACHINE, launches, walks_columns
 
 BAD_BITS = kernels.BAD_BITS
@@ -92,7 +93,7 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-_WITH_A_PLACE = ("x", "y", "out", "labels", "row_scale", "row_lse")
+_OF_A_ROW = ("x", "y", "out", "labels", "row_scale", "row_lse", "loss")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,26 +138,24 @@ class _Planner:
         self.constants = {"rows": self.rows, "classes": self.classes}
 
     def plan(self):
-        losses = self._losses()
-        if self.reduction == "mean" and not self.options.get("soft"):
-            if "out" in self.layouts or "loss" in self.layouts:
-                self._divisor()
+        if self._counts and "out" in self.layouts:
+            self._divisor()
+        added = None
+        if "loss" in self.layouts and self.reduction != "none":
+            weighs = self._counts and "out" not in self.layouts
+            added = Sums(2 if weighs else 1, self.elem == "f8")
         if self.rows and (self.classes or self.operation == "nll"):
-            self._rows(losses)
-        if losses == "row_loss":
-            self._total()
+            added = self._rows(added)
+        if added:
+            self._total(added)
         return Plan(tuple(self.steps), tuple(self.temporaries), self.constants)
 
-    def _losses(self):
-        """The array that each row's loss goes to; None if there is none."""
-        if "loss" not in self.layouts:
-            return None
-        if self.reduction == "none":
-            return "loss"
-        self.temporaries.append(("row_loss", 8 * max(1, self.rows)))
-        return "row_loss"
-
     # -- one value a row
+
+    @property
+    def _counts(self):
+        """Whether a mean is over labels, so that their weights are counted."""
+        return self.reduction == "mean" and not self.options.get("soft")
 
     def _divisor(self):
         """Σ w[t] over the labels that count, into `divisor`."""
@@ -170,23 +169,32 @@ class _Planner:
             ("weight", weight and weight.kind),
             ("dimensions", self._batch_constants(("labels",), "count_")),
         )
-        self._sum("count", params, "divisor", "f8", "none")
+        last = ("result", "divisor"), ("kind", "f8")
+        self._sum("count", params, Sums(1, self.elem == "f8"), self.rows, last)
 
-    def _total(self):
-        mean = self.reduction == "mean"
-        division = "none" if not mean else "rows" if self.options.get("soft") else "divisor"
-        self._sum("total", (), "loss", self.layouts["loss"].kind, division)
+    def _total(self, added):
+        """The loss, of what the rows' launches have left in `row_loss`."""
+        nodes = -(-self.rows // added.rows)
+        self.temporaries.append(("row_loss", added.size * max(1, nodes)))
+        self.constants["row_loss_count"] = nodes
+        division = "none"
+        if self.reduction == "mean":
+            division = "second" if added.count > 1 else "divisor" if self._counts else "rows"
+        last = ("result", "loss"), ("kind", self.layouts["loss"].kind), ("division", division)
+        self._sum("total", (("source", "row_loss"),), added, nodes, last)
 
-    def _sum(self, kernel, params, result, kind, division):
-        parts = max(1, -(-self.rows // totals.SPAN))
-        last = (("result", result), ("kind", kind), ("division", division))
-        if parts == 1:
-            self._step(Spec(kernel, (*params, *last)), 1, totals.BLOCK)
-            return
-        self.temporaries.append((f"{kernel}_parts", 16 * parts))
-        self.constants[f"{kernel}_count"] = parts
-        self._step(Spec(kernel, params), parts, totals.BLOCK)
-        self._step(Spec("combine", (("parts", kernel), *last)), 1, totals.BLOCK)
+    def _sum(self, kernel, params, sums, count, last):
+        """The steps that add up so many items, the last of which has these parameters."""
+        name = "row_loss" if kernel == "total" else kernel
+        while count > totals.SPAN:
+            count, name = -(-count // totals.SPAN), name + "_left"
+            left = sums._replace(rows=sums.rows * totals.SPAN)
+            self.temporaries.append((name, left.size * count))
+            self.constants[f"{name}_count"] = count
+            spec = Spec(kernel, (*params, ("sums", tuple(sums)), ("target", name)))
+            self._step(spec, count, totals.BLOCK)
+            kernel, params, sums = "total", (("source", name),), left
+        self._step(Spec(kernel, (*params, ("sums", tuple(sums)), *last)), 1, totals.BLOCK)
 
     def _step(self, spec, grid, block, shared=0, cluster=1, blocks=0):
         args = tuple(kernel_of(spec).args)
@@ -198,9 +206,8 @@ class _Planner:
         """Put the batch's axes as these arrays have them into the constants; how many there are."""
         strides = []
         for name in names:
-            if name in ("row_loss", "number"):
-                size = 8 if name == "row_loss" else 1
-                strides.append(_contiguous(self.batch, size))
+            if name == "number":
+                strides.append(_contiguous(self.batch, 1))
             else:
                 given = self.layouts[name].strides
                 full = len(given) > len(self.batch)
@@ -215,13 +222,10 @@ class _Planner:
         self.sizes, self.along = sizes, dict(zip(names, steps, strict=True))
         return len(sizes)
 
-    def _rows(self, losses):
-        names = [
-            n for n in ("x", "y", "out", "labels", "row_scale", "row_lse") if n in self.layouts
-        ]
-        if losses:
-            names.append(losses)
-        if "labels" in names:
+    def _rows(self, added):
+        """The steps of the rows; how what is added up (None for nothing) lies in `row_loss`."""
+        names = [n for n in _OF_A_ROW if n in self.layouts and not (added and n == "loss")]
+        if added or "labels" in names:
             names.append("number")
         dimensions = self._batch_constants(names)
         full = [n for n in ("x", "y", "out") if n in self.layouts]
@@ -238,6 +242,8 @@ class _Planner:
         if self.operation == "nll":
             part = Partition(1, 1, part.group, False)
         walker, modes = self._walk(layouts, part)
+        if added:
+            added = added._replace(rows=self._side_by_side(walker, part))
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
@@ -247,8 +253,20 @@ class _Planner:
             ("walker", walker),
             ("modes", modes),
             ("part", tuple(part)),
+            ("added", added and tuple(added)),
         )
         self._launches(params, part)
+        return added
+
+    def _side_by_side(self, walker, part):
+        """Rows of a warp that are neighbours in the batch."""
+        number = self.along["number"]
+        ordered = number == list(_contiguous(self.sizes, 1))
+        if not ordered:
+            return 1
+        if walker == "columns":
+            return WARP
+        return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):
         """The steps of the operation on the rows."""
@@ -284,9 +302,7 @@ class _Planner:
         return bool(self.options.get("soft") or self.options.get("smooth"))
 
     def _kind(self, name):
-        if name == "number":
-            return None
-        return "f8" if name == "row_loss" else self.layouts[name].kind
+        return None if name == "number" else self.layouts[name].kind
 
     def _walk(self, layouts, part):
         """The walker, and how it gets at x, y and out."""
@@ -370,7 +386,9 @@ def _made(operation, params):
     if params["weight"]:
         formats["weight"] = Format(params["weight"], "f8")
     access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
-    op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options)
+    added = params["added"] and Sums(*params["added"])
+    op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
+    op.added = added
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     kept = op.softmax and not (part.chunks or part.crowded)
     op.anew = op.halves and arrays.get("out") in ("f2", "bf") and not kept
@@ -402,6 +420,8 @@ def _row_kernel(operation, params):
     if params["weight"]:
         args |= {"weight": "i8", "weight_class": "i8"}
     args |= {"rows": "i8", "classes": "i8"}
+    if op.added:
+        args["row_loss"] = "i8"
     if options.get("ignores"):
         args["ignore_index"] = "i8"
     if "labels" in arrays:
@@ -431,7 +451,7 @@ def _run(walk, op, frame):
     walk.run(frame, op)
 
 
-def _operation(operation, elem, dimensions, arrays, formats, options):
+def _operation(operation, elem, dimensions, arrays, formats, options, added):
     common = elem, dimensions, arrays
     simple = {
         "log_softmax": kernels.LogSoftmax,
@@ -459,7 +479,7 @@ def _operation(operation, elem, dimensions, arrays, formats, options):
         labels,
         soft=soft,
         smooth=options.get("smooth", False) and not soft,
-        loss="loss" in formats or "row_loss" in formats,
+        loss="loss" in formats or added is not None,
         lse="row_lse" in formats and not given,
         given=given,
         grad="out" in formats,

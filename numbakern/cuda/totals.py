@@ -1,82 +1,181 @@
-"""Sums over one value a row, in a fixed order: the mean and sum of losses, the mean's divisor.
+"""Sums over the rows of a batch: the sum and mean of losses, the mean's divisor.
 
-Block b of the first step adds the rows b·SPAN … (b + 1)·SPAN − 1; a second step of one block adds
-what these leave. Rounding errors are kept, so that a sum is right to an ulp.
+Rows are added in a binary tree over their numbers, neighbours first. So who has a run of rows may
+add it up: the warp that has made their losses (`RowSums`), or a step of its own, whose blocks leave
+a sum each to the next step. The bits are the same. Sums are float64; where the losses are float64
+themselves, what additions round away is kept beside them, so that a sum is right to an ulp.
 """
+
+import math
+from typing import NamedTuple
 
 from numbakern.cuda.device import (
     Kernel,
     barrier,
+    bits_of,
     constant,
     convert,
+    divide,
     float_of,
     load,
-    repeat,
     shared,
     shared_load,
     shared_store,
     shuffle_xor,
     store,
+    tree,
     where,
 )
-from numbakern.cuda.kernels import quotient
 from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import WARP, offsets
-from numbakern.vmath import two_sum
+from numbakern.vmath import is_finite, two_sum, whole_sum
 
 BLOCK = 256
 EACH = 8
-"""Rows of a thread in the first step."""
+"""Items of a thread in a step."""
 SPAN = BLOCK * EACH
-KERNELS = ("total", "count", "combine")
+KERNELS = ("total", "count")
+
+
+def quotient(a, b):
+    """a / b of float64, as IEEE has it for b of 0 and infinity."""
+    size = float_of(bits_of(b) & 0x7FFFFFFFFFFFFFFF)
+    q = divide(a, where(size == 0.0, 1.0, size))
+    q = where(is_finite(a), q, a)
+    q = where(b < 0.0, -q, q)
+    q = where(size == math.inf, where(is_finite(a), constant(a, 0.0, "f8"), math.nan), q)
+    return where(size == 0.0, a * math.inf, q)
+
+
+# ---------------------------------------------------------------- sums
+
+
+class Sums(NamedTuple):
+    """What is added up, and how it lies in memory.
+
+    Attributes
+    ----------
+    count : int
+        Sums: of losses, or of losses and of their labels' weights.
+    exact : bool
+        Whether rounding errors are kept.
+    rows : int
+        Of each node in memory: a power of two. A single row has no rounding errors.
+    """
+
+    count: int
+    exact: bool
+    rows: int = 1
+
+    @property
+    def numbers(self):
+        """Float64 numbers of a node: each sum, and its rounding errors behind it."""
+        return self.count * (2 if self.exact and self.rows > 1 else 1)
+
+    @property
+    def size(self):
+        """Bytes of a node."""
+        return 8 * self.numbers
+
+    def load(self, address, there):
+        """The node at this address; 0 where it is not there."""
+        found = [float_of(load(address + 8 * i, 8, 1, there)[0]) for i in range(self.numbers)]
+        each = self.numbers // self.count
+        return [tuple(found[i : i + each]) for i in range(0, len(found), each)]
+
+    def store(self, address, node, mask):
+        """Write a node where the mask holds."""
+        words = [bits_of(v) for numbers in node for v in numbers]
+        for i, word in enumerate(words):
+            store(address + 8 * i, 8, [word], mask)
+
+    def joined(self, first, second):
+        """The node of the rows of two."""
+        return [self._joined(*pair) for pair in zip(first, second, strict=True)]
+
+    def _joined(self, first, second):
+        if not self.exact:
+            return (first[0] + second[0],)
+        s, rounded = two_sum(first[0], second[0])
+        for a, b in zip(first[1:], second[1:], strict=True):
+            rounded = (a + b) + rounded
+        return s, rounded
+
+    def over_lanes(self, node, first, end):
+        """The node of neighbouring lanes, from teams of `first` lanes to those of `end`."""
+        while first < end:
+            other = [tuple(shuffle_xor(v, first) for v in numbers) for numbers in node]
+            node, first = self.joined(node, other), 2 * first
+        return node
+
+
+def put_row(sums, address, row, values):
+    """Write what a warp's rows come to, `sums.rows` of them side by side in its lanes.
+
+    Parameters
+    ----------
+    address : Value
+        Of the node, for the warp's first lane, or for the leader of a row that is a node.
+    values : list of Value
+        The row's, as many as there are sums; every lane of the row has them.
+    """
+    node = [(where(row.ok, v, 0.0),) for v in values]
+    node = sums.over_lanes(node, WARP // sums.rows, WARP)
+    leader = row.leader if sums.rows == 1 else row.leader & (row.lane == 0)
+    sums.store(address, node, leader)
+
+
+# ---------------------------------------------------------------- steps
 
 
 def kernel(name, params):
-    """The kernel `name`: "total" of row_loss, "count" of labels, "combine" of what these leave."""
-    args, source = {}, params.get("parts", name)
+    """The kernel `name` of a step: "count" adds up labels' weights, "total" nodes in memory.
+
+    It leaves nodes of its own, a block each, or as one block the result, of which `division` says
+    what it is divided by: nothing, the "second" sum, the number of "rows", or an array of one.
+    """
+    sums = Sums(*params["sums"])
+    args = _count_args(params) if name == "count" else {params["source"]: "i8"}
     if name == "total":
-        args = {"row_loss": "i8", "rows": "i8"}
-        items = _losses
-    elif name == "count":
-        args, items = _count_args(params), _Weights(params)
-    else:
-        args = {f"{source}_parts": "i8", f"{source}_count": "i8"}
-        items = None
-    result = params.get("result")
+        args[f"{params['source']}_count"] = "i8"
+    result, division = params.get("result"), params.get("division", "none")
     if result:
         args[result] = "i8"
-        division = params["division"]
-        if division != "none":
+        if division not in ("none", "second"):
             args[division] = "i8"
-    elif name != "combine":
-        args[f"{source}_parts"] = "i8"
+    else:
+        args[params["target"]] = "i8"
 
     def body(frame):
-        parts = getattr(frame, f"{source}_parts") if not result or name == "combine" else None
-        s, e = _combined(frame, parts, source) if items is None else _first(frame, items)
-        s, e = _block_sum(frame.thread, s, e)
-        leader = frame.thread == 0
+        items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
+        node, leader = _of_block(frame, sums, items), frame.thread == 0
         if not result:
-            at = parts + (frame.block << 4)
-            store(at, 8, [_bits(s), _bits(e)], leader)
+            left = sums._replace(rows=sums.rows * SPAN)
+            left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
             return
-        value = s + where(e == e, e, 0.0)
-        if division == "divisor":
-            value = quotient(value, float_of(load(frame.divisor, 8, 1)[0]))
+        found = [whole_sum(*numbers) if sums.exact else numbers[0] for numbers in node]
+        value = found[0]
+        if division == "second":
+            value = quotient(value, found[1])
         elif division == "rows":
             value = quotient(value, convert(frame.rows, "f8"))
+        elif division != "none":
+            value = quotient(value, float_of(load(getattr(frame, division), 8, 1)[0]))
         Format(params["kind"], "f8").put(getattr(frame, result), value, leader)
 
     return Kernel(name, body, args)
 
 
-def _bits(v):
-    return v.like(v.machine.bitcast(v.value, "f8", "i8"), "i8")
+class _Nodes:
+    """The nodes that a step before this one has left."""
 
+    def __init__(self, frame, params, sums):
+        self.first = getattr(frame, params["source"])
+        self.count = getattr(frame, f"{params['source']}_count")
+        self.sums = sums
 
-def _losses(frame, i, there):
-    """The loss of row i."""
-    return float_of(load(frame.row_loss + (i << 3), 8, 1, there)[0])
+    def __call__(self, i):
+        return self.sums.load(self.first + i * self.sums.size, i < self.count)
 
 
 def _count_args(params):
@@ -95,12 +194,13 @@ def _count_args(params):
 class _Weights:
     """The weight of row i's label: 0 for one that is ignored or no class."""
 
-    def __init__(self, params):
-        self.labels, self.params = Format(params["labels"], "f8"), params
+    def __init__(self, frame, params):
+        self.frame, self.labels, self.params = frame, Format(params["labels"], "f8"), params
         self.weight = params["weight"] and Format(params["weight"], "f8")
 
-    def __call__(self, frame, i, there):
-        counts = _Prefixed(frame, "count_")
+    def __call__(self, i):
+        frame = self.frame
+        counts, there = _Prefixed(frame, "count_"), i < frame.rows
         (at,) = offsets(counts, where(there, i, 0), self.params["dimensions"], ("labels",))
         t = self.labels.integer(load(frame.labels + at, self.labels.size, 1, there)[0])
         counted = there & (t >= 0) & (t < frame.classes)
@@ -110,7 +210,7 @@ class _Weights:
         if self.weight:
             at = frame.weight + where(counted, t, 0) * frame.weight_class
             one = self.weight.get(at, counted)
-        return where(counted, one, 0.0)
+        return [(where(counted, one, 0.0),)]
 
 
 class _Prefixed:
@@ -123,53 +223,18 @@ class _Prefixed:
         return getattr(self._frame, self._prefix + name)
 
 
-def _first(frame, items):
-    """A thread's sum of its rows."""
-    s = e = constant(frame.rows, 0.0, "f8")
-    first = frame.block * SPAN + convert(frame.thread, "i8")
-    for n in range(EACH):
-        i = first + n * BLOCK
-        s, rounded = two_sum(s, items(frame, i, i < frame.rows))
-        e = e + rounded
-    return s, e
-
-
-def _combined(frame, parts, source):
-    """A thread's sum of the blocks' sums."""
-    count, thread = getattr(frame, f"{source}_count"), convert(frame.thread, "i8")
-    rounds = convert(convert(count + (BLOCK - 1), "f8") * (1.0 / BLOCK), "i8")
-
-    def add(i, s, e):
-        at = i * BLOCK + thread
-        part, low = load(parts + (at << 4), 8, 2, at < count)
-        s, rounded = two_sum(s, float_of(part))
-        return s, e + (rounded + float_of(low))
-
-    zero = constant(count, 0.0, "f8")
-    return repeat(rounds, add, zero, zero)
-
-
-def _block_sum(thread, s, e):
-    """The block's sum, in all lanes of the first warp."""
-
-    def join(s, e, other_s, other_e):
-        s, rounded = two_sum(s, other_s)
-        return s, (e + other_e) + rounded
-
-    offset = 1
-    while offset < WARP:
-        s, e = join(s, e, shuffle_xor(s, offset), shuffle_xor(e, offset))
-        offset *= 2
+def _of_block(frame, sums, items):
+    """The node of the block's SPAN items, which all lanes of the first warp have."""
+    thread = frame.thread
+    first = (frame.block * BLOCK + convert(thread, "i8")) * EACH
+    node = tree((items(first + n) for n in range(EACH)), sums.joined)
+    node = sums.over_lanes(node, 1, WARP)
     warps, lane = BLOCK // WARP, thread & (WARP - 1)
-    high, low = shared(thread, 8 * warps), shared(thread, 8 * warps)
-    at = (thread >> 5) << 3
-    shared_store(high + at, s, lane == 0)
-    shared_store(low + at, e, lane == 0)
+    places = [[shared(thread, 8 * warps) for _ in numbers] for numbers in node]
+    for numbers, where_to in zip(node, places, strict=True):
+        for v, place in zip(numbers, where_to, strict=True):
+            shared_store(place + ((thread >> 5) << 3), v, lane == 0)
     barrier(thread)
     at = (lane & (warps - 1)) << 3
-    s, e = shared_load(high + at), shared_load(low + at)
-    offset = 1
-    while offset < warps:
-        s, e = join(s, e, shuffle_xor(s, offset), shuffle_xor(e, offset))
-        offset *= 2
-    return s, e
+    node = [tuple(shared_load(place + at) for place in where_to) for where_to in places]
+    return sums.over_lanes(node, 1, warps)
