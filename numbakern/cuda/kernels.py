@@ -138,6 +138,11 @@ class Operation:
         else:
             formats["loss"].put(at["loss"], loss, row.leader)
 
+    def scale(self, frame):
+        """What gradients are scaled by beside a row's own `row_scale`."""
+        known = "divisor" in frame  # and behind it the scale by it
+        return float_of(load(frame.divisor + 8, 8, 1)[0]) if known else frame.scale
+
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
         return params
@@ -322,7 +327,7 @@ class CrossEntropy(Operation):
     grad : bool
         Whether the gradient is.
     mean : bool
-        Whether the gradient is divided: by `divisor`, of probabilities by the number of rows.
+        Whether the gradient is divided by the number of rows: of probabilities.
     formats : dict of str to memory.Format
         Of x, y, weight, row_scale, row_lse, loss, as far as they are there.
     labels : Labels or None
@@ -350,15 +355,14 @@ class CrossEntropy(Operation):
         row.keep, row.spread = frame.keep, frame.spread
         row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
         row.at, row.total_classes = at, frame.classes
-        row.scale = frame.scale if self.grad else constant(frame.classes, 0.0, "f8")
+        if self.grad:
+            row.scale = self.scale(frame)
         if not self.soft:
             self.labels.read(row, at["labels"])
         if self.given:
             row.lse = self.formats["row_lse"].get(at["row_lse"])
         if "row_scale" in at:
             row.own_scale = self.formats["row_scale"].get(at["row_scale"])
-        if self.mean and self.grad and not self.soft:
-            row.divisor = float_of(load(frame.divisor, 8, 1)[0])
 
     def settle(self, frame, row):
         """As Operation.settle: the label is looked at."""
@@ -385,8 +389,7 @@ class CrossEntropy(Operation):
         if "row_scale" in row.at:
             row.scale = row.scale * convert(row.own_scale, "f8")
         if self.mean and self.grad:
-            divisor = convert(frame.rows, "f8") if self.soft else row.divisor
-            row.scale = quotient(row.scale, divisor)
+            row.scale = quotient(row.scale, convert(frame.rows, "f8"))
 
     def target(self, row, y, w):
         """The target of a class, of labels what does not depend on the label: (float64, elem)."""
@@ -547,19 +550,17 @@ class Nll(Operation):
 class NllBackward(Operation):
     """out = −weight[t]·scale at the label t, 0 elsewhere and for an ignored label."""
 
-    def __init__(self, elem, dimensions, arrays, formats, labels, mean):
+    def __init__(self, elem, dimensions, arrays, formats, labels):
         super().__init__(elem, dimensions, arrays)
-        self.formats, self.labels, self.mean = formats, labels, mean
+        self.formats, self.labels = formats, labels
 
     def begin(self, frame, row, at):
         """The gradient at the label."""
         self.labels.read(row, at["labels"])
         self.labels.check(frame, row)
-        scale = frame.scale
+        scale = self.scale(frame)
         if "row_scale" in at:
             scale = scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
-        if self.mean:
-            scale = quotient(scale, float_of(load(frame.divisor, 8, 1)[0]))
         if "weight" in self.formats:
             start, step = row.places["w"]
             scale = scale * convert(

@@ -158,8 +158,8 @@ class _Planner:
         return self.reduction == "mean" and not self.options.get("soft")
 
     def _divisor(self):
-        """Σ w[t] over the labels that count, into `divisor`."""
-        self.temporaries.append(("divisor", 8))
+        """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it."""
+        self.temporaries.append(("divisor", 16))
         weight = self.layouts.get("weight")
         if weight:
             self.constants["weight_class"] = weight.strides[0]
@@ -169,7 +169,8 @@ class _Planner:
             ("weight", weight and weight.kind),
             ("dimensions", self._batch_constants(("labels",), "count_")),
         )
-        last = ("result", "divisor"), ("kind", "f8")
+        upstream = self.layouts.get("row_scale")
+        last = ("result", "divisor"), ("kind", "f8"), ("upstream", upstream and upstream.kind)
         self._sum("count", params, Sums(1, self.elem == "f8"), self.rows, last)
 
     def _total(self, added):
@@ -224,7 +225,11 @@ class _Planner:
 
     def _rows(self, added):
         """The steps of the rows; how what is added up (None for nothing) lies in `row_loss`."""
-        names = [n for n in _OF_A_ROW if n in self.layouts and not (added and n == "loss")]
+        names = [n for n in _OF_A_ROW if n in self.layouts]
+        if added:
+            names.remove("loss")
+        if self._counts and "row_scale" in names:  # one number, which `_divisor` has taken
+            names.remove("row_scale")
         if added or "labels" in names:
             names.append("number")
         dimensions = self._batch_constants(names)
@@ -429,9 +434,8 @@ def _row_kernel(operation, params):
     if isinstance(op, kernels.CrossEntropy):
         args |= {"keep": "f8", "spread": "f8"}
     if isinstance(op, (kernels.CrossEntropy, kernels.NllBackward)) and "out" in arrays:
-        args["scale"] = "f8"
-        if options.get("reduction") == "mean" and not options.get("soft"):
-            args["divisor"] = "i8"
+        counts = options.get("reduction") == "mean" and not options.get("soft")
+        args |= {"divisor": "i8"} if counts else {"scale": "f8"}
     if way.stage != "all" or way.meets(width(op)):
         args["shares"] = "i8"
     if way.meets(width(op)):
@@ -466,11 +470,10 @@ def _operation(operation, elem, dimensions, arrays, formats, options, added):
     labels = None
     if "labels" in formats:
         labels = kernels.Labels(formats["labels"], options.get("ignores", False))
-    mean = options.get("reduction") == "mean"
     if operation == "nll":
         return kernels.Nll(*common, formats, labels)
     if operation == "nll_backward":
-        return kernels.NllBackward(*common, formats, labels, mean)
+        return kernels.NllBackward(*common, formats, labels)
     given = options.get("given", False)
     soft = options.get("soft", False)
     return kernels.CrossEntropy(
@@ -483,5 +486,5 @@ def _operation(operation, elem, dimensions, arrays, formats, options, added):
         lse="row_lse" in formats and not given,
         given=given,
         grad="out" in formats,
-        mean=mean,
+        mean=soft and options.get("reduction") == "mean",
     )

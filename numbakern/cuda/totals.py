@@ -133,6 +133,8 @@ def kernel(name, params):
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
     what it is divided by: nothing, the "second" sum, the number of "rows", or an array of one.
+    A divisor has behind it what it makes of the gradients' scale, times the array `upstream` of
+    that kind if there is one.
     """
     sums = Sums(*params["sums"])
     args = _count_args(params) if name == "count" else {params["source"]: "i8"}
@@ -145,6 +147,10 @@ def kernel(name, params):
             args[division] = "i8"
     else:
         args[params["target"]] = "i8"
+    if result == "divisor":
+        args["scale"] = "f8"
+        if params["upstream"]:
+            args["row_scale"] = "i8"
 
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
@@ -161,7 +167,13 @@ def kernel(name, params):
             value = quotient(value, convert(frame.rows, "f8"))
         elif division != "none":
             value = quotient(value, float_of(load(getattr(frame, division), 8, 1)[0]))
-        Format(params["kind"], "f8").put(getattr(frame, result), value, leader)
+        at = getattr(frame, result)
+        Format(params["kind"], "f8").put(at, value, leader)
+        if result == "divisor":
+            scale = frame.scale
+            if params["upstream"]:
+                scale = scale * Format(params["upstream"], "f8").get(frame.row_scale)
+            store(at + 8, 8, [bits_of(quotient(scale, value))], leader)
 
     return Kernel(name, body, args)
 
