@@ -120,15 +120,6 @@ def small_chunks(monkeypatch):
     plan.cache_clear()
 
 
-@pytest.fixture
-def threads_take_columns(monkeypatch):
-    """A thread takes a row, or a part of it, wherever rows lie side by side, however few."""
-    monkeypatch.setattr(ways, "THREADS", 0)
-    plan.cache_clear()
-    yield
-    plan.cache_clear()
-
-
 # --- the family ----------------------------------------------------------------------------------
 
 
@@ -482,8 +473,8 @@ BATCHES = [((6,), 1), ((40,), 0), ((3, 17), 1), ((2, 3, 5), 1), ((2, 3, 5), 3), 
 
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @cases.dtypes(float32, float64, bfloat16)
-@pytest.mark.parametrize("classes", [3, 21, 100, 300])
-def test_same_bits_in_every_layout(dtype, classes, batch, axis, threads_take_columns):
+@pytest.mark.parametrize("classes", [3, 21, 65, 100, 300, 1000])
+def test_same_bits_in_every_layout(dtype, classes, batch, axis):
     """A row's bits do not depend on where it lies: rows, columns, strided, reversed, padded."""
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, dtype, scale=4.0)
@@ -504,7 +495,7 @@ def test_same_bits_in_every_layout(dtype, classes, batch, axis, threads_take_col
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("batch, axis", BATCHES, ids=str)
 @pytest.mark.parametrize("classes", [3, 21, 300])
-def test_losses_in_every_layout(classes, batch, axis, soft, threads_take_columns):
+def test_losses_in_every_layout(classes, batch, axis, soft):
     shape = (*batch[:axis], classes, *batch[axis:])
     x = cases.logits(shape, float32, scale=4.0)
     labels = cases.probabilities(shape, axis) if soft else cases.class_labels(batch, classes)
@@ -529,8 +520,8 @@ def test_losses_in_every_layout(classes, batch, axis, soft, threads_take_columns
 
 @pytest.mark.parametrize("classes", [1100, 2100])
 @cases.dtypes(float32, float64, bfloat16)
-def test_columns_of_several_parts(dtype, classes, threads_take_columns):
-    """Rows of two to five parts that a block holds, by threads: the bits of contiguous ones."""
+def test_columns_of_several_parts(dtype, classes):
+    """Rows of two to five parts that a block holds, by blocks: the bits of contiguous ones."""
     x = cases.logits((classes, 9), dtype, scale=4.0)
     rows = np.ascontiguousarray(x.T)
     labels = cases.class_labels(9, classes)
@@ -544,7 +535,7 @@ def test_columns_of_several_parts(dtype, classes, threads_take_columns):
 
 @pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
 @cases.dtypes(float32, float64)
-def test_columns_in_chunks(dtype, operation, small_chunks, threads_take_columns):
+def test_columns_in_chunks(dtype, operation, small_chunks):
     """Rows in chunks, side by side or strided: the bits of contiguous ones."""
     for classes in (5, 128, 300):
         x = cases.logits((classes, 9), dtype, scale=4.0)
@@ -960,12 +951,16 @@ def test_few_long_rows_find_many_blocks(count):
 
 
 def test_who_takes_columns():
-    """Threads where they are many enough to fill the machine, or else warps: of the same bits."""
-    for shape, walker in [((21, 9000), "columns"), ((21, 1000), "rows"), ((128256, 70), "columns"),
-                          ((128256, 9), "rows"), ((10_000_000, 6), "rows")]:  # fmt: skip
+    """What lies side by side, of which each access finds a sector; as many threads as for rows."""
+    for shape, walker in [((21, 9000), "columns"), ((21, 8), "columns"), ((128256, 70), "columns"),
+                          ((128256, 7), "rows"), ((10_000_000, 6), "rows")]:  # fmt: skip
         layouts = tuple((n, Layout("f4", (4 * shape[1], 4), True)) for n in ("x", "out"))
         made = plan("log_softmax", (), shape, 0, "f4", layouts)
         assert {dict(step.spec.params)["walker"] for step in made.steps} == {walker}
+        lanes = min(WARP, partition(shape[0], 4).lanes)
+        assert all(step.block >= 128 and step.block % lanes == 0 for step in made.steps)
+        if walker == "columns" and lanes == WARP:
+            assert {step.block for step in made.steps} == {512}
 
 
 @pytest.mark.parametrize("classes", [16385, 65536, 100_003, 128256, 262144])

@@ -322,8 +322,6 @@ def figures(case: Case, arch: str) -> Figures:
     params: dict[str, Any] = dict(case.step.spec.params)
     lanes, vectors, group, chunks = params["part"]
     elements = vectors * group
-    if params["walker"] == "columns" and not chunks:
-        elements = vectors * group * (lanes if lanes * elements <= 32 else 1)
     bodies = [s for s in spans if s.kind == "loop"]
     body = [i for i in found if not bodies or any(s.first <= i.address <= s.last for s in bodies)]
     inside = [i.opcode for i in body]

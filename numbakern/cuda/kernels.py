@@ -58,11 +58,13 @@ class Row:
         Of the thread in its warp.
     peek : function (j, read) -> Value
         What ``read(mask)`` gives of class j before anything is written, for those who need it.
-    team : (Value, int)
-        The thread's lane in its warp, and how many lanes share a part of the row.
+    fold : function (v, lanes, combine) -> Value
+        As `reduce.team_fold`, over the lanes of the row's team.
+    team : memory.Team or None
+        Those of a warp.
     """
 
-    x_label = team = None
+    x_label = fold = team = None
 
     def __init__(self, places, classes, ok, leader, number, lane, peek):
         self.places, self.classes, self.width = places, classes, classes

@@ -378,8 +378,11 @@ class Strided:
         return [self._group(place, n) for n in groups]
 
     def _group(self, place, n):
-        at, get = place.address + place.step * n, self.format.get
-        return [get(at + place.step * i, place.left > n + i) for i in range(self.group)]
+        at, found = place.address + place.step * n, []
+        for i in range(self.group):
+            mask = None if place.left is None else place.left > n + i
+            found.append(self.format.get(at + place.step * i, mask))
+        return found
 
     def distance(self, j, step):
         """As Whole.distance."""
@@ -392,6 +395,18 @@ class Strided:
     def flat(self, groups):
         """As Whole.flat."""
         return [number for numbers in groups for number in numbers]
+
+    def grouped(self, numbers, count):
+        """As Whole.grouped."""
+        return [numbers[i : i + self.group] for i in range(0, count * self.group, self.group)]
+
+    def count(self, groups):
+        """As Whole.count."""
+        return groups * self.group
+
+    def fills(self, like, groups):
+        """As Whole.fills."""
+        return [constant(like, self.format.fill, self.format.elem)] * self.count(groups)
 
     def largest(self, words):
         """As Whole.largest."""

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
-from numbakern.cuda.columns import Columns
+from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.memory import ACCESS, Format, Shifted, Single, Strided, Whole
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.totals import Sums
-from numbakern.cuda.ways import MACHINE, launches, walks_columns
+from numbakern.cuda.ways import MACHINE, NEIGHBOURS, launches
 
 BAD_BITS = kernels.BAD_BITS
 
@@ -270,7 +270,7 @@ class _Planner:
         if not ordered:
             return 1
         if walker == "columns":
-            return WARP
+            return min(WARP, side_by_side(part))
         return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):
@@ -316,9 +316,7 @@ class _Planner:
             return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
         neighbours = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
         modes = tuple((n, "strided") for n in layouts)
-        if neighbours and walks_columns(
-            self.sizes[-1], self.rows * part.parts(self.classes), self.machine
-        ):
+        if neighbours and self.sizes[-1] >= NEIGHBOURS:
             return "columns", modes
         return "rows", modes
 

@@ -13,7 +13,6 @@ from numbakern.cuda.device import (
     constant,
     divmod_positive,
     float_of,
-    larger,
     load,
     meet,
     shared_load,
@@ -40,16 +39,6 @@ def team_fold(v, lanes, combine):
         v = combine(v, shuffle_xor(v, offset))
         offset *= 2
     return v
-
-
-def team_sum(v, lanes):
-    """Σ v over the team."""
-    return team_fold(v, lanes, lambda a, b: a + b)
-
-
-def team_max(v, lanes):
-    """The largest v of the team; NaN if one is."""
-    return team_fold(v, lanes, larger)
 
 
 class Board:

@@ -8,6 +8,7 @@ from the number of classes and the element size alone (`partition`), so its bits
 its neighbours, its place or its layout, nor on who takes the parts: that is a `Way`.
 """
 
+import operator
 from typing import NamedTuple
 
 from numbakern.cuda.device import (
@@ -17,6 +18,7 @@ from numbakern.cuda.device import (
     convert,
     divmod_positive,
     dynamic_shared,
+    larger,
     narrow,
     put_shared_words,
     repeat,
@@ -36,8 +38,6 @@ from numbakern.cuda.reduce import (
     MeetingBoard,
     SharedBoard,
     team_fold,
-    team_max,
-    team_sum,
 )
 from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, width
 
@@ -224,9 +224,8 @@ class Lane:
     def _loaded(self, names):
         """What is read of these inputs."""
         inputs = self.walker.inputs
-        wide = [name for name in names if inputs[name].wide]
         sure = self.groups[: self.part.sure]
-        found = self._load_full(wide, sure) if len(sure) >= FULL and self._asks_once(wide) else {}
+        found = self._load_full(names, sure) if len(sure) >= FULL and self._asks_once(names) else {}
         for name in names:
             words = found.get(name, [])
             rest = self.groups[len(words) :]
@@ -246,11 +245,11 @@ class Lane:
             found[name], words = access.grouped(words[:count], len(groups)), words[count:]
         return found
 
-    def _asks_once(self, wide):
+    def _asks_once(self, names):
         """Whether `_load_full` is the way to read these inputs."""
         # Of long rows of halves, one array of them, the compiler would not ask for all at once.
-        alone = self.part.chunks and self.walker.out is not None and len(wide) == 1
-        return bool(wide) and not (alone and self.walker.inputs[wide[0]].format.size == 2)
+        alone = self.part.chunks and self.walker.out is not None and len(names) == 1
+        return not (alone and self.walker.inputs[names[0]].format.size == 2)
 
     def _load_full(self, names, groups):
         """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
@@ -294,13 +293,14 @@ class Lane:
 
     def reduce(self, op):
         """What the part comes to: [m, *Share] or [Σ of terms]; every lane has it."""
-        lanes = min(self.part.lanes, WARP)
+        lanes, fold = min(self.part.lanes, WARP), self.row.fold
         if not op.softmax:
-            return [team_sum(sum_of_terms(op, self.row, self.left, self.numbers()), lanes)]
+            total = sum_of_terms(op, self.row, self.left, self.numbers())
+            return [fold(total, lanes, operator.add)]
         x = self.walker.inputs["x"]
-        m = convert(team_max(x.largest(x.flat(self.words["x"])), lanes), "f8")
+        m = convert(fold(x.largest(x.flat(self.words["x"])), lanes, larger), "f8")
         share = share_of(op, self.row, self.left, self.numbers(), m)
-        return [m, *(convert(team_sum(v, lanes), "f8") for v in share.known)]
+        return [m, *(convert(fold(v, lanes, operator.add), "f8") for v in share.known)]
 
     def map(self, op, params):
         """Write the result of every element."""
@@ -364,6 +364,7 @@ class Walk:
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
             self.board = self._board(p, width(op))
         self.row = op.row(frame, p, self.ok, leader, self._peek)
+        self.row.fold = team_fold
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
 
     def _room(self):
@@ -510,7 +511,7 @@ class Walk:
                 return tuple(combine(s, v) for s, v in zip(state, found, strict=True))
 
             found = repeat(self.frame.joins, add, *start)
-        return [team_fold(v, joiners, combine) for v in found]
+        return [self.row.fold(v, joiners, combine) for v in found]
 
     def _once_a_block(self, values, nothing):
         """The same `values`, taken by a thread for each part, for all to read: they take long."""

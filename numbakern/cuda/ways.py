@@ -24,7 +24,7 @@ multiprocessors: 2 calls always find room, 4 to 8 where a multiprocessor holds 2
 import os
 from typing import NamedTuple
 
-from numbakern.cuda.columns import BLOCK as COLUMNS
+from numbakern.cuda.columns import side_by_side, threads_of
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
@@ -52,9 +52,7 @@ OWN, BLOCKS = 1 << 10, 32
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 NEIGHBOURS = 8
-"""Rows side by side that are worth a thread each: what a sector of float32 holds."""
-THREADS = 64
-"""Of each multiprocessor that there must be for that, or rows are a warp each in spite of it."""
+"""Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
 
 class Machine(NamedTuple):
@@ -101,11 +99,6 @@ def machine_of(multiprocessors, shared, capability):
     return Machine(multiprocessors, shared, cluster, "together" in names)
 
 
-def walks_columns(neighbours, parts, machine):
-    """Whether a thread takes each of so many parts of rows, that many of which are neighbours."""
-    return neighbours >= NEIGHBOURS and parts >= THREADS * machine.multiprocessors
-
-
 class Launch(NamedTuple):
     """One launch: the Way, blocks, threads of each, bytes of shared memory."""
 
@@ -128,14 +121,15 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     maps : bool
         Whether there is a map.
     columns : bool
-        Whether rows lie side by side, and a thread takes what is a warp's elsewhere.
+        Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
     """
     parts = part.parts(classes)
     if columns:
+        groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
         if part.single:
-            return [Launch(Way(1), _ceil(count, COLUMNS), COLUMNS)], {}
-        return _spread(_ceil(count, COLUMNS), parts, 1, COLUMNS, numbers, maps, machine)
+            return [Launch(Way(1), groups, threads)], {}
+        return _spread(groups, parts, 1, threads, numbers, maps, machine)
     if part.single:
         return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
     # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
