@@ -212,6 +212,7 @@ class Whole:
         self.chunk = min(chunk, self.bytes)
         self.word = min(fmt.word, self.chunk)
         self.per_chunk = self.chunk // self.word
+        self.accesses = self.bytes // self.chunk  # of a group
 
     def load(self, place, groups):
         """What is read of the groups that lie so many elements behind a Place.
@@ -372,17 +373,16 @@ class Strided:
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group
+        self.accesses = group
 
     def load(self, place, groups):
         """As Whole.load; the numbers themselves."""
         return [self._group(place, n) for n in groups]
 
     def _group(self, place, n):
-        at, found = place.address + place.step * n, []
-        for i in range(self.group):
-            mask = None if place.left is None else place.left > n + i
-            found.append(self.format.get(at + place.step * i, mask))
-        return found
+        # Groups divide every row: all of one is there, or nothing.
+        at, mask = place.address + place.step * n, None if place.left is None else place.left > n
+        return [self.format.get(at + place.step * i, mask) for i in range(self.group)]
 
     def distance(self, j, step):
         """As Whole.distance."""
@@ -415,6 +415,6 @@ class Strided:
     def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""
         for n, group in zip(groups, numbers, strict=True):
-            at = place.address + place.step * n
+            at, mask = place.address + place.step * n, ok & (place.left > n)
             for i, number in enumerate(group):
-                self.format.put(at + place.step * i, number, ok & (place.left > n + i))
+                self.format.put(at + place.step * i, number, mask)

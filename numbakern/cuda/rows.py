@@ -50,7 +50,7 @@ LONELY = 80
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
 FULL = 4
-"""Groups of a lane from which on it asks once whether all of them are there."""
+"""Accesses of a lane from which on it asks once whether all it reads is there."""
 CROWDED, LONE = 256, 40
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
@@ -225,7 +225,7 @@ class Lane:
         """What is read of these inputs."""
         inputs = self.walker.inputs
         sure = self.groups[: self.part.sure]
-        found = self._load_full(names, sure) if len(sure) >= FULL and self._asks_once(names) else {}
+        found = self._load_full(names, sure) if self._asks_once(names, sure) else {}
         for name in names:
             words = found.get(name, [])
             rest = self.groups[len(words) :]
@@ -245,11 +245,14 @@ class Lane:
             found[name], words = access.grouped(words[:count], len(groups)), words[count:]
         return found
 
-    def _asks_once(self, names):
-        """Whether `_load_full` is the way to read these inputs."""
+    def _asks_once(self, names, groups):
+        """Whether `_load_full` is the way to read these groups of these inputs."""
+        inputs = [self.walker.inputs[name] for name in names]
+        if not any(len(groups) * access.accesses >= FULL for access in inputs):
+            return False
         # Of long rows of halves, one array of them, the compiler would not ask for all at once.
         alone = self.part.chunks and self.walker.out is not None and len(names) == 1
-        return not (alone and self.walker.inputs[names[0]].format.size == 2)
+        return not (alone and inputs[0].format.size == 2)
 
     def _load_full(self, names, groups):
         """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
