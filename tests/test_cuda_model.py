@@ -554,6 +554,24 @@ def _sweep(monkeypatch, shares):
     return predictions.sweep("log_softmax", "f4", H100, counts)
 
 
+def test_the_table_of_thresholds():
+    """Ranges that follow one another up to 262144, who and where; a lane has 128 bytes at most."""
+    header, _, *lines = (line.strip("|").split("|") for line in
+                         predictions.ways_table(H100).splitlines())  # fmt: skip
+    table = [[cell.strip() for cell in line] for line in lines]
+    for at, size in ((3, 4), (4, 2), (5, 8)):
+        assert header[at].strip() == {4: "float32", 2: "bfloat16", 8: "float64"}[size]
+        for call in ("log_softmax", "cross_entropy"):
+            spans = [[int(n) for n in line[at].split(" … ")] for line in table if line[0] == call]
+            assert spans[0][0] == 16 // size and spans[-1][1] == 2**18
+            assert all(b[0] - a[1] == 16 // size for a, b in itertools.pairwise(spans))
+            held = [b for (_, b), line in zip(spans, table, strict=False) if line[1] == "a warp"]
+            assert held == [32 * 128 // size]
+    assert [line[2] for line in table if line[0] == "log_softmax"][-2:] == [
+        "shared memory", "shared memory, the rest read again",
+    ]  # fmt: skip
+
+
 def test_the_smooth_curve_never_rises(monkeypatch):
     shares = {(8, "whole"): 0.5, (8, "shifted"): 0.4, (9, "whole"): 1.0, (9, "shifted"): 0.8}
     shares |= {(16, "whole"): 0.95, (16, "shifted"): 0.5}
@@ -679,8 +697,11 @@ def test_blocks_that_meet_read_long_rows_once(operation, kind, gpu, monkeypatch)
 def test_a_call_is_the_sum_of_its_steps():
     found = model.predict(H100, "cross_entropy_value_and_grad", "f4", 4096, 1024)
     assert [s.spec.kernel for s, _ in found.steps] == [
-        "count", "combine", "cross_entropy", "total", "combine",
+        "count", "total", "cross_entropy", "total", "total",
     ]  # fmt: skip
+    found = model.predict(H100, "cross_entropy", "f4", 4096, 32)
+    assert [s.spec.kernel for s, _ in found.steps] == ["cross_entropy", "total"]
+    found = model.predict(H100, "cross_entropy_value_and_grad", "f4", 4096, 1024)
     assert found.seconds == pytest.approx(sum(b.seconds for _, b in found.steps))
     assert found.main[0].spec.kernel == "cross_entropy"
     least = 2 * 4096 * 1024 * 4 / H100.copy

@@ -135,7 +135,7 @@ class Operation:
     def put_loss(self, formats, row, at, loss, weight):
         """Write a row's loss: to the result, or with its label's weight to where they add up."""
         if self.added:
-            values = [loss, weight][: self.added.count]
+            values = [loss, weight][: self.added.terms]
             put_row(self.added, at["row_loss"], row, values)
         else:
             formats["loss"].put(at["loss"], loss, row.leader)

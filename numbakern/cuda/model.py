@@ -20,7 +20,7 @@ from numbakern.cuda import codegen
 from numbakern.cuda import compile as compiler
 from numbakern.cuda.footprint import WARP, footprint
 from numbakern.cuda.plan import Plan, Step
-from numbakern.cuda.ways import OWN, machine_of
+from numbakern.cuda.ways import OWN, Machine, machine_of
 
 SCHEDULERS = 4
 """Of a multiprocessor."""
@@ -572,6 +572,12 @@ STREAMS = {
 """Arrays of the logits' shape that a call moves at least."""
 
 
+def machine_for(gpu: Gpu) -> Machine:
+    """What the choice of a way knows of a GPU."""
+    capability = divmod(int(gpu.arch[3:].rstrip("a")), 10)
+    return machine_of(gpu.multiprocessors, gpu.shared - OWN, capability)
+
+
 def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Prediction:
     """The Prediction of a public function.
 
@@ -586,9 +592,7 @@ def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Predict
         Rows that start at multiples of 16 bytes if their length allows it; that do not; the class
         axis first.
     """
-    capability = divmod(int(gpu.arch[3:].rstrip("a")), 10)
-    machine = machine_of(gpu.multiprocessors, gpu.shared - OWN, capability)
-    plan, layouts = codegen.call(operation, kind, rows, classes, layout, machine)
+    plan, layouts = codegen.call(operation, kind, rows, classes, layout, machine_for(gpu))
     size, elements = codegen.size_of(kind), rows * classes
     sizes = {
         n: (elements if len(a.strides) == 2 else rows) * codegen.size_of(a.kind)

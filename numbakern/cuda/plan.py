@@ -180,7 +180,7 @@ class _Planner:
         self.constants["row_loss_count"] = nodes
         division = "none"
         if self.reduction == "mean":
-            division = "second" if added.count > 1 else "divisor" if self._counts else "rows"
+            division = "second" if added.terms > 1 else "divisor" if self._counts else "rows"
         last = ("result", "loss"), ("kind", self.layouts["loss"].kind), ("division", division)
         self._sum("total", (("source", "row_loss"),), added, nodes, last)
 

@@ -3,6 +3,8 @@
 ``python -m numbakern.cuda document`` writes both into `docs/cuda-performance.md`.
 """
 
+import functools
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import NamedTuple
 
 from numbakern.cuda import codegen
 from numbakern.cuda.footprint import WARP
-from numbakern.cuda.model import GPUS, Gpu, Prediction, predict
+from numbakern.cuda.model import GPUS, Gpu, Prediction, machine_for, predict
+from numbakern.cuda.rows import Partition, Way
 
 DTYPES = {"float32": "f4", "bfloat16": "bf", "float16": "f2", "float64": "f8"}
 _NAMES = {kind: name for name, kind in DTYPES.items()}
@@ -127,6 +130,52 @@ def _marked(share, must):
     return f"{share:.2f}" if share >= must else f"**{share:.2f}**"
 
 
+# ---------------------------------------------------------------- thresholds
+
+
+def way_of(operation, kind, classes, gpu: Gpu) -> tuple[str, str]:
+    """(who takes a row that starts at 16 bytes, where it is between reduction and map).
+
+    Of many rows.
+    """
+    rows = ELEMENTS // classes
+    plan, _ = codegen.call(operation, kind, rows, classes, "whole", machine_for(gpu))
+    params = next(p for s in reversed(plan.steps) if "way" in (p := dict(s.spec.params)))
+    part, way = Partition(*params["part"]), Way(*params["way"])
+    maps = "out" in dict(params["modes"])
+    if part.single:
+        lanes = "a lane" if part.lanes == 1 else f"{part.lanes} lanes"
+        return "a warp" if part.lanes == WARP else lanes, "registers"
+    if way.meets(1):
+        return "blocks that meet", "registers"
+    where = "registers" if way.kept == "registers" else ""
+    if way.kept in ("shared", "partly"):
+        where = "shared memory" if way.kept == "shared" else "shared memory, the rest read again"
+    elif way.kept == "no":
+        where = "read again" if maps else "read once, in rounds"
+    return "a cluster of blocks" if way.cluster > 1 else "a block", where
+
+
+def ways_table(gpu: Gpu) -> str:
+    """From which number of classes on who takes a row, as Markdown: all thresholds there are.
+
+    They follow from the numbers of classes and the element's size, and for rows that registers do
+    not hold from the device's shared memory.
+    """
+    kinds = "f4", "bf", "f8"
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for operation, kind in itertools.product(("log_softmax", "cross_entropy"), kinds):
+        step = 16 // codegen.size_of(kind)
+        way = functools.partial(way_of, operation, kind, gpu=gpu)
+        starts = [step, *_changes(way, step, step)]
+        for first, end in zip(starts, [*starts[1:], 2**18 + step], strict=True):
+            at = found.setdefault((operation, *way(first)), {})
+            at[kind] = f"{first} … {end - step}"
+    lines = [[*which, *(at.get(kind, "") for kind in kinds)] for which, at in found.items()]
+    names = (_NAMES[kind] for kind in kinds)
+    return markdown(["call", "a row is taken by", "and stays in", *names], lines)
+
+
 # ---------------------------------------------------------------- cliffs
 
 
@@ -165,36 +214,32 @@ def thresholds(operation: str, kind: str, step: int, rows=None) -> list[int]:
     rows : int, optional
         How many there are; 2**28 elements of them if None.
     """
-    first = 1 if step == 2 else step
 
-    @_remembered
-    def kernels(k):
-        classes = first + k * step
+    def kernels(classes):
         plan, _ = codegen.call(operation, kind, rows or ELEMENTS // classes, classes, "shifted")
         return tuple((s.spec, s.block) for s in plan.steps)
 
+    return _changes(kernels, 1 if step == 2 else step, step)
+
+
+def _changes(what, first, step) -> list[int]:
+    """Of the numbers of classes first, first + step, … those with another `what` than before."""
+
+    @functools.cache
+    def found(k):
+        return what(first + k * step)
+
     def between(low, high):
-        if kernels(low) == kernels(high) or high - low == 1:
-            return [high] if kernels(low) != kernels(high) else []
+        if found(low) == found(high) or high - low == 1:
+            return [high] if found(low) != found(high) else []
         middle = (low + high) // 2
         return between(low, middle) + between(middle, high)
 
     last = (2**18 - first) // step
     grid = sorted({round(2 ** (k / 16)) - 1 for k in range(18 * 16 + 1)} | {last})
     grid = [k for k in grid if k <= last]
-    found = (k for low, high in zip(grid, grid[1:], strict=False) for k in between(low, high))
-    return [first + k * step for k in found]
-
-
-def _remembered(function):
-    known: dict[int, object] = {}
-
-    def look(n):
-        if n not in known:
-            known[n] = function(n)
-        return known[n]
-
-    return look
+    every = (k for low, high in zip(grid, grid[1:], strict=False) for k in between(low, high))
+    return [first + k * step for k in every]
 
 
 def swept_classes(operation: str, kind: str) -> list[int]:
@@ -349,6 +394,8 @@ def document(file: Path) -> None:
     parts += [
         "### How it comes about on an H100\n",
         table(judged(kinds=("f4", "bf"), classes=(1024, 16384, 262144)), h100) + "\n",
+        "### Thresholds on an H100\n",
+        ways_table(h100) + "\n",
         "### Few rows\n",
         table([(op, "bf", n, 128256, "whole") for op in JUDGED for n in (1, 64)], h100) + "\n",
         "### Few classes, one row after the other and beside one another\n",

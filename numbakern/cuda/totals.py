@@ -55,22 +55,22 @@ class Sums(NamedTuple):
 
     Attributes
     ----------
-    count : int
-        Sums: of losses, or of losses and of their labels' weights.
+    terms : int
+        How many: the sum of losses, or that and the sum of their labels' weights.
     exact : bool
         Whether rounding errors are kept.
     rows : int
         Of each node in memory: a power of two. A single row has no rounding errors.
     """
 
-    count: int
+    terms: int
     exact: bool
     rows: int = 1
 
     @property
     def numbers(self):
         """Float64 numbers of a node: each sum, and its rounding errors behind it."""
-        return self.count * (2 if self.exact and self.rows > 1 else 1)
+        return self.terms * (2 if self.exact and self.rows > 1 else 1)
 
     @property
     def size(self):
@@ -79,15 +79,18 @@ class Sums(NamedTuple):
 
     def load(self, address, there):
         """The node at this address; 0 where it is not there."""
-        found = [float_of(load(address + 8 * i, 8, 1, there)[0]) for i in range(self.numbers)]
-        each = self.numbers // self.count
+        found, wide = [], 2 - self.numbers % 2
+        for i in range(0, self.numbers, wide):
+            found += [float_of(word) for word in load(address + 8 * i, 8, wide, there)]
+        each = self.numbers // self.terms
         return [tuple(found[i : i + each]) for i in range(0, len(found), each)]
 
     def store(self, address, node, mask):
         """Write a node where the mask holds."""
         words = [bits_of(v) for numbers in node for v in numbers]
-        for i, word in enumerate(words):
-            store(address + 8 * i, 8, [word], mask)
+        wide = 2 - len(words) % 2
+        for i in range(0, len(words), wide):
+            store(address + 8 * i, 8, words[i : i + wide], mask)
 
     def joined(self, first, second):
         """The node of the rows of two."""
