@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from numbakern.arrays import kind_of
-from numbakern.cuda import device, ways
+from numbakern.cuda import device, totals, ways
 from numbakern.cuda import plan as plans
 from numbakern.cuda.plan import Layout, kernel_of, plan
 from numbakern.cuda.rows import Partition, Way, partition
@@ -384,7 +384,7 @@ def test_nll(dtype, weighted, reduction):
         assert accuracy.errors(out, want, dtype).max() <= bound(dtype, 2.0)
 
 
-@pytest.mark.parametrize("rows", [1, 2047, 2048, 2049, 60_000])
+@pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
 def test_sums_over_many_rows(rows):
     """Sums in one step and in two, to an ulp."""
     x = cases.logits((rows, 2), float64, scale=30.0)
@@ -393,10 +393,52 @@ def test_sums_over_many_rows(rows):
     losses = reference.nll_loss(x, labels, reduction="none", work=WORK)
     for reduction in ("sum", "mean"):
         loss = np.full((), np.nan)
-        run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
+        made = run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
+        assert len(made.steps) == (3 if rows == 70_000 else 2)
         want = losses.sum() if reduction == "sum" else losses.mean()
         size = abs(losses).sum() / (1 if reduction == "sum" else rows)
         assert abs(loss - want) <= size * 2.0**-52
+
+
+@cases.dtypes(float32, float64)
+def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
+    """By the warps that have the rows, a lane or more each, or by steps of several depths."""
+    batch, found = (30, 120), set()
+    labels = cases.class_labels(batch, 3)
+    labels[::7] = -100
+    weight = cases.class_weights(3, dtype)
+    call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
+    logits = cases.logits((*batch, 3), dtype)
+    for span, keeper in itertools.product((2048, 256), (np.ascontiguousarray, cases.fortran)):
+        monkeypatch.setattr(totals, "SPAN", span)
+        monkeypatch.setattr(totals, "EACH", span // totals.BLOCK)
+        for cached in plan, plans.kernel_of:
+            cached.cache_clear()
+        arrays = {"x": keeper(logits), "labels": keeper(labels), "weight": weight}
+        loss, same = (np.full((), np.nan, dtype) for _ in range(2))
+        made = run("cross_entropy", {**arrays, "loss": loss}, 2, **call)
+        of_warps = keeper is np.ascontiguousarray
+        nodes = 113 if of_warps else 3600
+        assert made.constants["row_loss_count"] == nodes
+        assert len(made.steps) == 2 + (nodes > span)
+        run("cross_entropy", {**arrays, "loss": same, "out": empty_like(arrays["x"])}, 2, **call)
+        found |= {loss.tobytes(), same.tobytes()}
+        want = reference.cross_entropy(logits, labels, axis=2, weight=weight, work=WORK)
+        assert accuracy.errors(loss, want, dtype) <= 2.0
+    assert len(found) == 1
+    for cached in plan, plans.kernel_of:
+        cached.cache_clear()
+
+
+def test_sums_of_what_is_not_finite():
+    x = cases.logits((100, 3), float64)
+    labels = cases.class_labels(100, 3)
+    for value, want in [(-np.inf, np.inf), (np.nan, np.nan)]:
+        x[[40, 41], labels[40]] = value
+        labels[41] = labels[40]
+        loss = np.zeros(())
+        run("cross_entropy", {"x": x, "labels": labels, "loss": loss}, 1, reduction="sum")
+        np.testing.assert_equal(loss, want)
 
 
 @pytest.mark.parametrize("reduction, value", [("sum", 0.0), ("mean", np.nan), ("none", None)])
