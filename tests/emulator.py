@@ -211,8 +211,13 @@ class Emulator:
         if not np.all(self.active):
             raise Fault(f"{what} in a branch that not all threads take")
 
+    def _whole_warps(self, what):
+        lanes = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
+        if np.any(lanes != lanes[:, :1]):
+            raise Fault(f"{what} in a branch that not all threads of a warp take")
+
     def _by_lane(self, word):
-        self._together("a shuffle")
+        self._whole_warps("a shuffle")
         return np.broadcast_to(word, self.shape).reshape(self.shape[0], -1, WARP)
 
     def shuffle_xor(self, word, offset):
@@ -246,7 +251,7 @@ class Emulator:
             raise Fault("a block may end while another one writes to its shared memory")
 
     def repeat(self, count, body, state):
-        self._together("a loop")
+        self._whole_warps("a loop")
         rounds = np.asarray(count.value)
         if rounds.size > 1 and np.any(rounds != rounds.flat[0]):
             raise Fault("a loop's count differs from thread to thread")

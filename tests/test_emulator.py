@@ -211,11 +211,11 @@ def run(body, arrays=(), blocks=2, threads=64, shared=64):
             arrays, shared)  # fmt: skip
 
 
-def in_a_branch(compute):
-    """A kernel that does this in the even threads alone."""
+def in_a_branch(compute, mask=lambda thread: (thread & 1) == 0):
+    """A kernel that does this where the mask holds, in the even threads alone."""
 
     def body(thread):
-        device.when((thread & 1) == 0, lambda: [compute(thread)], [thread])
+        device.when(mask(thread), lambda: [compute(thread)], [thread])
 
     return body
 
@@ -242,6 +242,14 @@ def test_threads_that_part(compute, message):
     run(compute)
     with pytest.raises(Fault, match=message):
         run(in_a_branch(compute))
+
+
+@pytest.mark.parametrize("compute", [lambda thread: device.shuffle_xor(thread, 1), loop])
+def test_warps_that_part(compute):
+    """What all threads of a warp do, other warps need not; but all wait at a barrier."""
+    run(in_a_branch(compute, lambda thread: thread < emulator.WARP))
+    with pytest.raises(Fault, match="a barrier in a branch"):
+        run(in_a_branch(wait, lambda thread: thread < emulator.WARP))
 
 
 def exchange(wait, partner):

@@ -69,6 +69,8 @@ class _Columns(Walk):
         p = smaller_integer(p, frame.rows - 1)
         if not self.part.single:
             self.board = Board.of_row(frame, p, width(op), self.count)
+        elif self.part.lanes > self.near:
+            self.finishing = self.lane < self.near
         self.row = op.row(frame, p, self.ok, (self.lane == 0) & (block == 0), self._peek)
         self.row.fold = self._fold
 

@@ -348,7 +348,8 @@ def repeat(count, body, *state):
 def when(mask, compute, otherwise):
     """What `compute()` gives where the mask holds, `otherwise` elsewhere.
 
-    A branch: lanes of a warp that all do without skip it. So `compute` must not shuffle or wait.
+    A branch: lanes of a warp that all do without skip it. So `compute` must not wait, and shuffle
+    only where the mask is the same for all lanes of a warp.
 
     Parameters
     ----------

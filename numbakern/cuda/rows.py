@@ -340,6 +340,7 @@ class Walk:
         count = constant(frame.thread, self.part.parts(1), "i4")
         self.count = narrow(frame.parts) if self.part.chunks else count
         self.board = self.shelf = self.held = None
+        self.finishing = None  # the warps that finish a row that is not mapped; None for all
         self._begin(frame, op)
 
     def _begin(self, frame, op):
@@ -366,6 +367,7 @@ class Walk:
             leader = (thread == 0) & (block == 0)
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
             self.board = self._board(p, width(op))
+            self.finishing = self.thread < WARP
         self.row = op.row(frame, p, self.ok, leader, self._peek)
         self.row.fold = team_fold
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
@@ -423,10 +425,19 @@ class Walk:
                         self.board.put(self.count, [self.row.x_label], self.lane, self.row.leader)
                     return
                 self.board.end()
-                reduced = join(op, self.board, self._over_parts)
-        params = op.finish(self.row, reduced)
         if self.walker.out is not None:
+            params = self._finish(reduced)
             self._each(lambda part, i, _: self._map(part, i, params), _nothing, back=True)
+        elif self.finishing is None:
+            self._finish(reduced)
+        else:
+            when(self.finishing, lambda: self._finish(reduced) or [], [])
+
+    def _finish(self, reduced):
+        """What the operation makes of the row, whose parts are joined before."""
+        if self.board is not None:
+            reduced = join(self.op, self.board, self._over_parts)
+        return self.op.finish(self.row, reduced)
 
     def _each(self, visit, begin, back=False):
         """Visit the parts of this warp, after a beginning that is to come after the first loads."""
