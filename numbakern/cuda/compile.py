@@ -179,7 +179,7 @@ def compile_well(function, arg_types, arch, threads, room=0):
     tried: list[tuple[int, int] | None] = [(threads, min(room, blocks))] if room else []
     if used.stack:
         tried += [(threads, blocks), None, (threads, 1)]
-    elif not room and blocks < FEW and blocks_of(threads, used.registers - NEARLY) > blocks:
+    elif not room and blocks < FEW and blocks_of(threads, max(1, used.registers - NEARLY)) > blocks:
         tried = [(threads, blocks + 1)]
     for bounds in dict.fromkeys(tried):
         found = compile_kernel(function, arg_types, arch, bounds)

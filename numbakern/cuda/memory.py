@@ -1,14 +1,15 @@
 """How elements lie in global memory: 16 bytes at once wherever a row allows it.
 
 A thread takes groups of consecutive elements, the same ones however the array lies: as many as
-divide every row, 16 bytes at most (`rows.partition`). Four ways to get at a group:
+divide every row, 16 bytes at most (`rows.partition`). The ways to get at a group:
 
 - `Whole`: rows start at multiples of its size and end with a whole group. One access.
 - `Single`: groups of one, those of neighbouring lanes lie side by side; and groups of more than 16
   bytes (of a wider type than the lead's) that start anywhere.
 - `Shifted`: rows are contiguous but start anywhere. Element by element as well: what a load leaves
   of a line the next ones find in L1, and before a store groups change lanes.
-- `Strided`: any distance between the classes; element by element.
+- `Strided`: any distance between the classes; element by element. Integers and class weights are
+  `Numbers` at any distance.
 """
 
 from typing import Any, NamedTuple
@@ -366,10 +367,33 @@ class Shifted(Single):
         return [(i * self.format.word, words[i : i + each]) for i in range(0, len(words), each)]
 
 
-class Strided:
+class Strided(Single):
     """Elements at any distance."""
 
-    wide, own, room = False, True, 0
+    def _group(self, place, n):
+        # Groups divide every row: all of one is there, or nothing.
+        at, mask = place.address + place.step * n, None if place.left is None else place.left > n
+        words, fill = [], self.format.fill_word
+        for i in range(self.group):
+            words += load(at + place.step * i, self.word, 1, mask, fill)
+        return words
+
+    def distance(self, j, step):
+        """As Whole.distance."""
+        return j * step
+
+    def store(self, place, groups, numbers, ok, _team):
+        """As Whole.store."""
+        for n, group in zip(groups, numbers, strict=True):
+            at, mask = place.address + place.step * n, ok & (place.left > n)
+            for i, number in enumerate(group):
+                self.format.put(at + place.step * i, number, mask)
+
+
+class Numbers:
+    """Numbers of any type at any distance: integers, class weights. Not for results."""
+
+    wide = False
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group
@@ -380,7 +404,6 @@ class Strided:
         return [self._group(place, n) for n in groups]
 
     def _group(self, place, n):
-        # Groups divide every row: all of one is there, or nothing.
         at, mask = place.address + place.step * n, None if place.left is None else place.left > n
         return [self.format.get(at + place.step * i, mask) for i in range(self.group)]
 
@@ -411,10 +434,3 @@ class Strided:
     def largest(self, words):
         """As Whole.largest."""
         return max_tree(words)
-
-    def store(self, place, groups, numbers, ok, _team):
-        """As Whole.store."""
-        for n, group in zip(groups, numbers, strict=True):
-            at, mask = place.address + place.step * n, ok & (place.left > n)
-            for i, number in enumerate(group):
-                self.format.put(at + place.step * i, number, mask)

@@ -12,7 +12,7 @@ from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.device import Kernel
-from numbakern.cuda.memory import ACCESS, Format, Shifted, Single, Strided, Whole
+from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Strided, Whole
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, partition, shelved
 from numbakern.cuda.softmax import width
@@ -315,14 +315,18 @@ class _Planner:
         if self.classes <= 1 or all(a.strides[self.axis] == sizes[n] for n, a in layouts.items()):
             return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
         neighbours = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
-        modes = tuple((n, "strided") for n in layouts)
+        modes = tuple((n, self._far(a)) for n, a in layouts.items())
         if neighbours and self.sizes[-1] >= NEIGHBOURS:
             return "columns", modes
         return "rows", modes
 
+    @staticmethod
+    def _far(layout):
+        return "strided" if Format(layout.kind, "f8").real else "numbers"
+
     def _mode(self, name, layout, part):
-        if layout.kind[0] in "iub" and layout.kind != "bf":
-            return "strided"
+        if self._far(layout) == "numbers":
+            return "numbers"
         size = _size(layout.kind)
         chunk = min(ACCESS, part.group * size)
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
@@ -379,6 +383,7 @@ def kernel_of(spec):
 
 
 _ACCESS = {"whole": Whole, "single": Single, "shifted": Shifted, "strided": Strided}
+_ACCESS["numbers"] = Numbers
 
 
 def _made(operation, params):
@@ -400,7 +405,7 @@ def _made(operation, params):
     if "x" in access and not (op.softmax or op.sums or "out" in access):
         del access["x"]
     if "weight" in formats and options.get("soft", options.get("smooth")):
-        access["w"] = Strided(Format(params["weight"], elem), part.group)
+        access["w"] = Numbers(Format(params["weight"], elem), part.group)
     return op, access
 
 
