@@ -61,9 +61,12 @@ class _Columns(Walk):
         self.own, self.step = narrow(block), narrow(constant(p, 1, "i8") * blocks)
         rows = self.rows = side_by_side(self.part)
         self.near = max(1, WARP // rows)  # neighbouring lanes of a row in a warp
-        low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
-        self.column = (self.thread >> low) & (rows - 1)
-        self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
+        if self.part.lanes == 1:
+            self.column, self.lane = self.thread, self.thread & 0
+        else:
+            low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
+            self.column = (self.thread >> low) & (rows - 1)
+            self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
         p = p * rows + convert(self.column, "i8")
         self.ok = p < frame.rows
         p = smaller_integer(p, frame.rows - 1)
