@@ -105,28 +105,45 @@ LONG = [10_000, 12_289, 32_000, 70_001, 128_256, 262_144]
 @cases.dtypes(*cases.FLOATS)
 @pytest.mark.parametrize("classes", [*cases.CLASS_COUNTS, *LONG])
 def test_rows_of_every_length(best, classes, dtype):
-    x = cases.logits((5, classes), dtype)
-    y = reference.log_softmax(x).astype(dtype)
-    p = reference.softmax(x).astype(dtype)
-    g = cases.logits((5, classes), dtype, scale=1.0, seed=4)
+    check_calls(best, (5, classes), 1, dtype)
+
+
+@cases.dtypes(*cases.FLOATS)
+@pytest.mark.parametrize("classes", [*cases.CLASS_COUNTS, 65, 300, *LONG[:3]])
+def test_columns_of_every_length(best, classes, dtype):
+    """Rows side by side, whose lanes meet in shared memory."""
+    check_calls(best, (classes, 37), 0, dtype)
+
+
+def check_calls(on, shape, axis, dtype):
+    """The functions along an axis of two, against the reference."""
+    classes, rows = shape[axis], shape[1 - axis]
+    x = cases.logits(shape, dtype)
+    y = reference.log_softmax(x, axis).astype(dtype)
+    p = reference.softmax(x, axis).astype(dtype)
+    g = cases.logits(shape, dtype, scale=1.0, seed=4)
     many = max(1.0, classes / 1000)
-    assert_close(best.log_softmax(x), reference.log_softmax(x), dtype)
-    assert_close(best.softmax(x), reference.softmax(x), dtype)
-    assert_close(best.logsumexp(x), reference.logsumexp(x), cases.loss_type(dtype), scale=10)
-    want = reference.log_softmax_backward(g, y)
-    assert_close(best.log_softmax_backward(g, y), want, dtype, scale=many)
-    want = reference.softmax_backward(g, p)
-    assert_close(best.softmax_backward(g, p), want, dtype, scale=many)
-    labels = cases.class_labels(5, classes)
-    loss, grad = best.cross_entropy_value_and_grad(x, labels, reduction="none")
-    want = reference.cross_entropy(x, labels, reduction="none")
+    assert_close(on.log_softmax(x, axis), reference.log_softmax(x, axis), dtype)
+    assert_close(on.softmax(x, axis), reference.softmax(x, axis), dtype)
+    want = reference.logsumexp(x, axis)
+    assert_close(on.logsumexp(x, axis), want, cases.loss_type(dtype), scale=10)
+    want = reference.log_softmax_backward(g, y, axis)
+    assert_close(on.log_softmax_backward(g, y, axis), want, dtype, scale=many)
+    want = reference.softmax_backward(g, p, axis)
+    assert_close(on.softmax_backward(g, p, axis), want, dtype, scale=many)
+    labels = cases.class_labels(rows, classes)
+    call = {"reduction": "none", "axis": axis}
+    loss, grad = on.cross_entropy_value_and_grad(x, labels, **call)
+    want = reference.cross_entropy(x, labels, **call)
     assert_close(loss, want, cases.loss_type(dtype), scale=10)
-    ones = np.ones(5)
-    want = reference.cross_entropy_backward(ones, x, labels, reduction="none")
+    want = reference.cross_entropy_backward(np.ones(rows), x, labels, **call)
     assert_close(grad, want, dtype)
-    loss, lse = best.cross_entropy(x, labels, return_lse=True)
-    grad = best.cross_entropy_backward(1.0, x, labels, lse=lse)
-    assert_close(grad, reference.cross_entropy_backward(1.0, x, labels), dtype)
+    loss, lse = on.cross_entropy(x, labels, return_lse=True, axis=axis)
+    want = reference.cross_entropy(x, labels, axis=axis)
+    assert_close(loss, want, cases.loss_type(dtype), scale=10)
+    grad = on.cross_entropy_backward(1.0, x, labels, lse=lse, axis=axis)
+    want = reference.cross_entropy_backward(1.0, x, labels, axis=axis)
+    assert_close(grad, want, dtype)
 
 
 @cases.dtypes(float16, bfloat16, float32, float64)
