@@ -18,19 +18,20 @@ from tests.emulator import Emulator, Fault, emulate
 # --- kernels that ship ---------------------------------------------------------------------------
 
 
-def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0):
+def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0, axis=1):
     """What starts the launches of a call on float32 rows, and its arrays by name.
 
     `offset`: elements from a multiple of 16 bytes to the rows' start.
     """
+    shape = (rows, classes) if axis else (classes, rows)
 
     def array():
         raw = np.zeros(rows * classes + 8, np.float32)
         skipped = -raw.ctypes.data % 16 // 4 + offset
-        return raw[skipped : skipped + rows * classes].reshape(rows, classes)
+        return raw[skipped : skipped + rows * classes].reshape(shape)
 
     x = array()
-    x[...] = np.linspace(-3, 3, x.size).reshape(x.shape)
+    x[...] = np.linspace(-3, 3, x.size).reshape(shape)
     given = {"x": x}
     if operation == "cross_entropy":
         given |= {"labels": np.arange(rows) % classes, "loss": np.zeros((), np.float32)}
@@ -42,7 +43,7 @@ def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0):
     layouts = tuple(
         (n, Layout(kinds.get(n, "f4"), a.strides, not offset)) for n, a in given.items()
     )
-    made = plan(operation, options, x.shape, 1, "f4", layouts, machine)
+    made = plan(operation, options, shape, axis, "f4", layouts, machine)
     given |= {name: np.full(size, 0xFF, np.uint8) for name, size in made.temporaries}
     given["bad"] = np.zeros(16, np.int64)
     numbers = {"ignore_index": -100, "scale": 1.0, "keep": 1.0, "spread": 0.0, **made.constants}
@@ -76,6 +77,9 @@ KERNELS = {
     "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),
     "a block a row that starts anywhere": ("softmax", 4096, (), MACHINE, 3, 3),
+    "rows side by side": ("log_softmax", 150, (), MACHINE, 40, 0, 0),
+    "rows side by side, their losses": ("cross_entropy", 1000, MEAN, MACHINE, 40, 0, 0),
+    "parts of rows side by side": ("softmax", 3000, (), MACHINE, 40, 0, 0),
     "blocks that meet": ("log_softmax", 20_000, (), TOGETHER),
 }
 
