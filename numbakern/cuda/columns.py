@@ -87,7 +87,8 @@ class _Columns(Walk):
         places = shared(self.thread, size * threads_of(self.part) // self.near)
         lane = self.lane >> (self.near.bit_length() - 1)
         if self.way.kept == "no" and width(self.op) == 1:
-            barrier(lane)  # what the round before has left has been read; else it has anyway
+            # All have read what the round before left. Of several folds a round each sees to that.
+            barrier(lane)
         first = (self.lane & (self.near - 1)) == 0
         put_shared_words(self._place_of(places, lane, size), size, [bits_of(v)], first)
         barrier(lane)

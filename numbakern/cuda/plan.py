@@ -322,6 +322,7 @@ class _Planner:
 
     @staticmethod
     def _far(layout):
+        """How elements at any distance are got at."""
         return "strided" if Format(layout.kind, "f8").real else "numbers"
 
     def _mode(self, name, layout, part):
@@ -382,8 +383,13 @@ def kernel_of(spec):
     return _row_kernel(spec.kernel, params)
 
 
-_ACCESS = {"whole": Whole, "single": Single, "shifted": Shifted, "strided": Strided}
-_ACCESS["numbers"] = Numbers
+_ACCESS = {
+    "whole": Whole,
+    "single": Single,
+    "shifted": Shifted,
+    "strided": Strided,
+    "numbers": Numbers,
+}
 
 
 def _made(operation, params):

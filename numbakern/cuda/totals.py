@@ -1,7 +1,7 @@
 """Sums over the rows of a batch: the sum and mean of losses, the mean's divisor.
 
 Rows are added in a binary tree over their numbers, neighbours first. So who has a run of rows may
-add it up: the warp that has made their losses (`RowSums`), or a step of its own, whose blocks leave
+add it up: the warp that has made their losses (`put_row`), or a step of its own, whose blocks leave
 a sum each to the next step. The bits are the same. Sums are float64; where the losses are float64
 themselves, what additions round away is kept beside them, so that a sum is right to an ulp.
 """
