@@ -2,9 +2,9 @@
 
 Against a driver that does nothing (``fake_driver.c``), with the libraries of ``mock_libraries`` and
 the real Numba. A call is split into the launches themselves (cuda.core's, with the same arguments),
-what the array library does for it (its allocations, its half of DLPack), and the rest, which is
-numbakern's. All in turn, in CPU time of the thread; a fixed piece of Python beside them tells what
-*ours* would be on a quiet machine.
+what the array library or the driver does for it (allocations, the exchange by DLPack), and the
+rest, which is numbakern's. All in turn, in CPU time of the thread; a fixed piece of Python beside
+them tells what *ours* would be on a quiet machine.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def build_driver(folder):
     command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
     subprocess.run(command, check=True, capture_output=True)
     return str(folder)
+
+
+def environment(folder):
+    """What a process needs to find the driver of `build_driver`, with one GPU."""
+    return {"LD_LIBRARY_PATH": folder, "FAKE_DEVICES": "1"}
 
 
 _COUNTS = "launches", "launches_on_1", "synchronizations", "allocations", "events"
@@ -114,7 +119,7 @@ def measure(family):
     import numpy as np
 
     import numbakern
-    from numbakern.cuda import compile, families, launch
+    from numbakern.cuda import compile, families, launch, pool
 
     compile.cubin = lambda *_: compile.Cubin("kernel", b"\x7fELF" + bytes(60))
     make, mutable = library(family)
@@ -146,11 +151,22 @@ def measure(family):
 
         exchanged = given if family in ("jax", "dlpack") else []
 
-        def theirs(known=known, queue=queue, like=like, exchanged=exchanged):
-            for shape, dtype in known.made:
-                made = kind.empty(shape, dtype, queue, like)
-                if kind.export is not None:
-                    kind.export(made[0])
+        results = [kind.empty(shape, dtype, queue, like)[0] for shape, dtype in known.made]
+        pooled = [array.nbytes for array in results if isinstance(array, pool.Array)]
+        if kind.export is None:
+            results = []
+
+        def theirs(
+            known=known, queue=queue, like=like, exchanged=exchanged, results=results, pooled=pooled
+        ):
+            if pooled:
+                for size in pooled:
+                    queue.allocate(size)
+            else:
+                for shape, dtype in known.made:
+                    kind.empty(shape, dtype, queue, like)
+            for result in results:
+                kind.export(result)
             if known.scratch:
                 kind.scratch(known.scratch, queue, like)
             for array in exchanged:
@@ -183,7 +199,7 @@ def main():
         print("family function launches: µs of call, launches, library, ours; ours when quiet")
         for name in names:
             command = [sys.executable, "-m", "tests.host_cost", "--measure", name]
-            subprocess.run(command, check=True, env={**os.environ, "LD_LIBRARY_PATH": path})
+            subprocess.run(command, check=True, env={**os.environ, **environment(path)})
 
 
 if __name__ == "__main__":

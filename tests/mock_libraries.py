@@ -288,7 +288,8 @@ class Stream:
         start(step, numbers, self)
 
     def allocate(self, size):
-        return Buffer(size)
+        buffer = Buffer(size)
+        return buffer, buffer.handle
 
     def wait_for(self, handle):
         self.waits_for.append(handle)

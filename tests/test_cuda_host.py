@@ -388,6 +388,7 @@ class Mocked:
         self.devices = devices = [mock_libraries.Device(i, report, start) for i in range(2)]
         monkeypatch.setattr(launch, "device", devices.__getitem__)
         monkeypatch.setattr(launch, "core", lambda: None)
+        monkeypatch.setattr(launch, "one_gpu", lambda: len(devices) == 1)
         monkeypatch.setattr(launch, "devices", devices)
         monkeypatch.setattr(families, "_device_of", lambda name, pointer: 0)
         self.make = {
@@ -895,8 +896,8 @@ def fake_driver(tmp_path_factory):
 # µs of our own on a quiet machine, beyond the launches and what the library does: what one launch
 # takes, and the training step with its three. JAX, and what we know nothing of, are exchanged by
 # DLPack or its like and held until the work is done.
-OURS = {"torch": (6.5, 10.5), "cupy": (6.5, 10.5), "numba": (9, 18), "interface": (10.5, 17)}
-OURS |= {"jax": (10, 20), "dlpack": (9, 15)}
+OURS = {"torch": (6.5, 9.5), "cupy": (6.5, 9.5), "numba": (6.5, 10.5), "interface": (8, 12)}
+OURS |= {"jax": (10, 16), "dlpack": (8, 13)}
 
 
 @needs_cuda_core
@@ -910,7 +911,7 @@ def test_host_cost_of_a_call(python, fake_driver, family):
     script = "import sys; from tests import host_cost; host_cost.measure(sys.argv[1])"
     one, step = OURS[family]
     for _ in range(3):
-        done = python(script, family, LD_LIBRARY_PATH=fake_driver)
+        done = python(script, family, **host_cost.environment(fake_driver))
         print(done.stdout)
         figures = [line.split() for line in done.stdout.splitlines()]
         assert [name for _, name, *_ in figures] == host_cost.FUNCTIONS

@@ -120,8 +120,8 @@ class Call(NamedTuple):
     out : Family or None
         That of the argument `out`.
     beside : list of (int, tuple or None)
-        Of each input that is looked at beside `out` its slot, and the offsets of the first and the
-        last + 1 byte of both, which are apart; None if they are at the same address.
+        Of each input that is looked at beside `out` its slot, and between which distances of their
+        addresses they would have bytes in common; None if they are at the same address.
     holds : bool
         Whether the arguments must be kept until the work is done.
     labels : DeviceArray or None
@@ -202,10 +202,9 @@ class Target:
             if all(isinstance(option, _PLAIN) for option in options):
                 self.key = key
             return None
-        for slot, bounds in call.beside:
-            if not (
-                addresses[slot] == out if bounds is None else _apart(addresses[slot], out, *bounds)
-            ):
+        for slot, between in call.beside:
+            distance = addresses[slot] - out
+            if between[0] < distance < between[1] if between else distance:
                 return None
         return self._run(call)
 
@@ -258,16 +257,18 @@ class Target:
             if self.foreign:
                 for handle in self.foreign:
                     queue.wait_for(handle)
+            places = 0
             for shape, dtype in call.made:
                 array, address = empty(shape, dtype, queue, like)
                 kept.append(array)
                 values.append(address)
+                places |= address
             if call.scratch:
                 scratch, address = self.family.scratch(call.scratch, queue, like)
                 values += [address + offset for offset in call.temporaries]
-            for address in values[arguments:]:
-                if address & 15:
-                    raise RuntimeError(f"memory of {type(like).__name__} not aligned to 16 bytes")
+                places |= address
+            if places & 15:
+                raise RuntimeError(f"memory of {type(like).__name__} not aligned to 16 bytes")
             values += call.constants
             start = queue.start
             for config, kernel, pick in call.starts:
@@ -336,6 +337,7 @@ class Target:
             )
         family = key[0]
         shape, strides, dtype, writeable = family.describe(name, key)
+        family.check_address(name, self.addresses[slot])
         if not dtype.isnative:
             raise TypeError(f"{name}: expected the machine's byte order, got dtype {dtype}")
         if not family.counts_elements:
@@ -562,9 +564,11 @@ class Target:
         if self._same(array, out):
             self.beside.append((array.place[0], None))
             return array
-        bounds = *_span(array), *_span(out)
-        if _apart(self._address(array), self._address(out), *bounds):
-            self.beside.append((array.place[0], bounds))
+        first, end = _span(array)
+        out_first, out_end = _span(out)
+        low, high = out_first - end, out_end - first
+        if not low < self._address(array) - self._address(out) < high:
+            self.beside.append((array.place[0], (low, high)))
             return array
         self.key = None  # a call of its own
         copy = self._temporary(array.shape, array.dtype)
@@ -684,8 +688,3 @@ def _span(array):
         return 0, 0
     ends = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     return sum(min(e, 0) for e in ends), sum(max(e, 0) for e in ends) + array.dtype.itemsize
-
-
-def _apart(a, b, a_first, a_end, b_first, b_end):
-    """Whether two arrays at these addresses, with bytes at these offsets, have none in common."""
-    return a + a_end <= b + b_first or b + b_end <= a + a_first

@@ -56,6 +56,9 @@ class Family:
         """What a key says; TypeError if it is nothing to compute with."""
         raise NotImplementedError
 
+    def check_address(self, name, address):
+        """TypeError for what is no address on a device, if `look` has not seen to that."""
+
     def handle(self, kept, device):
         """Address of the stream that work on this array is on; None if `look` has seen to that."""
         raise NotImplementedError
@@ -184,11 +187,12 @@ class Numba(Family):
     def __init__(self):
         self._cuda = sys.modules["numba.cuda"]
         self._array = self._cuda.cudadrv.devicearray.DeviceNDArray
+        self._one_gpu = launch.one_gpu()
 
     def look(self, name, array, queue):
         memory = array.gpu_data
         pointer = memory.device_ctypes_pointer.value or 0
-        device = memory.context.device.id
+        device = 0 if self._one_gpu else memory.context.device.id  # four proxies on the way
         key = (self, device, pointer & 15, array.dtype, array.shape, array.strides)
         return key, pointer, array
 
@@ -210,9 +214,7 @@ class Numba(Family):
         return array, memory.device_ctypes_pointer.value
 
     def scratch(self, size, queue, like):
-        # A Numba array costs its maker 20 µs of the host.
-        buffer = queue.allocate(size)
-        return buffer, int(buffer.handle)
+        return queue.allocate(size)  # a Numba array costs its maker 20 µs of the host
 
 
 class _FromPool(Family):
@@ -221,6 +223,9 @@ class _FromPool(Family):
     def empty(self, shape, dtype, queue, like):
         array = pool.Array(shape, dtype, queue)
         return array, array.pointer
+
+    def scratch(self, size, queue, like):
+        return queue.allocate(size)
 
 
 class Jax(_FromPool):
@@ -257,8 +262,8 @@ class Jax(_FromPool):
         return self._from_dlpack(owner)
 
 
-class Unknown(_FromPool):
-    """Any other library whose arrays speak DLPack or the CUDA array interface.
+class DLPack(_FromPool):
+    """Any other library whose arrays speak DLPack.
 
     Results are its own arrays if it has the array API's namespace, else `pool.Array`.
     """
@@ -266,14 +271,10 @@ class Unknown(_FromPool):
     holds = True
 
     def __init__(self, kind):
-        self._dlpack = hasattr(kind, "__dlpack__")
         self._namespace = hasattr(kind, "__array_namespace__")
         self._from_dlpack = None
-        self.each_its_stream = not self._dlpack
 
     def look(self, name, array, queue):
-        if not self._dlpack:
-            return self._look_by_interface(name, array)
         if self._namespace and self._from_dlpack is None:
             self._from_dlpack = getattr(array.__array_namespace__(), "from_dlpack", None)
         # The default stream waits for the array that decides, and the work goes there.
@@ -283,7 +284,31 @@ class Unknown(_FromPool):
         key = (self, memory.device_id, pointer & 15, dtype, shape, strides, not memory.readonly)
         return key, pointer, (array, memory)
 
-    def _look_by_interface(self, name, array):
+    def describe(self, name, key):
+        *_, dtype, shape, strides, writeable = key
+        _check_dtype(name, dtype)
+        return Described(shape, _byte_strides(shape, strides, dtype), dtype, writeable)
+
+    def handle(self, kept, device):
+        return None
+
+    def queue(self, kept, device):
+        return launch.device(device).stream(launch.LEGACY)
+
+    def export(self, owner):
+        return owner if self._from_dlpack is None else self._from_dlpack(owner)
+
+
+class Interface(_FromPool):
+    """Any other library whose arrays have the CUDA array interface. Results are `pool.Array`."""
+
+    holds = True
+    each_its_stream = True
+
+    def __init__(self):
+        self._one_gpu = launch.one_gpu()
+
+    def look(self, name, array, queue):
         interface = getattr(array, "__cuda_array_interface__", None)
         if interface is None:
             raise TypeError(f"{name}: expected an array on the GPU, got {type(array).__name__}")
@@ -299,28 +324,23 @@ class Unknown(_FromPool):
         pointer, strides = pointer or 0, interface.get("strides")
         if strides is not None:
             strides = tuple(strides)
-        shape, device = tuple(interface["shape"]), _device_of(name, pointer)
-        key = (self, device, pointer & 15, dtype, shape, strides, not read_only)
+        device = 0 if self._one_gpu else _device_of(name, pointer)
+        key = (self, device, pointer & 15, dtype, tuple(interface["shape"]), strides, not read_only)
         return key, pointer, (array, stream or launch.LEGACY)
 
     def describe(self, name, key):
         *_, dtype, shape, strides, writeable = key
-        if dtype is None:
-            raise TypeError(f"{name}: expected an array of numbers, got a type that NumPy has not")
-        if self._dlpack:
-            strides = _byte_strides(shape, strides, dtype)
-        elif strides is None:
+        _check_dtype(name, dtype)
+        if strides is None:
             strides = contiguous_strides(shape, dtype.itemsize)
         return Described(shape, strides, dtype, writeable)
 
+    def check_address(self, name, address):
+        if self._one_gpu:
+            _device_of(name, address)
+
     def handle(self, kept, device):
-        return None if self._dlpack else kept[1]
-
-    def queue(self, kept, device):
-        return launch.device(device).stream(launch.LEGACY if self._dlpack else kept[1])
-
-    def export(self, owner):
-        return owner if self._from_dlpack is None else self._from_dlpack(owner)
+        return kept[1]
 
 
 class Own(_FromPool):
@@ -382,7 +402,7 @@ def of(kind):
         package = base.__module__.partition(".")[0]
         if package in _BY_PACKAGE:
             return _named(package)
-    return Unknown(kind)
+    return DLPack(kind) if hasattr(kind, "__dlpack__") else Interface()
 
 
 _dtype = functools.lru_cache(maxsize=256)(np.dtype)
@@ -413,6 +433,11 @@ def _dtype_of(array, memory):
     except NotImplementedError:  # an older cuda.core knows no bfloat16
         own = str(getattr(array, "dtype", ""))
         return _BFLOAT16 if own.endswith("bfloat16") else None
+
+
+def _check_dtype(name, dtype):
+    if dtype is None:
+        raise TypeError(f"{name}: expected an array of numbers, got a type that NumPy has not")
 
 
 def _byte_strides(shape, strides, dtype):

@@ -48,6 +48,13 @@ def core():
 
 
 @functools.cache
+def one_gpu():
+    """Whether there is but one: then no array need be asked which it is on."""
+    core()  # or the error says what is missing
+    return _checked(driver().cuDeviceGetCount()) == 1
+
+
+@functools.cache
 def driver():
     """The driver's own functions."""
     return importlib.import_module("cuda.bindings.driver")
@@ -85,9 +92,9 @@ class Device:
     def make_current(self):
         """Make this device the calling thread's; what `restore` needs, None for nothing."""
         error, current = self._current()
-        if error == 0 and int(current) == self.ordinal:
+        if not error and int(current) == self.ordinal:
             return None
-        before = driver().cuCtxGetCurrent()[1] if error == 0 else None
+        before = None if error else driver().cuCtxGetCurrent()[1]
         self.core.set_current()
         return before
 
@@ -192,17 +199,13 @@ class _Words:
 
     def __init__(self, device):
         self._device = device
-        self._buffer = None
-
-    @property
-    def address(self):
-        return int(self._buffer.handle)
+        self._buffer = self.address = None
 
     def write(self, array):
         before = self._device.make_current()
         try:
             if self._buffer is None:
-                self._buffer = self._device.own_stream.allocate(array.nbytes)
+                self._buffer, self.address = self._device.own_stream.allocate(array.nbytes)
                 self._device.own_stream.core.sync()
             _checked(driver().cuMemcpyHtoD(self.address, array.ctypes.data, array.nbytes))
         finally:
@@ -245,7 +248,7 @@ class Stream:
     def hold(self, objects):
         """Keep these alive until what has been started on this stream so far is done."""
         held, event = self._held, None
-        while True:
+        while held:
             try:
                 entry = held.popleft()  # so that no other thread looks at it too
             except IndexError:
@@ -257,8 +260,12 @@ class Stream:
         held.append((self.core.record(event), objects))
 
     def allocate(self, size):
-        """Bytes from the driver's pool in the order of this stream, whose device is current."""
-        return self.device.core.memory_resource.allocate(size, stream=self.core)
+        """Bytes from the driver's pool in the order of this stream, whose device is current.
+
+        What keeps them, and their address.
+        """
+        buffer = self.device.core.memory_resource.allocate(size, stream=self.core)
+        return buffer, int(buffer.handle)
 
     def wait_for(self, handle):
         """Let what is started on this stream from now on wait for the stream of this handle."""

@@ -95,17 +95,25 @@ class Array:
     ----------
     shape : tuple of int
     dtype : numpy.dtype
-    device : int
+    nbytes : int
     pointer : int
         Address of the first element.
     """
 
     def __init__(self, shape, dtype, stream):
         self.shape, self.dtype, self.stream = shape, dtype, stream
-        self.device = stream.device.ordinal
-        self.strides = contiguous_strides(shape, dtype.itemsize)
-        self._buffer = stream.allocate(max(math.prod(shape) * dtype.itemsize, 1))
-        self.pointer = int(self._buffer.handle)
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self._buffer, self.pointer = stream.allocate(self.nbytes or 1)
+
+    @property
+    def device(self):
+        """Number of the device."""
+        return self.stream.device.ordinal
+
+    @property
+    def strides(self):
+        """In bytes."""
+        return contiguous_strides(self.shape, self.dtype.itemsize)
 
     @property
     def ndim(self):
