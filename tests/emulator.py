@@ -189,6 +189,14 @@ class Emulator:
         )
         return self.pack_halves(low, high, kind)
 
+    def equal_halves(self, a, b, kind):
+        dtype = ml_dtypes.bfloat16 if kind == "bf" else np.float16
+        low, high = (
+            np.equal(*(_halves(v, part).view(dtype).astype(np.float32) for v in (a, b)))
+            for part in (False, True)
+        )
+        return (low * np.int32(0xFFFF) | high * np.int32(-0x10000)).astype(np.int32)
+
     def one_below(self, x, top, elem):
         return np.less(x, top).astype(DTYPE[elem])
 
@@ -263,11 +271,17 @@ class Emulator:
         return state
 
     def when(self, mask, compute, otherwise):
-        before, self.active = self.active, np.logical_and(self.active, mask.value)
+        pairs = zip(self._where(mask.value, compute), otherwise, strict=True)
+        return [v.like(np.where(mask.value, v.value, o.value)) for v, o in pairs]
+
+    def either(self, mask, compute, seldom):
+        return self.when(mask, compute, self._where(np.logical_not(mask.value), seldom))
+
+    def _where(self, mask, compute):
+        before, self.active = self.active, np.logical_and(self.active, mask)
         computed = compute()
         self.active = before
-        pairs = zip(computed, otherwise, strict=True)
-        return [v.like(np.where(mask.value, v.value, o.value)) for v, o in pairs]
+        return computed
 
     # -- global memory
 

@@ -203,7 +203,7 @@ class Span(NamedTuple):
     first, last : int
         Addresses of its first and last instruction.
     kind : {"loop", "branch"}
-        A loop, or what a conditional branch jumps over.
+        A loop, or what a conditional branch jumps over, or jumps to instead.
     parts : tuple of Span
         Those inside of it.
     """
@@ -292,7 +292,9 @@ def _spans(found, jumps):
         inside = [j.address for j in found if i.address < j.address < target]
         # A jump over a loop asks whether it runs at all, which is in the count of its rounds.
         over = any(i.address < first and last < target for first, last in loops)
-        if inside and not over and (i.guard or re.match(r"!?U?P\d", i.operands)):
+        asks = i.guard or re.match(r"!?U?P\d", i.operands)
+        # Behind a branch that jumps to its end stands what the others take.
+        if inside and not over and (asks or any(to == inside[0] for _, to in jumps)):
             yield inside[0], inside[-1], "branch"
 
 

@@ -25,6 +25,7 @@ from numbakern import disk_cache
 INSTALL = "pip install 'numbakern[cuda]'"
 _DISTRIBUTIONS = ("numba-cuda", "numba", "llvmlite", "numpy", "nvidia-nvvm", "nvidia-nvjitlink")
 _lock = threading.RLock()
+_device = SimpleNamespace(compute_capability=None)
 
 
 class Cubin(NamedTuple):
@@ -85,6 +86,11 @@ def _complete():
             raise RuntimeError(f"lib{name.lower()} was not found: {INSTALL}") from error
 
 
+def capability():
+    """The compute capability that a kernel is compiled for, while it is."""
+    return _device.compute_capability
+
+
 @contextlib.contextmanager
 def _compiler(capability):
     """What numba-cuda needs around a compilation; numpy and numba-cuda are left as they were."""
@@ -100,7 +106,8 @@ def _compiler(capability):
             np.row_stack = np.vstack
         # Device functions ask the driver which device they are compiled for.
         current_device = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        dispatcher.get_current_device = lambda: _device
+        _device.compute_capability = capability
         try:
             yield cuda
         finally:

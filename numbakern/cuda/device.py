@@ -296,6 +296,11 @@ def larger_halves(a, b, kind):
     return a.like(a.machine.larger_halves(a.value, b.value, kind))
 
 
+def equal_halves(a, b, kind):
+    """Where two words have equal halves (f2 or bf): all bits of these set, the others not."""
+    return a.like(a.machine.equal_halves(a.value, b.value, kind))
+
+
 # ---------------------------------------------------------------- threads
 
 
@@ -359,6 +364,15 @@ def when(mask, compute, otherwise):
         As many, of the same kinds.
     """
     return mask.machine.when(mask, compute, otherwise)
+
+
+def either(mask, compute, seldom):
+    """What `compute()` gives where the mask holds, elsewhere what `seldom()` gives.
+
+    A branch as in `when`, for lists of values as many and of the same kinds. The second one is for
+    odd rows, and longer: predicted times are without it.
+    """
+    return mask.machine.either(mask, compute, seldom)
 
 
 # ---------------------------------------------------------------- memory
@@ -481,9 +495,9 @@ class Kernel:
         return space[self.name]
 
     def _intrinsic(self):
-        from numbakern.cuda.compile import numba_cuda
+        from numbakern.cuda import compile
 
-        numba_cuda()
+        compile.numba_cuda()
         from numba import types
         from numba.cuda.extending import intrinsic
 
@@ -491,7 +505,7 @@ class Kernel:
 
         def call(typing, *args):
             def codegen(context, builder, sig, values):
-                self.run(LLVM(builder), values)
+                self.run(LLVM(builder, compile.capability()), values)
                 return context.get_dummy_value()
 
             return types.void(*args), codegen

@@ -230,7 +230,7 @@ class _Tracer:
         return _Unknown(*values)
 
     fma = maximum = at_least = join = half_to_single = pack_halves = pair = _unknown
-    one_below = exp2 = larger_halves = shuffle_xor = dynamic_shared = _unknown
+    one_below = exp2 = larger_halves = equal_halves = shuffle_xor = dynamic_shared = _unknown
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)
@@ -305,6 +305,10 @@ class _Tracer:
         self.active = before
         pairs = zip(computed, otherwise, strict=True)
         return [o.like(_Unknown(mask.value, v.value, o.value)) for v, o in pairs]
+
+    def either(self, mask, compute, seldom):
+        sides = zip(compute(), seldom(), strict=True)
+        return [v.like(_Unknown(mask.value, v.value, o.value)) for v, o in sides]
 
     def _taken(self):
         """The share of warps that have a thread in the branch; all where that is unknown."""

@@ -97,6 +97,7 @@ class Operation:
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
     anew = False  # whether a map to halves takes exponentials that the reduction did not keep
+    by_pairs = False  # whether the reduction takes halves two at a time, and nothing is kept of it
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays

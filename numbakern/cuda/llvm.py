@@ -21,10 +21,13 @@ _serial = itertools.count()
 
 
 class LLVM:
-    """Emits into an llvmlite builder. Values are LLVM values; the methods are those of `device`."""
+    """Emits into an llvmlite builder. Values are LLVM values; the methods are those of `device`.
 
-    def __init__(self, builder):
-        self.builder = builder
+    `capability`: that of the devices which the code is for, such as (9, 0).
+    """
+
+    def __init__(self, builder, capability):
+        self.builder, self.capability = builder, capability
 
     # -- numbers
 
@@ -126,6 +129,19 @@ class LLVM:
         name = "bf16x2" if kind == "bf" else "f16x2"
         return self._ptx(f"max.NaN.{name} $0, $1, $2;", "i4", [(a, "i4"), (b, "i4")])
 
+    def equal_halves(self, a, b, kind):
+        """See device.equal_halves."""
+        if kind == "f2" or self.capability >= (9, 0):
+            name = "bf16x2" if kind == "bf" else "f16x2"
+            return self._ptx(f"set.eq.u32.{name} $0, $1, $2;", "i4", [(a, "i4"), (b, "i4")])
+        # a − b, which is 0 for equal ones alone; then what a carry into each sign bit says.
+        code = (
+            "{.reg .b32 d, m, s; mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 d, $2, m, $1; "
+            "and.b32 d, d, 0x7fff7fff; sub.s32 s, 0x80008000, d; "
+            "prmt.b32 $0, s, s, 0xbb99;}"
+        )
+        return self._ptx(code, "i4", [(a, "i4"), (b, "i4")])
+
     # -- threads
 
     def thread(self):
@@ -184,15 +200,33 @@ class LLVM:
         b, before = self.builder, self.builder.basic_block
         inside, after = b.append_basic_block("when"), b.append_basic_block("after")
         b.cbranch(mask.value, inside, after)
-        b.position_at_end(inside)
-        computed, last = compute(), b.basic_block
-        b.branch(after)
+        computed = self._side(inside, compute, after)
         b.position_at_end(after)
+        return self._joined(computed, (otherwise, before))
+
+    def either(self, mask, compute, seldom):
+        """See device.either."""
+        b = self.builder
+        often, other, after = (b.append_basic_block(n) for n in ("often", "seldom", "after"))
+        b.cbranch(mask.value, often, other).set_weights([1000, 1])
+        sides = [self._side(often, compute, after), self._side(other, seldom, after)]
+        b.position_at_end(after)
+        return self._joined(*sides)
+
+    def _side(self, block, compute, after):
+        """What is computed in a block that ends with a jump; and the block at that end."""
+        self.builder.position_at_end(block)
+        computed, last = compute(), self.builder.basic_block
+        self.builder.branch(after)
+        return computed, last
+
+    def _joined(self, first, second):
+        """Of the values that come from two blocks those of the one that was taken."""
         result = []
-        for v, other in zip(computed, otherwise, strict=True):
-            phi = b.phi(v.value.type)
-            phi.add_incoming(v.value, last)
-            phi.add_incoming(other.value, before)
+        for v, other in zip(first[0], second[0], strict=True):
+            phi = self.builder.phi(v.value.type)
+            phi.add_incoming(v.value, first[1])
+            phi.add_incoming(other.value, second[1])
             result.append(v.like(phi))
         return result
 

@@ -187,8 +187,9 @@ def _weigh(instructions, spans, scope, kind, weight, again):
     loops = _pair_loops(
         instructions, [s for s in spans if s.kind == "loop"], _of_kind(scope, "loop")
     )
-    branches = [s for s in spans if s.kind == "branch"]
-    taken = _pair_branches(instructions, branches, _of_kind(scope, "branch"), kind)
+    eithers = _eithers(instructions, spans)
+    branches = [s for s in spans if s.kind == "branch" and s not in eithers]
+    taken = _pair_branches(instructions, branches, _of_kind(scope, "branch"), kind) | eithers
     items: list[Any] = []
     rest = list(instructions)
     for span in spans:
@@ -278,6 +279,22 @@ def _pair_branches(instructions, spans, scopes, kind):
         mean = sum(s.weight for s in scopes) / len(scopes) if scopes else 1.0
         taken = [(mean, "l1" if any(s.again for s in scopes) else "")] * len(long)
     return pairs | dict(zip(long, taken, strict=True))
+
+
+def _eithers(instructions, spans):
+    """As `_pair_branches`, of the two sides of each `device.either`: the shorter one is taken.
+
+    They touch no memory, so nothing is traced of them.
+    """
+    found = {}
+    for first, second in itertools.pairwise(spans):
+        between = [i for i in instructions if first.last < i.address < second.first]
+        inside = [i for i in instructions if first.first <= i.address <= second.last]
+        branches = first.kind == second.kind == "branch" and first not in found
+        if branches and not between and not any(pipe_of(i) == "memory" for i in inside):
+            longer = max(first, second, key=lambda s: _length(instructions, s))
+            found |= {s: (0.0 if s is longer else 1.0, "") for s in (first, second)}
+    return found
 
 
 def _length(instructions, span):

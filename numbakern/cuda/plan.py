@@ -406,6 +406,8 @@ def _made(operation, params):
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     kept = op.softmax and not (part.chunks or part.crowded)
     op.anew = op.halves and arrays.get("out") in ("f2", "bf") and not kept
+    keeps = op.exponential and "out" in arrays and not op.anew
+    op.by_pairs = op.halves and op.softmax and not (op.linear or keeps)
     if "x" in access and op.softmax:
         access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
     if "x" in access and not (op.softmax or op.sums or "out" in access):

@@ -39,7 +39,14 @@ from numbakern.cuda.reduce import (
     SharedBoard,
     team_fold,
 )
-from numbakern.cuda.softmax import join, reduced_of, share_of, sum_of_terms, width
+from numbakern.cuda.softmax import (
+    join,
+    reduced_of,
+    share_of,
+    share_of_halves,
+    sum_of_terms,
+    width,
+)
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
@@ -301,8 +308,16 @@ class Lane:
             total = sum_of_terms(op, self.row, self.left, self.numbers())
             return [fold(total, lanes, operator.add)]
         x = self.walker.inputs["x"]
-        m = convert(fold(x.largest(x.flat(self.words["x"])), lanes, larger), "f8")
-        share = share_of(op, self.row, self.left, self.numbers(), m)
+        words = x.flat(self.words["x"])
+        m = convert(fold(x.largest(words), lanes, larger), "f8")
+
+        def one_by_one():
+            return share_of(op, self.row, self.left, self.numbers(), m)
+
+        if op.by_pairs:
+            share = share_of_halves(op, words, x.format.kind, m, one_by_one)
+        else:
+            share = one_by_one()
         return [m, *(convert(fold(v, lanes, operator.add), "f8") for v in share.known)]
 
     def map(self, op, params):

@@ -13,13 +13,21 @@ from typing import Any, NamedTuple
 from numbakern.cuda.device import (
     add_exponent,
     at_least,
+    bits_of,
+    constant,
     convert,
+    either,
+    equal_halves,
     exp2,
+    float_of,
     fma,
     larger,
+    larger_halves,
     one_below,
+    pack_halves,
     sum_tree,
     tree,
+    unpack_half,
     where,
 )
 from numbakern.vmath import (
@@ -122,6 +130,50 @@ def share_of(op, row, left, numbers, m):
     if op.linear:
         linear[1] = convert(linear[1], "f8")
     return Share(k, convert(rest, "f8") * factor, *linear)
+
+
+def share_of_halves(op, words, kind, m, share):
+    """The Share of some halves (f2 or bf), two in each word, two at a time as far as that goes.
+
+    Parameters
+    ----------
+    share : function () -> Share
+        As `share_of` has it, for a large maximum: that has to be subtracted from each of them.
+    """
+    near = (m < EXP_RANGE["f4"].near) & (m > -EXP_RANGE["f4"].near)
+    return Share(*either(near, lambda: _near_halves(words, kind, m), lambda: share().known))
+
+
+_LEAST = -126.0
+"""As ExpRange.floor: as a half, it is −130 at least."""
+
+
+def _near_halves(words, kind, m):
+    """How many of the halves are the maximum, and Σ exp(x − m) over the rest."""
+    (_, magic, _), factor = exponentials(m, "f4")
+    top, least = (pack_halves(v, v, kind) for v in (convert(m, "f4"), convert(m + _LEAST, "f4")))
+    found = []
+
+    def terms():
+        for word in words:
+            is_top = equal_halves(word, top, kind)
+            found.append(is_top)
+            # What is the maximum counts as −inf: nothing in the sum.
+            word = larger_halves((word & ~is_top) | (least & is_top), least, kind)
+            low, high = (unpack_half(word, part, kind) for part in (False, True))
+            yield _exp_of_half(low, magic) + _exp_of_half(high, magic)
+
+    rest = convert(sum_tree(terms()), "f8") * factor
+    # Each low half that is one adds 2**16 − 1, each high one −2**16.
+    found = -sum_tree(found)
+    low = found & 0xFFFF
+    return [_single(low + low + ((found - low) >> 16)), rest]
+
+
+def _single(n):
+    """A whole number below 2**16 as float32."""
+    magic = EXP_RANGE["f4"].magic
+    return float_of(n | bits_of(constant(n, magic, "f4"))) - magic
 
 
 def _pairs(terms):
