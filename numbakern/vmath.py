@@ -188,10 +188,17 @@ def centre(ref, elem):
     far = (ref >= span.near) | (ref <= -span.near)
     base = ops.where(far, ops.convert(ops.convert(ref, elem), "f8"), 0.0)
     rest = ref - base
-    n = (rest * LOG2_E + _F8_MAGIC) - _F8_MAGIC
-    f = ops.fma(rest, LOG2_E_REST, ops.fma(rest, LOG2_E, -n))
+    magic, factor = centre_near(rest, elem)
+    return base, magic, rest + span.floor, factor
+
+
+def centre_near(ref, elem):
+    """(magic, factor) of `centre` for a reference that need not be subtracted."""
+    span, ops = EXP_RANGE[elem], ref.ops
+    n = (ref * LOG2_E + _F8_MAGIC) - _F8_MAGIC
+    f = ops.fma(ref, LOG2_E_REST, ops.fma(ref, LOG2_E, -n))
     factor = ops.fma(-f, ops.polynomial(_EXP2[elem], -f), 1.0) * 2.0**-span.scale
-    return base, (span.magic + span.scale) - n, rest + span.floor, factor
+    return (span.magic + span.scale) - n, factor
 
 
 def log_sum(k, r, elem):

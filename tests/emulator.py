@@ -147,6 +147,11 @@ class Emulator:
             v = np.where(np.isfinite(v), v, 0)
         return np.asarray(v).astype(DTYPE[to])
 
+    def anything(self, elem):
+        """NaN, or as a word two that are."""
+        bits = {"i4": np.int32(-1), "i8": np.int64(-1)}
+        return bits[elem] if elem in bits else DTYPE[elem](np.nan)
+
     def bitcast(self, v, elem, to):
         return np.asarray(v).view(DTYPE[to])
 

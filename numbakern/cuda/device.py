@@ -137,6 +137,11 @@ def constant(of, number, elem):
     return of.like(of.constant(number, elem), elem)
 
 
+def anything(of, elem):
+    """A number that nothing may come of: whatever is in a register."""
+    return of.like(of.machine.anything(elem), elem)
+
+
 def convert(v, elem):
     """As another kind, rounded once; a float as an integer is truncated."""
     if v.elem == elem:

@@ -42,9 +42,9 @@ class Scope:
 
     Attributes
     ----------
-    kind : {"kernel", "loop", "branch"}
+    kind : {"kernel", "loop", "branch", "either"}
     weight : float
-        Rounds of a loop, share of the warps that take a branch.
+        Rounds of a loop, share of the warps that take a branch, or the odd side of an either.
     fixed : bool
         Whether a loop's rounds are a constant of the kernel, so that it may be unrolled.
     parts : list of Scope
@@ -110,7 +110,8 @@ class _Raw:
         self.kind, self.weight, self.fixed = kind, weight, fixed
         # (read or written, array or None, sectors, what was loaded, cycles of looking up)
         self.accesses = []
-        self.parts = []  # _Raw of a branch, or [(_Raw, rounds it stands for), …] of a loop
+        # _Raw of a branch or an either, or [(_Raw, rounds it stands for), …] of a loop
+        self.parts = []
 
     @property
     def live(self):
@@ -152,7 +153,7 @@ class _Raw:
             scope.again = "l1"
         for part in self.parts:
             if isinstance(part, _Raw):
-                if part.live:
+                if part.live or part.kind == "either":
                     scope.parts.append(part.settled(blocks, self))
             else:
                 scope.parts.append(_merged([(r.settled(blocks), n) for r, n in part]))
@@ -201,6 +202,9 @@ class _Tracer:
 
     def constant(self, number, elem):
         return _DTYPE[elem](number)
+
+    def anything(self, _elem):
+        return _Unknown()
 
     def binary(self, name, a, b, elem):
         if not _is_unknown(a, b):
@@ -307,8 +311,17 @@ class _Tracer:
         return [o.like(_Unknown(mask.value, v.value, o.value)) for v, o in pairs]
 
     def either(self, mask, compute, seldom):
-        sides = zip(compute(), seldom(), strict=True)
-        return [v.like(_Unknown(mask.value, v.value, o.value)) for v, o in sides]
+        before, sides = self.active, []
+        for value, side in (
+            (mask.value, compute),
+            (self.binary("xor", mask.value, np.True_, "b1"), seldom),
+        ):
+            self.active = self.binary("and", before, value, "b1")
+            share = 0.0 if _is_unknown(self.active) else self._taken()
+            sides.append(side())  # what it reads is in the code around
+        self.active = before
+        self.scope.parts.append(_Raw("either", share))
+        return [v.like(_Unknown(mask.value, v.value, o.value)) for v, o in zip(*sides, strict=True)]
 
     def _taken(self):
         """The share of warps that have a thread in the branch; all where that is unknown."""
@@ -373,6 +386,7 @@ class _Tracer:
     def atomic_min(self, address, v, mask):
         """Rare, a label that is no class: its bytes are not counted."""
         _Unknown(address, v, mask).keep()
+        self.scope.accesses.append(("written", None, np.empty(0, np.int64), None, 0))
 
 
 def _lookups(lines):

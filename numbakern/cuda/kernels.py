@@ -16,6 +16,7 @@ from numbakern.cuda.device import (
     float_of,
     load,
     narrow,
+    when,
     where,
 )
 from numbakern.cuda.reduce import WARP, offsets
@@ -304,12 +305,17 @@ class Labels:
         if self.ignores:
             row.skip = t == frame.ignore_index
             bad = bad & ~row.skip
-        limit = 1 << (BAD_BITS - 1)
-        cut = where(t < -limit, -limit, where(t > limit - 1, limit - 1, t))
-        if self.format.kind == "u8":
-            cut = where(t < 0, limit - 1, cut)
-        record = (row.number << BAD_BITS) | (cut & ((1 << BAD_BITS) - 1))
-        atomic_min(frame.bad, record, row.leader & bad)
+
+        def record():
+            limit = 1 << (BAD_BITS - 1)
+            cut = where(t < -limit, -limit, where(t > limit - 1, limit - 1, t))
+            if self.format.kind == "u8":
+                cut = where(t < 0, limit - 1, cut)
+            number = (row.number << BAD_BITS) | (cut & ((1 << BAD_BITS) - 1))
+            atomic_min(frame.bad, number, constant(t, True, "b1"))
+            return []
+
+        when(row.leader & bad, record, [])
         row.bad = bad
         row.label = where(row.skip | bad, 0, t)
 
@@ -427,6 +433,8 @@ class CrossEntropy(Operation):
         scale = where(row.bad, math.nan, row.scale)
         scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
         total = None if self.given else k + rest
+        if self.given:  # a row that is skipped has not been read
+            m = where(row.skip, math.inf, m)
         sums = m, total, where(row.skip, 0.0, log_sum)
         if self.soft:
             return row.skip, sums, self._soft(row, m, k, rest, scale, q)

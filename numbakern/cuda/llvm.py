@@ -35,6 +35,10 @@ class LLVM:
         """A number of this kind."""
         return ir.Constant(_TYPE[elem], number)
 
+    def anything(self, elem):
+        """See device.anything; LLVM's own `undef` would let it draw conclusions."""
+        return self._ptx("// $0", elem, [])
+
     def binary(self, name, a, b, elem):
         """An operator's result."""
         if elem in ("f4", "f8"):

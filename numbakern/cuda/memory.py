@@ -15,6 +15,7 @@ divide every row, 16 bytes at most (`rows.partition`). The ways to get at a grou
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
+    anything,
     bits_of,
     constant,
     convert,
@@ -250,12 +251,9 @@ class Whole:
         """How many words `flat` gives of so many groups."""
         return -(-groups * self.bytes // max(4, self.word))
 
-    def fills(self, like, groups):
-        """What `flat` gives of so many groups that are not there."""
-        elem = "i8" if self.word == 8 else "i4"
-        bits = 64 if elem == "i8" else 32
-        fill = (self.format.fill_word + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
-        return [constant(like, fill, elem)] * self.count(groups)
+    def unread(self, like, groups):
+        """As many words as `flat` gives of so many groups, for a row that is to be skipped."""
+        return [anything(like, "i8" if self.word == 8 else "i4")] * self.count(groups)
 
     def largest(self, words):
         """The largest of the numbers in what `flat` gave; NaN if one is."""
@@ -427,8 +425,8 @@ class Numbers:
         """As Whole.count."""
         return groups * self.group
 
-    def fills(self, like, groups):
-        """As Whole.fills."""
+    def unread(self, like, groups):
+        """As Whole.unread; a class weight is multiplied by the 0 that such a row comes to."""
         return [constant(like, self.format.fill, self.format.elem)] * self.count(groups)
 
     def largest(self, words):

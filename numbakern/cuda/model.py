@@ -187,7 +187,7 @@ def _weigh(instructions, spans, scope, kind, weight, again):
     loops = _pair_loops(
         instructions, [s for s in spans if s.kind == "loop"], _of_kind(scope, "loop")
     )
-    eithers = _eithers(instructions, spans)
+    eithers = _eithers(instructions, spans, _of_kind(scope, "either"))
     branches = [s for s in spans if s.kind == "branch" and s not in eithers]
     taken = _pair_branches(instructions, branches, _of_kind(scope, "branch"), kind) | eithers
     items: list[Any] = []
@@ -281,19 +281,21 @@ def _pair_branches(instructions, spans, scopes, kind):
     return pairs | dict(zip(long, taken, strict=True))
 
 
-def _eithers(instructions, spans):
-    """As `_pair_branches`, of the two sides of each `device.either`: the shorter one is taken.
-
-    They touch no memory, so nothing is traced of them.
-    """
-    found = {}
+def _eithers(instructions, spans, scopes):
+    """As `_pair_branches`, of the two sides of each `device.either`: the odd one is the longer."""
+    pairs: list[tuple[Span, Span]] = []
     for first, second in itertools.pairwise(spans):
         between = [i for i in instructions if first.last < i.address < second.first]
-        inside = [i for i in instructions if first.first <= i.address <= second.last]
-        branches = first.kind == second.kind == "branch" and first not in found
-        if branches and not between and not any(pipe_of(i) == "memory" for i in inside):
-            longer = max(first, second, key=lambda s: _length(instructions, s))
-            found |= {s: (0.0 if s is longer else 1.0, "") for s in (first, second)}
+        branches = first.kind == second.kind == "branch"
+        if branches and not between and not (pairs and first is pairs[-1][1]):
+            pairs.append((first, second))
+    # Short ones more than were traced are the compiler's.
+    pairs.sort(key=lambda p: -sum(_length(instructions, span) for span in p))
+    pairs = sorted(pairs[: len(scopes)], key=lambda p: p[0].first)
+    found = {}
+    for (first, second), scope in zip(pairs, scopes, strict=False):
+        odd = max(first, second, key=lambda s: _length(instructions, s))
+        found |= {s: (scope.weight if s is odd else 1.0, "") for s in (first, second)}
     return found
 
 

@@ -18,6 +18,7 @@ from numbakern.cuda.device import (
     convert,
     divmod_positive,
     dynamic_shared,
+    either,
     larger,
     narrow,
     put_shared_words,
@@ -269,10 +270,13 @@ class Lane:
             places = {n: self.places[n]._replace(left=left) for n in names}
             return self._flat({n: inputs[n].load(places[n], groups) for n in names}, names)
 
-        fills = [w for n in names for w in inputs[n].fills(full, len(groups))]
-        words = when(full, lambda: read(None), fills)
-        if not self.part.single:
-            words = when((self.left > 0) & ~full, lambda: read(self.left), words)
+        if self.part.single and self.row.width is self.row.classes:
+            return self._split(read(None), names, groups)
+        if self.part.single:
+            unread = [w for n in names for w in inputs[n].unread(full, len(groups))]
+            words = when(full, lambda: read(None), unread)
+        else:
+            words = either(full, lambda: read(None), lambda: read(self.left))
         return self._split(words, names, groups)
 
     def forget(self, names):

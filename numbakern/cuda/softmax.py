@@ -33,6 +33,7 @@ from numbakern.cuda.device import (
 from numbakern.vmath import (
     EXP_RANGE,
     centre,
+    centre_near,
     exp_nonpositive,
     exp_scaled,
     is_finite,
@@ -150,7 +151,8 @@ _LEAST = -126.0
 
 def _near_halves(words, kind, m):
     """How many of the halves are the maximum, and Σ exp(x − m) over the rest."""
-    (_, magic, _), factor = exponentials(m, "f4")
+    magic, factor = centre_near(m, "f4")
+    magic = convert(magic, "f4")
     top, least = (pack_halves(v, v, kind) for v in (convert(m, "f4"), convert(m + _LEAST, "f4")))
     found = []
 
