@@ -4,6 +4,7 @@ No GPU is needed. ``python -m numbakern.cuda`` prints the table.
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -203,7 +204,8 @@ class Span(NamedTuple):
     first, last : int
         Addresses of its first and last instruction.
     kind : {"loop", "branch"}
-        A loop, or what a conditional branch jumps over, or jumps to instead.
+        A loop, or what a conditional branch jumps over or jumps to instead, or what stands behind
+        the end of some threads.
     parts : tuple of Span
         Those inside of it.
     """
@@ -288,6 +290,10 @@ def _spans(found, jumps):
     """(first, last, kind) of the loops and branches."""
     loops = [(target, i.address) for i, target in jumps if target <= i.address]
     yield from ((first, last, "loop") for first, last in loops)
+    for i, behind in itertools.pairwise(found):
+        inside = any(j.address < i.address < target for j, target in jumps)
+        if i.name == "EXIT" and i.guard and not inside and all(last < i.address for _, last in loops):
+            yield behind.address, found[-1].address, "branch"
     for i, target in jumps:
         inside = [j.address for j in found if i.address < j.address < target]
         # A jump over a loop asks whether it runs at all, which is in the count of its rounds.

@@ -75,7 +75,7 @@ class _Columns(Walk):
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
         self.row = op.row(frame, p, self.ok, (self.lane == 0) & (block == 0), self._peek)
-        self.row.fold = self._fold
+        self.row.fold, self.row.lanes = self._fold, self.near
 
     def _fold(self, v, lanes, combine):
         """As `reduce.team_fold`."""

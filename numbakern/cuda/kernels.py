@@ -57,6 +57,8 @@ class Row:
         Of the row in the batch.
     lane : Value
         Of the thread in its warp.
+    lanes : int
+        That the row has there.
     peek : function (j, read) -> Value
         What ``read(mask)`` gives of class j before anything is written, for those who need it.
     fold : function (v, lanes, combine) -> Value
@@ -65,7 +67,7 @@ class Row:
         Those of a warp.
     """
 
-    x_label = fold = team = None
+    x_label = fold = team = lanes = None
 
     def __init__(self, places, classes, ok, leader, number, lane, peek):
         self.places, self.classes, self.width = places, classes, classes
@@ -131,8 +133,11 @@ class Operation:
     def begin(self, frame, row, at):
         """Read what there is one of a row, without waiting; `at` has the arrays' addresses."""
 
+    def look(self, frame, row):
+        """Whether the row is read at all; may wait for what `begin` reads."""
+
     def settle(self, frame, row):
-        """What is to be known of a row before it is reduced; may wait for what `begin` reads."""
+        """What else is to be known of a row before a result is written over it."""
 
     def put_loss(self, formats, row, at, loss, weight):
         """Write a row's loss: to the result, or with its label's weight to where they add up."""
@@ -297,14 +302,17 @@ class Labels:
         """Read the row's label."""
         row.raw_label = load(address, self.format.size, 1)[0]
 
-    def check(self, frame, row):
-        """Set label, skip (is ignored) and bad; a label that counts for nothing is class 0."""
-        t = self.format.integer(row.raw_label)
-        bad = (t < 0) | (t >= frame.classes)
-        row.skip = constant(t, False, "b1")
+    def look(self, frame, row):
+        """Set label and skip: whether it is ignored."""
+        row.label = self.format.integer(row.raw_label)
+        row.skip = constant(row.label, False, "b1")
         if self.ignores:
-            row.skip = t == frame.ignore_index
-            bad = bad & ~row.skip
+            row.skip = row.label == frame.ignore_index
+
+    def check(self, frame, row):
+        """Set bad, and record it; a label that counts for nothing becomes class 0."""
+        t = row.label
+        bad = ((t < 0) | (t >= frame.classes)) & ~row.skip
 
         def record():
             limit = 1 << (BAD_BITS - 1)
@@ -373,9 +381,16 @@ class CrossEntropy(Operation):
         if "row_scale" in at:
             row.own_scale = self.formats["row_scale"].get(at["row_scale"])
 
-    def settle(self, frame, row):
-        """As Operation.settle: the label is looked at."""
+    def look(self, frame, row):
+        """As Operation.look: of an ignored row nothing is read."""
         row.skip = row.bad = constant(frame.classes, False, "b1")
+        if not self.soft:
+            self.labels.look(frame, row)
+            if not self.lse:
+                row.classes = where(row.skip, 0, row.classes)
+
+    def settle(self, frame, row):
+        """As Operation.settle: the label is checked."""
         row.w_label = constant(frame.classes, 1.0, "f8")
         if self.given:
             row.lse = convert(row.lse, "f8")
@@ -393,8 +408,6 @@ class CrossEntropy(Operation):
                 row.w_label = convert(
                     self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
                 )
-            if not self.lse:  # of an ignored row nothing is read that is not yet
-                row.classes = where(row.skip, 0, row.classes)
         if "row_scale" in row.at:
             row.scale = row.scale * convert(row.own_scale, "f8")
         if self.mean and self.grad:
@@ -541,6 +554,7 @@ class Nll(Operation):
     def begin(self, frame, row, at):
         """Write the row's loss."""
         self.labels.read(row, at["labels"])
+        self.labels.look(frame, row)
         self.labels.check(frame, row)
         there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
@@ -568,6 +582,7 @@ class NllBackward(Operation):
     def begin(self, frame, row, at):
         """The gradient at the label."""
         self.labels.read(row, at["labels"])
+        self.labels.look(frame, row)
         self.labels.check(frame, row)
         scale = self.scale(frame)
         if "row_scale" in at:

@@ -189,7 +189,7 @@ def _weigh(instructions, spans, scope, kind, weight, again):
     )
     eithers = _eithers(instructions, spans, _of_kind(scope, "either"))
     branches = [s for s in spans if s.kind == "branch" and s not in eithers]
-    taken = _pair_branches(instructions, branches, _of_kind(scope, "branch"), kind) | eithers
+    taken = _pair_branches(instructions, branches, _of_kind(scope, "branch")) | eithers
     items: list[Any] = []
     rest = list(instructions)
     for span in spans:
@@ -200,8 +200,8 @@ def _weigh(instructions, spans, scope, kind, weight, again):
             of, rounds = loops[span]
             part = _weigh(inside, span.parts, of, "loop", rounds, again or of.again)
         else:
-            share, near = taken[span]
-            part = _weigh(inside, span.parts, None, "branch", share, near or again)
+            share, near, of = taken[span]
+            part = _weigh(inside, span.parts, of, "branch", share, near or again)
         items.append(part)
     return Part(kind, weight, again, tuple(items + rest))
 
@@ -266,18 +266,17 @@ _SHORT = 6
 """Instructions of a branch that the compiler made of a mask, which is counted as always taken."""
 
 
-def _pair_branches(instructions, spans, scopes, kind):
-    """{Span: (share of the warps that take it, what holds its loads)} of those at one level."""
-    pairs = dict.fromkeys(spans, (1.0, ""))
+def _pair_branches(instructions, spans, scopes):
+    """{Span: (share of the warps that take it, what holds its loads, Scope)} at one level."""
+    pairs = dict.fromkeys(spans, (1.0, "", None))
     long = [s for s in spans if _length(instructions, s) > _SHORT]
-    taken = [(s.weight, s.again) for s in scopes]
-    if kind == "kernel" and len(taken) == len(long) + 1:
-        taken.pop()  # the last one became an early exit
+    taken = [(s.weight, s.again, s) for s in scopes]
     while len(taken) > len(long):
-        taken.remove(max(taken))  # what is nearly always taken became the straight way, or masks
+        # What is nearly always taken became the straight way, or masks.
+        taken.remove(max(taken, key=lambda t: t[:2]))
     if len(taken) != len(long):
         mean = sum(s.weight for s in scopes) / len(scopes) if scopes else 1.0
-        taken = [(mean, "l1" if any(s.again for s in scopes) else "")] * len(long)
+        taken = [(mean, "l1" if any(s.again for s in scopes) else "", None)] * len(long)
     return pairs | dict(zip(long, taken, strict=True))
 
 
@@ -295,7 +294,7 @@ def _eithers(instructions, spans, scopes):
     found = {}
     for (first, second), scope in zip(pairs, scopes, strict=False):
         odd = max(first, second, key=lambda s: _length(instructions, s))
-        found |= {s: (scope.weight if s is odd else 1.0, "") for s in (first, second)}
+        found |= {s: (scope.weight if s is odd else 1.0, "", None) for s in (first, second)}
     return found
 
 

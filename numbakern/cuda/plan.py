@@ -12,9 +12,10 @@ from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.device import Kernel
+from numbakern.cuda.gathered import Gathered
 from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Strided, Whole
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import TEAM, Partition, Rows, Way, partition, shelved
+from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import MACHINE, NEIGHBOURS, launches
@@ -247,8 +248,6 @@ class _Planner:
         if self.operation == "nll":
             part = Partition(1, 1, part.group, False)
         walker, modes = self._walk(layouts, part)
-        if added:
-            added = added._replace(rows=self._side_by_side(walker, part))
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
@@ -260,21 +259,20 @@ class _Planner:
             ("part", tuple(part)),
             ("added", added and tuple(added)),
         )
-        self._launches(params, part)
-        return added
+        return self._launches(params, part)
 
-    def _side_by_side(self, walker, part):
-        """Rows of a warp that are neighbours in the batch."""
-        number = self.along["number"]
-        ordered = number == list(_contiguous(self.sizes, 1))
-        if not ordered:
+    def _neighbours(self, part, way, columns):
+        """Rows of a warp that are neighbours in the batch, where it finishes them."""
+        if self.along["number"] != list(_contiguous(self.sizes, 1)):
             return 1
-        if walker == "columns":
+        if columns:
             return min(WARP, side_by_side(part))
+        if way.gathers:
+            return min(way.gathers, WARP if part.single else WARP // joiners_of(part))
         return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):
-        """The steps of the operation on the rows."""
+        """The steps of the operation on the rows; its sums, as they lie in `row_loss`, or None."""
         op, accesses = _made(self.operation, dict(params))
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
         columns = dict(params)["walker"] == "columns"
@@ -292,6 +290,10 @@ class _Planner:
         if meets:
             self.temporaries.append(("meetings", 4 * (self.rows + 1)))
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
+        added = op.added
+        if added:
+            added = added._replace(rows=self._neighbours(part, found[-1].way, columns))
+            params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
@@ -301,6 +303,7 @@ class _Planner:
             own = maps.room * (threads // WARP) if told else 0
             blocks = self.machine.beside(shared + own) if told else 0
             self._step(spec, grid, threads, shared, way.cluster, blocks)
+        return added
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
@@ -421,7 +424,8 @@ def _row_kernel(operation, params):
     op, access = _made(operation.removesuffix("_parts"), params)
     part, way = Partition(*params["part"]), Way(*params["way"])
     options, arrays = dict(params["options"]), dict(params["arrays"])
-    walk = (Rows if params["walker"] == "rows" else Columns)(part, way, access)
+    walker = Columns if params["walker"] == "columns" else Gathered if way.gathers else Rows
+    walk = walker(part, way, access)
     modes = dict(params["modes"])
     args = {}
     for name in arrays:

@@ -156,6 +156,8 @@ class Way(NamedTuple):
         Where the row is between reduction and map; "no": it is read again; "partly": its first
         parts are in shared memory, the others are read again. In registers there is but one part
         for each warp.
+    gathers : int
+        Rows of a block that are finished together (`gathered`): a power of two; 0 for none.
     """
 
     warps: int
@@ -163,6 +165,7 @@ class Way(NamedTuple):
     spread: bool = False
     cluster: int = 1
     kept: str = "registers"
+    gathers: int = 0
 
     def meets(self, numbers):
         """Whether blocks wait for what the others of their row leave: so many numbers a part."""
@@ -388,7 +391,7 @@ class Walk:
             self.board = self._board(p, width(op))
             self.finishing = self.thread < WARP
         self.row = op.row(frame, p, self.ok, leader, self._peek)
-        self.row.fold = team_fold
+        self.row.fold, self.row.lanes = team_fold, lanes
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
 
     def _room(self):
@@ -431,6 +434,7 @@ class Walk:
         op, stage, reduced = self.op, self.way.stage, None
         if op.softmax and stage == "all" and self.way.kept == "registers":
             self.held = self._read(self.own, None)  # before anything is waited for
+        op.look(self.frame, self.row)
         op.settle(self.frame, self.row)
         if op.softmax or op.sums:
             if self.part.single:

@@ -118,13 +118,14 @@ def put_row(sums, address, row, values):
     Parameters
     ----------
     address : Value
-        Of the node, for the warp's first lane, or for the leader of a row that is a node.
+        Of the node, for the first lane of its rows, or for the leader of a row that is one.
     values : list of Value
         The row's, as many as there are sums; every lane of the row has them.
     """
     node = [(where(row.ok, v, 0.0),) for v in values]
-    node = sums.over_lanes(node, WARP // sums.rows, WARP)
-    leader = row.leader if sums.rows == 1 else row.leader & (row.lane == 0)
+    end = row.lanes * sums.rows
+    node = sums.over_lanes(node, row.lanes, end)
+    leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
     sums.store(address, node, leader)
 
 

@@ -41,6 +41,8 @@ REDUCING, FINE = 8, 4
 """The same of one that only reduces, at least: there are to be several beside one another."""
 MANY = 32
 """Rows for each multiprocessor from which on those are FINE."""
+GATHERING = 256
+"""Threads of a block that finishes several of many rows together."""
 EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 HELD = 8
@@ -130,10 +132,12 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         if part.single:
             return [Launch(Way(1), groups, threads)], {}
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
-    if part.single:
-        return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
     # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
     fine = not maps and count >= MANY * machine.multiprocessors
+    if numbers and not maps and part.lanes > 1 and not part.chunks and (fine or part.single):
+        return _gathered(part, parts, count, numbers, fine)
+    if part.single:
+        return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
     if not part.chunks and not (fine and parts > FINE):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     found = None
@@ -143,6 +147,21 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         rounds = max(1, parts // (FINE if fine else REDUCING))
         found = _in_rounds(parts, count, "no", 1, rounds, 8 * parts * numbers)
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
+
+
+def _gathered(part, parts, count, numbers, fine):
+    """`launches` of blocks that have several rows and finish them together."""
+    if part.single:
+        threads = GATHERING if fine else BLOCK
+        warps, rows, rounds = threads // WARP, threads // part.lanes, 1
+    else:
+        rounds = _ceil(parts, FINE)
+        each = _ceil(parts, rounds)
+        rows = 1 << (GATHERING // WARP // each).bit_length() - 1
+        warps = rows * each
+    way = Way(warps, kept="registers" if rounds == 1 else "no", gathers=rows)
+    launch = Launch(way, _ceil(count, rows), warps * WARP, 8 * rows * parts * numbers)
+    return [launch], {"rounds": rounds}
 
 
 def _mapped(part, parts, count, numbers, shelf, machine):
