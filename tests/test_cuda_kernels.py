@@ -885,7 +885,7 @@ def test_shared_memory_of_a_launch_has_an_end():
 def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
     part = partition(classes, size)
     shelf = 32 * part.vectors * part.group * size
-    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, False, machine)
+    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, not maps, False, machine)
     return found
 
 

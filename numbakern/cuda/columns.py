@@ -74,8 +74,9 @@ class _Columns(Walk):
             self.board = Board.of_row(frame, p, width(op), self.count)
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
-        self.row = op.row(frame, p, self.ok, (self.lane == 0) & (block == 0), self._peek)
-        self.row.fold, self.row.lanes = self._fold, self.near
+        leader = (self.lane == 0) & (block == 0)
+        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek)
+        self.row.fold = self._fold
 
     def _fold(self, v, lanes, combine):
         """As `reduce.team_fold`."""

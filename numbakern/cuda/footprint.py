@@ -45,6 +45,8 @@ class Scope:
     kind : {"kernel", "loop", "branch", "either"}
     weight : float
         Rounds of a loop, share of the warps that take a branch, or the odd side of an either.
+    blocks : float
+        Share of the blocks with a warp that takes a branch; else the weight.
     fixed : bool
         Whether a loop's rounds are a constant of the kernel, so that it may be unrolled.
     parts : list of Scope
@@ -57,8 +59,9 @@ class Scope:
         What holds all that it reads: L1 if it was read around a branch, L2 if in a loop before.
     """
 
-    def __init__(self, kind, weight=1.0, fixed=False):
+    def __init__(self, kind, weight=1.0, fixed=False, blocks=None):
         self.kind, self.weight, self.fixed = kind, weight, fixed
+        self.blocks = weight if blocks is None else blocks
         self.parts: list[Scope] = []
         self.read: dict[str, float] = {}
         self.written: dict[str, float] = {}
@@ -68,7 +71,7 @@ class Scope:
     def times(self, share):
         """The same that runs that share as often."""
         made = copy.copy(self)
-        made.weight = self.weight * share
+        made.weight, made.blocks = self.weight * share, self.blocks * share
         return made
 
     def total(self, what):
@@ -106,8 +109,8 @@ def _is_unknown(*values):
 class _Raw:
     """A Scope while it is traced: its accesses, and the parts, several rounds of a loop each."""
 
-    def __init__(self, kind, weight=1.0, fixed=False):
-        self.kind, self.weight, self.fixed = kind, weight, fixed
+    def __init__(self, kind, weight=1.0, fixed=False, blocks=None):
+        self.kind, self.weight, self.fixed, self.blocks = kind, weight, fixed, blocks
         # (read or written, array or None, sectors, what was loaded, cycles of looking up)
         self.accesses = []
         # _Raw of a branch or an either, or [(_Raw, rounds it stands for), …] of a loop
@@ -137,7 +140,7 @@ class _Raw:
 
     def settled(self, blocks, around=None):
         """The Scope, from accesses of `blocks` blocks; a branch in the code `around` it."""
-        scope, near = Scope(self.kind, self.weight, self.fixed), []
+        scope, near = Scope(self.kind, self.weight, self.fixed, self.blocks), []
         for _, name, _, of, cycles in self.accesses:
             if name and (of is None or of.live):
                 scope.looked_up[name] = scope.looked_up.get(name, 0.0) + cycles / blocks
@@ -182,7 +185,8 @@ def _add(to, scopes, shares):
     to.again = max(scope.again for scope in scopes)
     for same in zip(*(scope.parts for scope in scopes), strict=True):
         weight = sum(part.weight * share for part, share in zip(same, shares, strict=True))
-        part = Scope(same[0].kind, weight, same[0].fixed)
+        blocks = sum(part.blocks * share for part, share in zip(same, shares, strict=True))
+        part = Scope(same[0].kind, weight, same[0].fixed, blocks)
         _add(part, same, shares)
         to.parts.append(part)
 
@@ -303,7 +307,7 @@ class _Tracer:
     def when(self, mask, compute, otherwise):
         before = self.active
         self.active = self.binary("and", before, mask.value, "b1")
-        raw = _Raw("branch", self._taken())
+        raw = _Raw("branch", self._taken(WARP), blocks=self._taken(self.threads))
         self.scope.parts.append(raw)
         computed = self._inside(raw, compute)
         self.active = before
@@ -317,18 +321,18 @@ class _Tracer:
             (self.binary("xor", mask.value, np.True_, "b1"), seldom),
         ):
             self.active = self.binary("and", before, value, "b1")
-            share = 0.0 if _is_unknown(self.active) else self._taken()
+            share = 0.0 if _is_unknown(self.active) else self._taken(WARP)
             sides.append(side())  # what it reads is in the code around
         self.active = before
         self.scope.parts.append(_Raw("either", share))
         return [v.like(_Unknown(mask.value, v.value, o.value)) for v, o in zip(*sides, strict=True)]
 
-    def _taken(self):
-        """The share of warps that have a thread in the branch; all where that is unknown."""
+    def _taken(self, threads):
+        """Of so many threads each, the share that have one in the branch; all if unknown."""
         if _is_unknown(self.active):
             return 1.0
-        warps = np.broadcast_to(self.active, self.shape).reshape(-1, WARP)
-        return float(np.mean(np.any(warps, axis=1)))
+        groups = np.broadcast_to(self.active, self.shape).reshape(-1, threads)
+        return float(np.mean(np.any(groups, axis=1)))
 
     # -- memory
 

@@ -29,55 +29,61 @@ class _Gathered(Walk):
         self.first = frame.block * rows
         row, self.own = team & (rows - 1), team >> (rows.bit_length() - 1)
         self.step = narrow(frame.constant(self.way.warps // rows, "i8"))
-        self.row = self._row(row, True)
-        self.row.fold = team_fold
-        self.board = self._board_of(row)
+        self._take(row, self.lane == 0, lanes)
+        self.ok = frame.constant(True, "b1")  # one more is the last row once more
 
-    def _row(self, number, leader):
-        """A row of the block, by its number there."""
+    def _take(self, number, leader, lanes):
+        """Go on with a row of the block, by its number there, and its board."""
+        entries = width(self.op)
+        place = dynamic_shared(self.thread) + number * (8 * numbers_of(self.part, entries))
+        self.board = SharedBoard(entries, place, 1)
         p = self.first + convert(number, "i8")
         self.ok = p < self.frame.rows
-        leader = leader & self.ok
-        return self.op.row(
-            self.frame, smaller_integer(p, self.frame.rows - 1), self.ok, leader, _read
-        )
+        p = smaller_integer(p, self.frame.rows - 1)
+        self.row = self.op.row(self.frame, p, self.ok, leader, lanes, self._peek)
+        self.row.fold = team_fold
 
-    def _board_of(self, row):
-        entries = width(self.op)
-        size = self.part.parts(1) * (8 * entries)
-        return SharedBoard(entries, dynamic_shared(self.thread) + row * size, 1)
+    def _peek(self, _class, _read):
+        """As `kernels.Row.peek`: it is on the board."""
+        return self.board.get(self.count, None, 1)[0]
 
     def run(self):
         """Reduce the rows, join and finish them."""
-        self.op.look(self.frame, self.row)
-        if self.part.single:
-            numbers = self._read(self.own, None).reduce(self.op)
-            self.board.put(self.own, numbers, self.lane, self.ok)
-        else:
-            self._each(self._reduce, self.board.begin)
+        op, row = self.op, self.row
+        op.look(self.frame, row)
+        self._each(self._reduce, self._read_logit)
+        if self.logit is not None:
+            self.board.put(self.count, [self.logit], self.lane, self._first())
         self.board.end()
-        lanes = 1 if self.part.single else joiners_of(self.part)
-        rows = self.way.gathers
+        rows, lanes = self.way.gathers, joiners_of(self.part)
         finishing = self.thread < max(WARP, rows * lanes)
         when(finishing, lambda: self._finish_rows(rows, lanes), [])
+
+    def _read_logit(self):
+        """Read the logit at the label, while the row is on its way."""
+        read = self.op.logit(self.frame, self.row)
+        self.logit = read and read(self._first())
+
+    def _first(self):
+        """Whether this is the first lane of its row."""
+        return (self.own == 0) & (self.lane == 0)
 
     def _finish_rows(self, rows, lanes):
         """A row for each `lanes` threads."""
         row = self.thread >> (lanes.bit_length() - 1)
         there, row = row < rows, smaller_integer(row, rows - 1)
         self.lane = self.thread & (WARP - 1)
-        self.row = self._row(row, there & ((self.lane & (lanes - 1)) == 0))
-        self.row.lanes, self.row.fold, self.row.ok = lanes, team_fold, self.row.ok & there
+        self._take(row, there & ((self.lane & (lanes - 1)) == 0), lanes)
+        self.row.ok = self.row.ok & there
         self.op.look(self.frame, self.row)
         self.op.settle(self.frame, self.row)
-        self.board, reduced = self._board_of(row), None
         if self.part.single:
-            reduced = reduced_of(self.op, self.board.get(row & 0, None))
-            self.board = None
-        self._finish(reduced)
+            self.op.finish(self.row, reduced_of(self.op, self.board.get(row & 0, None)))
+        else:
+            self._finish(None)
         return []
 
 
-def _read(_class, read):
-    """As `kernels.Row.peek`: who finishes a row reads it."""
-    return read(True)
+def numbers_of(part, entries):
+    """Float64 numbers on the board of a row: of its parts, and the logit at its label."""
+    return part.parts(1) * entries + 1

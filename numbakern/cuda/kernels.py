@@ -67,12 +67,12 @@ class Row:
         Those of a warp.
     """
 
-    x_label = fold = team = lanes = None
+    x_label = fold = team = None
 
-    def __init__(self, places, classes, ok, leader, number, lane, peek):
+    def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes
         self.ok, self.leader, self.number, self.peek = ok, leader & ok, number, peek
-        self.lane = lane
+        self.lane, self.lanes = lane, lanes
 
 
 class Operation:
@@ -114,7 +114,7 @@ class Operation:
         """
         return self.exponential and self.softmax and self.elem == "f4"
 
-    def row(self, frame, p, ok, leader, peek=lambda _, read: read(True)):
+    def row(self, frame, p, ok, leader, lanes, peek):
         """Row number p of the batch."""
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
@@ -126,7 +126,7 @@ class Operation:
         if "weight" in frame:
             places["w"] = frame.weight, frame.weight_class
         lane = frame.thread & (WARP - 1)
-        row = Row(places, frame.classes, ok, leader, p, lane, peek)
+        row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
         self.begin(frame, row, at)
         return row
 
@@ -135,6 +135,9 @@ class Operation:
 
     def look(self, frame, row):
         """Whether the row is read at all; may wait for what `begin` reads."""
+
+    def logit(self, _frame, _row):
+        """How the logit at a row's label is read, where a mask holds; None if it has no part."""
 
     def settle(self, frame, row):
         """What else is to be known of a row before a result is written over it."""
@@ -303,18 +306,19 @@ class Labels:
         row.raw_label = load(address, self.format.size, 1)[0]
 
     def look(self, frame, row):
-        """Set label and skip: whether it is ignored."""
-        row.label = self.format.integer(row.raw_label)
-        row.skip = constant(row.label, False, "b1")
+        """Set label, skip (is ignored) and bad; a label that counts for nothing is class 0."""
+        t = self.format.integer(row.raw_label)
+        row.bad, row.skip = (t < 0) | (t >= frame.classes), constant(t, False, "b1")
         if self.ignores:
-            row.skip = row.label == frame.ignore_index
+            row.skip = t == frame.ignore_index
+            row.bad = row.bad & ~row.skip
+        row.label = where(row.skip | row.bad, 0, t)
 
-    def check(self, frame, row):
-        """Set bad, and record it; a label that counts for nothing becomes class 0."""
-        t = row.label
-        bad = ((t < 0) | (t >= frame.classes)) & ~row.skip
+    def record(self, frame, row):
+        """Record a bad label."""
+        t = self.format.integer(row.raw_label)
 
-        def record():
+        def one():
             limit = 1 << (BAD_BITS - 1)
             cut = where(t < -limit, -limit, where(t > limit - 1, limit - 1, t))
             if self.format.kind == "u8":
@@ -323,9 +327,7 @@ class Labels:
             atomic_min(frame.bad, number, constant(t, True, "b1"))
             return []
 
-        when(row.leader & bad, record, [])
-        row.bad = bad
-        row.label = where(row.skip | bad, 0, t)
+        when(row.leader & row.bad, one, [])
 
 
 class CrossEntropy(Operation):
@@ -389,20 +391,26 @@ class CrossEntropy(Operation):
             if not self.lse:
                 row.classes = where(row.skip, 0, row.classes)
 
+    def logit(self, frame, row):
+        """As Operation.logit."""
+        if self.soft:
+            return None
+        start, step = row.places["x"]
+        there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
+
+        def read(mask):
+            return convert(self.formats["x"].get(start + row.label * step, there & mask), "f8")
+
+        return read
+
     def settle(self, frame, row):
-        """As Operation.settle: the label is checked."""
+        """As Operation.settle: a bad label is recorded."""
         row.w_label = constant(frame.classes, 1.0, "f8")
         if self.given:
             row.lse = convert(row.lse, "f8")
         if not self.soft:
-            self.labels.check(frame, row)
-            start, step = row.places["x"]
-            there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
-
-            def logit(mask):
-                return convert(self.formats["x"].get(start + row.label * step, there & mask), "f8")
-
-            row.x_label = row.peek(row.label, logit)
+            self.labels.record(frame, row)
+            row.x_label = row.peek(row.label, self.logit(frame, row))
             if self.weighted:
                 start, step = row.places["w"]
                 row.w_label = convert(
@@ -555,7 +563,7 @@ class Nll(Operation):
         """Write the row's loss."""
         self.labels.read(row, at["labels"])
         self.labels.look(frame, row)
-        self.labels.check(frame, row)
+        self.labels.record(frame, row)
         there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
         x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
@@ -583,7 +591,7 @@ class NllBackward(Operation):
         """The gradient at the label."""
         self.labels.read(row, at["labels"])
         self.labels.look(frame, row)
-        self.labels.check(frame, row)
+        self.labels.record(frame, row)
         scale = self.scale(frame)
         if "row_scale" in at:
             scale = scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")

@@ -165,12 +165,15 @@ class Part(NamedTuple):
     again : {"", "l1", "l2"}
         As in Scope.
     items : tuple of Instruction and Part
+    blocks : float or None
+        Of a branch the share of blocks with a warp that takes it, if not the weight.
     """
 
     kind: str
     weight: float
     again: str
     items: tuple[Any, ...]
+    blocks: float | None = None
 
 
 def weighed(program, scope):
@@ -202,6 +205,7 @@ def _weigh(instructions, spans, scope, kind, weight, again):
         else:
             share, near, of = taken[span]
             part = _weigh(inside, span.parts, of, "branch", share, near or again)
+            part = part._replace(blocks=of and of.blocks)
         items.append(part)
     return Part(kind, weight, again, tuple(items + rest))
 
@@ -315,7 +319,7 @@ def busy(part, gpu):
 
 
 class Alone(NamedTuple):
-    """A warp that has a scheduler for itself.
+    """The warp of a block that takes most branches, with a scheduler for itself.
 
     Attributes
     ----------
@@ -360,7 +364,7 @@ class _Warp:
     def _once(self, part):
         for item in part.items:
             if isinstance(item, Part):
-                self.run(item, item.weight)
+                self.run(item, item.weight if item.blocks is None else item.blocks)
             else:
                 self._issue(item, part.again)
 

@@ -268,7 +268,7 @@ class _Planner:
         if columns:
             return min(WARP, side_by_side(part))
         if way.gathers:
-            return min(way.gathers, WARP if part.single else WARP // joiners_of(part))
+            return min(way.gathers, WARP // joiners_of(part))
         return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):
@@ -280,8 +280,11 @@ class _Planner:
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
         machine = self.machine._replace(shared=self.machine.shared - room)
+        # Halves read one by one want a register for each load in flight, and take long.
+        single = any(a.wide and a.chunk == 2 for a in accesses.values())
+        gathers = maps is None and not single
         found, constants = launches(
-            part, self.classes, self.rows, numbers, shelf, maps is not None, columns, machine
+            part, self.classes, self.rows, numbers, shelf, maps is not None, gathers, columns, machine
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         meets = any(launch.way.meets(numbers) for launch in found)
@@ -297,8 +300,6 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            # Halves read one by one want a register for each load in flight.
-            single = any(a.wide and a.chunk == 2 for a in accesses.values())
             told = (part.crowded or (single and part.chunks)) and maps is not None
             own = maps.room * (threads // WARP) if told else 0
             blocks = self.machine.beside(shared + own) if told else 0

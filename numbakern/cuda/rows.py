@@ -390,8 +390,8 @@ class Walk:
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
             self.board = self._board(p, width(op))
             self.finishing = self.thread < WARP
-        self.row = op.row(frame, p, self.ok, leader, self._peek)
-        self.row.fold, self.row.lanes = team_fold, lanes
+        self.row = op.row(frame, p, self.ok, leader, lanes, self._peek)
+        self.row.fold = team_fold
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
 
     def _room(self):
@@ -567,7 +567,7 @@ class Walk:
 
 def joiners_of(part):
     """Lanes that join the parts of a row that is held: a power of two."""
-    return 1 << (part.lanes // WARP - 1).bit_length()
+    return 1 << (part.parts(1) - 1).bit_length()
 
 
 def _nothing():

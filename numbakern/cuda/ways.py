@@ -25,6 +25,7 @@ import os
 from typing import NamedTuple
 
 from numbakern.cuda.columns import side_by_side, threads_of
+from numbakern.cuda.gathered import numbers_of
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
@@ -110,7 +111,7 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
-def launches(part, classes, count, numbers, shelf, maps, columns, machine):
+def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machine):
     """The launches for `count` rows of so many classes, and constants that they need.
 
     Parameters
@@ -122,6 +123,8 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         Bytes that a warp needs to keep a part in shared memory; 0 if it cannot.
     maps : bool
         Whether there is a map.
+    gathers : bool
+        Whether several rows of a block may be finished together.
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
@@ -134,7 +137,7 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
     fine = not maps and count >= MANY * machine.multiprocessors
-    if numbers and not maps and part.lanes > 1 and not part.chunks and (fine or part.single):
+    if gathers and numbers and part.lanes > 1 and not part.chunks and (fine or part.single):
         return _gathered(part, parts, count, numbers, fine)
     if part.single:
         return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
@@ -160,7 +163,8 @@ def _gathered(part, parts, count, numbers, fine):
         rows = 1 << (GATHERING // WARP // each).bit_length() - 1
         warps = rows * each
     way = Way(warps, kept="registers" if rounds == 1 else "no", gathers=rows)
-    launch = Launch(way, _ceil(count, rows), warps * WARP, 8 * rows * parts * numbers)
+    board = 8 * rows * numbers_of(part, numbers)
+    launch = Launch(way, _ceil(count, rows), warps * WARP, board)
     return [launch], {"rounds": rounds}
 
 
