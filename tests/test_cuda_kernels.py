@@ -430,6 +430,68 @@ def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
         cached.cache_clear()
 
 
+FEW_OF_MANY = Machine(multiprocessors=1)
+"""For which a test's rows are many."""
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize(
+    "dtype, classes",
+    [
+        (float32, 33), (float32, 999), (float32, 2100), (float32, 9000), (float32, 13_000),
+        (float64, 40), (float64, 1100), (float64, 3900),
+        (bfloat16, 66), (bfloat16, 1000), (float16, 6000), (bfloat16, 10_000), (bfloat16, 1001),
+    ],
+)  # fmt: skip
+def test_rows_that_are_finished_together(dtype, classes, reduction):
+    """Of any number of parts, ignored and odd ones among them, as if each were alone."""
+    rows = 65
+    x = cases.logits((rows, classes), dtype, scale=4.0)
+    x[3, 5] = np.nan
+    x[4] = -np.inf
+    x[5, ::2] = -np.inf
+    x[6] = 1.0
+    labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, dtype)
+    labels[::7] = -100
+    x[7] = np.nan  # ignored
+    found = []
+    kept = {"labels": labels, "weight": weight}
+    call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
+    for machine in MACHINE, FEW_OF_MANY:
+        for lse in False, True:
+            shape = (rows,) if reduction == "none" else ()
+            results = {"loss": np.full(shape, 7, compute_of_loss(dtype))}
+            if lse:
+                results["row_lse"] = np.full(rows, 7.0)
+            made = run("cross_entropy", {"x": x, **kept, **results}, 1, machine=machine, **call)
+            found.append(results)
+        gathered = [
+            Way(*params["way"]).gathers
+            for s in made.steps
+            if "way" in (params := dict(s.spec.params))
+        ]
+        one_by_one = dtype in (bfloat16, float16) and classes % 2
+        assert one_by_one or machine is MACHINE or all(gathered)
+    for one in found[1:]:
+        assert cases.same_bits(one["loss"], found[0]["loss"])
+    assert cases.same_bits(found[1]["row_lse"], found[3]["row_lse"])
+    wide = x.astype(np.float64)
+    wide[::7] = 0.0
+    safe = np.where(labels < 0, 0, labels)
+    with np.errstate(all="ignore"):
+        want = -reference.log_softmax(wide)[np.arange(rows), safe] * weight.astype(np.float64)[safe]
+    want[::7] = 0.0
+    counted = weight.astype(np.float64)[safe][labels >= 0].sum()
+    want = {"none": want, "sum": want.sum(), "mean": want.sum() / counted}[reduction]
+    np.testing.assert_allclose(found[0]["loss"], want, 2e-6)
+    lse = reference.logsumexp(x.astype(np.float64))
+    np.testing.assert_allclose(found[1]["row_lse"], lse, 1e-6)
+
+
+def compute_of_loss(dtype):
+    return float64 if dtype == float64 else float32
+
+
 def test_sums_of_what_is_not_finite():
     x = cases.logits((100, 3), float64)
     labels = cases.class_labels(100, 3)
@@ -973,15 +1035,15 @@ def test_blocks_find_shared_memory_beside_one_another(classes):
 @pytest.mark.parametrize("count", [300, 132 * 32 - 1, 132 * 32, 10**6])
 def test_rows_that_are_only_reduced_are_taken_by_small_blocks(classes, count):
     """Of the smallest each multiprocessor gets several waves; a row that fits waits for no other
-    round while there are few."""
+    round while there are few. Where there are many, several are finished together."""
     ((way, grid, threads, _),) = ways_of(classes, count, maps=False)
-    assert grid == count and threads == 32 * way.warps
+    assert grid == -(-count // max(1, way.gathers)) and threads == 32 * way.warps
     if count >= 132 * 32:
-        assert way.warps <= 7
+        assert way.warps <= 8 and way.gathers == (0 if classes == 128256 else 2)
     elif classes == 128256:
         assert (way.warps, way.kept) == (9, "no")
     else:
-        assert way.kept == "registers"
+        assert way.kept == "registers" and not way.gathers
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64])

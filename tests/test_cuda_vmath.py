@@ -7,6 +7,7 @@ and that both see the same numbers.
 from __future__ import annotations
 
 import math
+import types
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ from numbakern import vmath
 from numbakern.cuda import device
 from numbakern.cuda.device import Value
 from numbakern.cuda.kernels import quotient
-from numbakern.cuda.softmax import exponentials, scaled_exp
+from numbakern.cuda.softmax import exponentials, scaled_exp, share_of, share_of_halves
 from tests import accuracy, cases, emulator
 from tests.cases import float32, float64
 from tests.emulator import Emulator, Fault, Memory
@@ -114,6 +115,52 @@ def test_exponentials_of_every_half(machine, dtype, m, off, monkeypatch):
             assert np.all(abs(got - want)[inside] <= 3 * 2.0**-23 * want[inside])
             assert np.all(got[~(x >= m - 120.0)] < 2.0**-170)
             assert np.all(np.isfinite(got[x <= m]))
+
+
+@pytest.mark.parametrize("m", [0.0, -0.0, 1.5, -37.25, 300.0, 511.0, -514.0, 1e5, 2.0**22])
+@pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])
+def test_halves_two_at_a_time(machine, kind, dtype, m):
+    """A thread's 16 halves that are not above m: as they are one by one, and as they should be."""
+    if m >= 65504 and kind == "f2":
+        m = 60000.0
+    m = float(np.array(m).astype(dtype))
+    rng = cases.generator(9)
+    x = m - np.abs(rng.normal(0, 12, (count(machine), 16)))
+    x[rng.random(x.shape) < 0.2] = m
+    x[rng.random(x.shape) < 0.1] = -np.inf
+    x[0], x[1], x[2] = m, -np.inf, m - 200.0
+    with np.errstate(all="ignore"):
+        halves = np.minimum(x.astype(dtype).astype(np.float64), m).astype(dtype)
+        words = [value(machine, w.copy()) for w in halves.view(np.int32).T]
+        top = value(machine, np.full(count(machine), m))
+        op = types.SimpleNamespace(elem="f4", halves=True, linear=False)
+        numbers = [
+            (i, value(machine, halves[:, i].astype(np.float32)), None, None) for i in range(16)
+        ]
+        single = share_of(op, None, None, numbers, top)
+        found = share_of_halves(op, words, kind, top, lambda: single)
+        wide = halves.astype(WORK)
+        want = np.sum(np.where(wide < m, np.exp(wide - m), 0), axis=1)
+    np.testing.assert_array_equal(found.k.value.ravel(), np.sum(wide == m, axis=1))
+    np.testing.assert_array_equal(found.k.value, single.k.value)
+    rest = found.rest.value.ravel()
+    inside = want > 1e-37
+    # Each of them 3 ulp, and half a one for each of four additions.
+    assert np.all(abs(rest - want)[inside] <= 5 * 2.0**-23 * want[inside])
+    assert np.all(rest[~inside] < 2.0**-160)
+    np.testing.assert_array_equal(rest[inside], single.rest.value.ravel()[inside])
+
+
+@pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])
+def test_equal_halves(machine, kind, dtype):
+    """Both halves of a word at once; zeros are equal, NaN is not."""
+    rng = cases.generator(7)
+    some = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2.0**-14, 3.0]).astype(dtype)
+    a, b = (rng.choice(some, 2 * count(machine)) for _ in range(2))
+    words = (value(machine, v.view(np.int32)) for v in (a, b))
+    got = device.equal_halves(*words, kind).value.ravel().view(np.uint16)
+    want = np.where(a.astype(np.float32) == b.astype(np.float32), 0xFFFF, 0)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_one_below(machine):

@@ -292,7 +292,12 @@ def _spans(found, jumps):
     yield from ((first, last, "loop") for first, last in loops)
     for i, behind in itertools.pairwise(found):
         inside = any(j.address < i.address < target for j, target in jumps)
-        if i.name == "EXIT" and i.guard and not inside and all(last < i.address for _, last in loops):
+        if (
+            i.name == "EXIT"
+            and i.guard
+            and not inside
+            and all(last < i.address for _, last in loops)
+        ):
             yield behind.address, found[-1].address, "branch"
     for i, target in jumps:
         inside = [j.address for j in found if i.address < j.address < target]

@@ -286,7 +286,7 @@ def _pair_branches(instructions, spans, scopes):
 
 def _eithers(instructions, spans, scopes):
     """As `_pair_branches`, of the two sides of each `device.either`: the odd one is the longer."""
-    pairs: list[tuple[Span, Span]] = []
+    pairs: list[tuple[codegen.Span, codegen.Span]] = []
     for first, second in itertools.pairwise(spans):
         between = [i for i in instructions if first.last < i.address < second.first]
         branches = first.kind == second.kind == "branch"

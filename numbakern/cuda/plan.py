@@ -284,7 +284,15 @@ class _Planner:
         single = any(a.wide and a.chunk == 2 for a in accesses.values())
         gathers = maps is None and not single
         found, constants = launches(
-            part, self.classes, self.rows, numbers, shelf, maps is not None, gathers, columns, machine
+            part,
+            self.classes,
+            self.rows,
+            numbers,
+            shelf,
+            maps is not None,
+            gathers,
+            columns,
+            machine,
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         meets = any(launch.way.meets(numbers) for launch in found)
