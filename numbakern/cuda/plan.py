@@ -21,6 +21,8 @@ from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import MACHINE, NEIGHBOURS, launches
 
 BAD_BITS = kernels.BAD_BITS
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
 
 
 class Layout(NamedTuple):
@@ -63,7 +65,8 @@ class Step(NamedTuple):
     args : tuple of str
         Names of what the kernel is given.
     blocks : int
-        That a multiprocessor has shared memory for, of a crowded Partition; 0 of others.
+        Of a multiprocessor that the compiler is told of: those that it has shared memory for, of a
+        crowded Partition, or registers, of halves read one by one; 0 of others.
     """
 
     spec: Spec
@@ -282,7 +285,7 @@ class _Planner:
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 for a in accesses.values())
-        gathers = maps is None and not single
+        gathers = maps is None and not (single and part.held > SOON)
         found, constants = launches(
             part,
             self.classes,
@@ -308,9 +311,11 @@ class _Planner:
         for way, grid, threads, shared in found:
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
-            told = (part.crowded or (single and part.chunks)) and maps is not None
-            own = maps.room * (threads // WARP) if told else 0
-            blocks = self.machine.beside(shared + own) if told else 0
+            blocks = 0
+            if maps is not None and (part.crowded or (single and part.chunks)):
+                blocks = self.machine.beside(shared + maps.room * (threads // WARP))
+            elif maps is None and single and not (columns or way.gathers):
+                blocks = _roomy(part, threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return added
 
@@ -348,6 +353,22 @@ class _Planner:
         if aligned:
             return "whole"
         return "shifted" if part.group * size <= ACCESS else "single"
+
+
+SOON = 32
+"""Halves of a lane, read one by one, that come soon enough for a block to wait for all its rows."""
+BESIDE, IN_ROUNDS = 16, 24
+"""Registers that a lane takes beside one for each load; those of one that has several parts."""
+FEW_LOST = 2
+"""Neighbouring halves that, read one by one, find in L1 what the others left: more wait for L1."""
+
+
+def _roomy(part, threads):
+    """Blocks of so many threads, a register for each load, that find registers; 0 to not tell."""
+    if part.group > FEW_LOST and not part.chunks:
+        return 0
+    registers = part.held + (IN_ROUNDS if part.chunks else BESIDE)
+    return max(1, REGISTERS // (-(-registers // 8) * 8 * threads))
 
 
 def _size(kind):

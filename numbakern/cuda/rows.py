@@ -104,9 +104,14 @@ class Partition(NamedTuple):
         return (self.vectors - spare) // 2 * 2
 
     @property
+    def held(self):
+        """Elements of a lane in a part."""
+        return self.vectors * self.group
+
+    @property
     def span(self):
         """Elements of a part."""
-        return min(self.lanes, WARP) * self.vectors * self.group
+        return min(self.lanes, WARP) * self.held
 
     def parts(self, classes):
         """How many there are."""

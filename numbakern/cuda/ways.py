@@ -3,7 +3,8 @@
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
 holds in registers are a block each. For longer ones there are
 
-- a small block each, which goes through it part by part, if it is only reduced;
+- a small block each, which goes through it part by part, if it is only reduced; of rows that
+  registers would hold a block has several then, for one warp to finish (`gathered`);
 - a block each, which keeps in its shared memory what the map needs again: all of the row, or as
   many of its parts as there is room for. The others are read again, the last ones first: those L2
   still has;
@@ -124,7 +125,7 @@ def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machi
     maps : bool
         Whether there is a map.
     gathers : bool
-        Whether several rows of a block may be finished together.
+        Whether several rows of a block may be finished together, of those that are only reduced.
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
