@@ -176,9 +176,9 @@ def compile_well(function, arg_types, arch, threads, room=0):
     To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
     values to memory and back. Told how many blocks there are to be, or not told how large they are,
     it often finds a way that takes no or few more registers. Where it has taken a few more than
-    would let in one block more, it is told of that block. And of so many blocks as there is also
-    other room for (`room`; 0 to not tell): it takes all of their registers then, and asks for more
-    before it waits.
+    would let in one block more, it is told of that block, or if that takes a stack, of those there
+    are. And of so many blocks as there is also other room for (`room`; 0 to not tell). It takes all
+    of their registers then, and asks for more before it waits.
     """
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
@@ -187,7 +187,7 @@ def compile_well(function, arg_types, arch, threads, room=0):
     if used.stack:
         tried += [(threads, blocks), None, (threads, 1)]
     elif not room and blocks < FEW and blocks_of(threads, max(1, used.registers - NEARLY)) > blocks:
-        tried = [(threads, blocks + 1)]
+        tried = [(threads, blocks + 1), (threads, blocks)]
     for bounds in dict.fromkeys(tried):
         found = compile_kernel(function, arg_types, arch, bounds)
         used = resources(found)
