@@ -139,7 +139,10 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     (0, {128: (64, 0)}, [128], 128),
     # A block more, if that costs no stack.
     (0, {192: (134, 0), (192, 3): (96, 0)}, [192, (192, 3)], (192, 3)),
-    (0, {192: (134, 0), (192, 3): (96, 104)}, [192, (192, 3)], 192),
+    # If it does, those there are may have their registers; unless that costs one, too.
+    (0, {192: (134, 0), (192, 3): (96, 104), (192, 2): (160, 0)},
+     [192, (192, 3), (192, 2)], (192, 2)),
+    (0, {192: (134, 0), (192, 3): (96, 104), (192, 2): (168, 8)}, [192, (192, 3), (192, 2)], 192),
     (0, {192: (165, 0)}, [192], 192),
     # With room for no more blocks, or for fewer, it may have their registers.
     (32, {128: (87, 0), (128, 5): (96, 0)}, [128, (128, 5)], (128, 5)),
