@@ -11,6 +11,11 @@ def log_softmax_value(x, m, log_sum):
     return (x - m) - log_sum
 
 
+def nll_value(x, m, log_sum):
+    """−log softmax(x), bit by bit; 0 rather than −0."""
+    return (m - x) + log_sum
+
+
 def log_softmax_grad(grad, p, grad_sum):
     """Gradient of log_softmax with respect to x: g − p·Σg."""
     return grad - p * grad_sum

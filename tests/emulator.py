@@ -34,6 +34,7 @@ SEVERAL = -2
 LANES_AT_ONCE = 1 << 17
 SHARED = 227 << 10  # bytes that a block can have
 EXP2_ERROR = 2.0  # ulp from the rounded 2**v: the most that PTX says of ex2.approx
+RECIPROCAL_ERROR = 1.0  # the same of rcp.approx
 DTYPE = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i8": np.int64, "b1": np.bool_}
 
 
@@ -212,6 +213,17 @@ class Emulator:
         off = np.where(rounded > 0, EXP2_ERROR * np.spacing(rounded), 0.0)
         return np.where(v == 0, 1.0, rounded + off).astype(np.float32)
 
+    def reciprocal(self, v):
+        """As far off as the hardware may be, always to the same side."""
+        rounded = (1 / np.asarray(v, np.float64)).astype(np.float32)
+        return (rounded + RECIPROCAL_ERROR * np.spacing(rounded)).astype(np.float32)
+
+    def wide_product(self, i, step):
+        return np.asarray(i).astype(np.int64) * step
+
+    def within(self, t, count):
+        return (t >= 0) & (t < count)
+
     # -- threads
 
     def thread(self):
@@ -237,6 +249,14 @@ class Emulator:
         if not 0 < offset < WARP:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
+
+    def ballot(self, mask):
+        bits = self._by_lane(mask).astype(np.int64) << np.arange(WARP)
+        words = np.sum(bits, axis=-1, keepdims=True).astype(np.uint32).view(np.int32)
+        return np.broadcast_to(words, (*words.shape[:-1], WARP)).reshape(self.shape)
+
+    def ones(self, word):
+        return np.bitwise_count(np.asarray(word).view(np.uint32)).astype(np.int32)
 
     def _phase(self):
         """The number of the phase that a barrier begins."""

@@ -488,6 +488,109 @@ def test_rows_that_are_finished_together(dtype, classes, reduction):
     np.testing.assert_allclose(found[1]["row_lse"], lse, 1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 7, 8, 9])
+@cases.dtypes(float32, float64, bfloat16)
+def test_small_rows_beside_one_another(dtype, classes, axis):
+    """A lane has several: ignored, odd and bad ones among them, as if each were alone."""
+    rows = 1100  # three blocks of 4·128 of them, the last one not full
+    x = cases.logits((rows, classes), dtype, scale=4.0)
+    x[3, classes // 2] = np.nan
+    x[130] = -np.inf
+    x[260, ::2] = -np.inf
+    x[261:264] = 1.0
+    labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, dtype)
+    labels[::7] = -100
+    x[7] = np.nan  # ignored
+    counts = labels >= 0
+    want_grad = reference.cross_entropy_backward(
+        np.ones(rows), x, labels, reduction="none", work=WORK
+    )
+    kind, alone = compute_of_loss(dtype), x.astype(np.float64)
+    if classes == 1:  # the reference takes what there is of other classes
+        want_grad[[3, 130, 260]] = np.nan
+    with np.errstate(all="ignore"):
+        picked = reference.log_softmax(alone)[np.arange(rows), np.where(counts, labels, 0)]
+    losses = np.where(counts, -picked, 0.0)
+    given = x if axis else np.ascontiguousarray(x.T)
+    call = {"ignores": True, "ignore_index": -100}
+    arrays = {"x": given, "labels": labels}
+    loss, out, same = np.full(rows, 7, kind), empty_like(given), np.full(rows, 7, kind)
+    made = run("cross_entropy", {**arrays, "loss": loss, "out": out}, axis, **call)
+    params = dict(made.steps[-1].spec.params)
+    assert params["walker"] == ("columns" if axis == 0 and classes > 1 else "rows")
+    abreast = Way(*params["way"]).abreast
+    assert abreast == (4 if classes <= 4 else 1)
+    assert made.steps[-1].grid == -(-rows // (128 * abreast))
+    close(out if axis else out.T, want_grad, dtype)
+    run("cross_entropy", {**arrays, "loss": same}, axis, **call)
+    assert cases.same_bits(loss, same)
+    np.testing.assert_allclose(loss, losses, 2e-6, 1e-30)
+    for i in (3, 130, 260, 261, 700, 1099):  # a row by itself
+        one = np.full(1, 7, kind)
+        kept = {"x": x[i : i + 1].copy(), "labels": labels[i : i + 1], "loss": one}
+        run("cross_entropy", kept, 1, **call)
+        assert cases.same_bits(one, loss[i : i + 1]), i
+    # Sums, with weights and without, which a warp counts.
+    x[[3, 130, 260]] = 0.5
+    given[...] = x if axis else x.T
+    with np.errstate(all="ignore"):
+        logs = reference.log_softmax(x.astype(np.float64))
+        losses = -logs[np.arange(rows), np.where(counts, labels, 0)]
+    nll = -x.astype(np.float64)[np.arange(rows), np.where(counts, labels, 0)]
+    for name, reduction in itertools.product((None, weight), ("sum", "mean")):
+        w = np.where(
+            counts, 1.0 if name is None else name.astype(np.float64)[np.maximum(labels, 0)], 0.0
+        )
+        divisor = w.sum() if reduction == "mean" else 1.0
+        for operation, of_rows in (("cross_entropy", losses), ("nll", nll)):
+            total = np.full((), 7, kind)
+            more = {**arrays, "weight": name, "loss": total}
+            run(operation, more, axis, reduction=reduction, **call)
+            value = (np.where(counts, of_rows, 0.0) * w).sum() / divisor
+            np.testing.assert_allclose(total, value, 1e-6)
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_bad_labels_of_small_rows(turn):
+    """Whichever of a lane's rows it is, the first one is recorded; its results are NaN."""
+    x = cases.logits((700, 3), float32)
+    labels = cases.class_labels(700, 3)
+    at = 5 + 128 * turn
+    labels[at], labels[at + 100] = 3, -1
+    loss, out, record = np.zeros(700, np.float32), empty_like(x), np.full(1, NONE)
+    run("cross_entropy", {"x": x, "labels": labels, "loss": loss, "out": out}, 1, record=record)
+    assert record[0] >> plans.BAD_BITS == at
+    bad = (labels < 0) | (labels > 2)
+    np.testing.assert_array_equal(np.isnan(loss), bad)
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(bad[:, None], x.shape))
+
+
+def test_steps_beyond_32_bits():
+    """Numbers and distances that 32 bits do not hold are other kernels'."""
+    narrow = {}
+    for rows, step, classes in [
+        (10, 8, 2), (2**31 - 2**10, 8, 2), (2**31, 8, 2), (10, 2**31, 2), (10, -(2**31), 2),
+    ]:  # fmt: skip
+        layouts = (("x", Layout("f4", (step, 4), True)), ("labels", Layout("i8", (8,), True)))
+        layouts += (("loss", Layout("f4", (4,), True)),)
+        made = plan("cross_entropy", (), (rows, classes), 1, "f4", layouts)
+        narrow[rows, step] = dict(made.steps[0].spec.params)["narrow"]
+    assert list(narrow.values()) == [True, False, False, False, False]
+
+
+def test_labels_that_32_bits_do_not_hold():
+    """A label that would be a class if it were cut to them is none."""
+    x = cases.logits((40, 3), float32)
+    for dtype, label in [(np.int64, 2**32), (np.uint64, 2**63), (np.int64, -(2**32) + 1)]:
+        labels = np.ones(40, dtype)
+        labels[9] = label
+        loss, record = np.zeros(40, np.float32), np.full(1, NONE)
+        run("cross_entropy", {"x": x, "labels": labels, "loss": loss}, 1, record=record)
+        np.testing.assert_array_equal(np.isnan(loss), np.arange(40) == 9)
+        assert record[0] >> plans.BAD_BITS == 9
+
+
 def compute_of_loss(dtype):
     return float64 if dtype == float64 else float32
 

@@ -44,7 +44,7 @@ def spread(machine, low, high, dtype=np.float64):
     return np.linspace(low, high, count(machine)).astype(dtype)
 
 
-def test_reciprocal_and_division(machine):
+def test_reciprocal_and_division(machine, monkeypatch):
     with np.errstate(all="ignore"):
         b = 2.0 ** spread(machine, -900.0, 900.0)
         b = b * cases.generator(1).uniform(1, 2, b.shape)
@@ -54,6 +54,10 @@ def test_reciprocal_and_division(machine):
         b = cases.generator(3).uniform(1e-3, 1e7, b.shape)
         q = device.divide(value(machine, a), value(machine, b)).value.ravel()
         assert accuracy.errors(q, a.astype(WORK) / b, float64).max() <= 0.5 + 1e-6
+        for sign in 1.0, -1.0:
+            monkeypatch.setattr(emulator, "RECIPROCAL_ERROR", sign)
+            q = device.divide(value(machine, a), value(machine, b), "f4").value.ravel()
+            assert np.all(abs(q - a.astype(WORK) / b) <= 2.0**-44 * abs(a / b))
 
 
 @pytest.mark.parametrize("b", [0.0, -0.0, 2.0, -2.0, math.inf, -math.inf, math.nan])
@@ -196,7 +200,49 @@ def test_log_sum_of_a_confident_row(machine):
     one = np.ones(count(machine))
     with np.errstate(all="ignore"):
         got = vmath.log_sum(value(machine, one), value(machine, r), "f8").value.ravel()
-    assert accuracy.errors(got, np.log1p(r.astype(WORK)), float64).max() <= 2.0
+        single = vmath.log_sum(value(machine, one), value(machine, r), "f4").value.ravel()
+    want = np.log1p(r.astype(WORK))
+    assert accuracy.errors(got, want, float64).max() <= 2.0
+    assert np.all(abs(single - want) <= 1e-9 * want)
+
+
+@pytest.mark.parametrize("elem, off", [("f4", 1e-9), ("f8", 2.0**-51)])
+def test_log_sum_of_a_count_and_a_rest(machine, elem, off):
+    """log(k + r) of any whole number k and what is beside it, at both ends of each power of 2."""
+    rng = cases.generator(10)
+    k = 2.0 ** rng.integers(0, 30, count(machine)) + rng.integers(0, 2, count(machine))
+    r = k * 2.0 ** rng.uniform(-60, 10, count(machine))
+    r[::5] = 0.0
+    with np.errstate(all="ignore"):
+        got = vmath.log_sum(value(machine, k), value(machine, r), elem).value.ravel()
+    want = np.log1p((k.astype(WORK) - 1) + r)
+    assert np.all(abs(got - want) <= off * want)
+
+
+def test_split_exponent(machine):
+    y = 2.0 ** spread(machine, -300.0, 300.0)
+    with np.errstate(all="ignore"):
+        n, inverse = (v.value.ravel() for v in device.split_exponent(value(machine, y)))
+    np.testing.assert_array_equal(inverse, 2.0**-n)
+    assert np.all((y * inverse > 0.7071) & (y * inverse < 1.4143))
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32])
+def test_count_lanes(machine, lanes):
+    mask = cases.generator(11).random(count(machine)) < 0.4
+    held = value(machine, mask.astype(np.int32)) > 0
+    got = device.count_lanes(held, lanes).value.reshape(-1, lanes)[:, 0]
+    np.testing.assert_array_equal(got, mask.reshape(-1, lanes).sum(axis=1))
+
+
+def test_within(machine):
+    t = np.resize(np.array([-(2**63), -1, 0, 1, 9, 10, 2**32, 2**63 - 1]), count(machine))
+    full = value(machine, np.full(count(machine), 10))
+    got = device.within(value(machine, t), full).value.ravel()
+    np.testing.assert_array_equal(got, (t >= 0) & (t < 10))
+    wide = value(machine, np.full(count(machine), -7, np.int32))
+    product = device.distance(wide, value(machine, np.full(count(machine), 2**31 - 1)))
+    assert np.all(product.value == -7 * (2**31 - 1))
 
 
 @pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])

@@ -335,18 +335,21 @@ def add_exponent(p, t):
     return p.like(b.bitcast(b.add(bits, b.shl(n, p.constant(shift, integer))), p.llvm()))
 
 
+def divide(a, b, _elem):
+    """a / b."""
+    return a / b
+
+
 def split_exponent(y):
-    """(n, 2**−n, f) with y = 2**n · f and f in [√½, √2), for positive normal float64."""
+    """(n, 2**−n) such that y / 2**n is in [√½, √2), for positive normal float64."""
     b, one, low = y.builder, 0x3FF0000000000000, 0x3FE6A09E667F3BCD  # the bits of 1 and of √½
     bits = b.bitcast(y.value, y.llvm("i8"))
     shifted = b.add(bits, y.constant(one - low, "i8"))
     biased = b.lshr(shifted, y.constant(52, "i8"))
     n = b.sub(biased, y.constant(1023, "i8"))
     inverse = b.shl(b.sub(y.constant(2046, "i8"), biased), y.constant(52, "i8"))
-    mantissa = b.and_(shifted, y.constant((1 << 52) - 1, "i8"))
-    f = b.bitcast(b.add(mantissa, y.constant(low, "i8")), y.llvm())
     n = b.sitofp(b.trunc(n, y.llvm("i4")), y.llvm())
-    return y.like(n), y.like(b.bitcast(inverse, y.llvm())), y.like(f)
+    return y.like(n), y.like(b.bitcast(inverse, y.llvm()))
 
 
 # ---------------------------------------------------------------- across lanes

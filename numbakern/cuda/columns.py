@@ -11,14 +11,12 @@ from numbakern.cuda.device import (
     barrier,
     bits_of,
     constant,
-    convert,
     divmod_positive,
     float_of,
     narrow,
     put_shared_words,
     shared,
     shared_words,
-    smaller_integer,
     tree,
 )
 from numbakern.cuda.reduce import WARP, Board, team_fold
@@ -45,15 +43,15 @@ def threads_of(part):
 class Columns(Rows):
     """Walks rows, or parts of them, in the order of a Partition: `rows.Rows` of strided classes."""
 
-    def run(self, frame, op):
-        """Run an operation of `kernels` on the rows of this block."""
-        _Columns(self, frame, op).run()
+    def walk(self, frame, op, turn):
+        """As Rows.walk."""
+        return _Columns(self, frame, op, turn)
 
 
 class _Columns(Walk):
     """A block's way through its rows, as one of their lanes takes it."""
 
-    def _begin(self, frame, op):
+    def _place_row(self, frame, op):
         p, block, blocks = frame.block, constant(frame.block, 0, "i8"), 1
         if self.way.spread:
             blocks = frame.blocks
@@ -67,9 +65,7 @@ class _Columns(Walk):
             low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
-        p = p * rows + convert(self.column, "i8")
-        self.ok = p < frame.rows
-        p = smaller_integer(p, frame.rows - 1)
+        p = self._in_turn(p, rows, self.column)
         if not self.part.single:
             self.board = Board.of_row(frame, p, width(op), self.count)
         elif self.part.lanes > self.near:

@@ -191,6 +191,18 @@ def exp2(v):
     return v.like(v.machine.exp2(v.value))
 
 
+def within(t, count):
+    """Whether an integer is at least 0 and below a count."""
+    return t.like(t.machine.within(t.value, count.value), "b1")
+
+
+def distance(i, step):
+    """i·step as an int64; for an int32 i the step fits into 32 bits as well."""
+    if i.elem == "i4":
+        return i.like(i.machine.wide_product(i.value, narrow(step).value), "i8")
+    return i * step
+
+
 def smaller_integer(a, b):
     """The smaller of two integers."""
     a, b = _together(a, b)
@@ -223,12 +235,11 @@ def add_exponent(p, t):
 
 
 def split_exponent(y):
-    """(n, 2**−n, f) with y = 2**n · f and f in [√½, √2), for positive normal float64."""
-    one, low = 0x3FF0000000000000, 0x3FE6A09E667F3BCD  # the bits of 1 and of √½
-    shifted = bits_of(y) + (one - low)
-    n = (shifted >> 52) - 1023
-    f = float_of((shifted & ((1 << 52) - 1)) + low)
-    return convert(n, "f8"), float_of((1023 - n) << 52), f
+    """(n, 2**−n) such that y / 2**n is about in [√½, √2), for positive normal float64."""
+    one, root, exponent = 0x3FF00000, 0x3FE6A09E, -1 << 20  # the upper bits of 1, of √½, and which
+    above = split(y)[1] - root
+    inverse = join(constant(above, 0, "i4"), one - (above & exponent))
+    return convert(above >> 20, "f8"), inverse
 
 
 def reciprocal(b):
@@ -239,8 +250,14 @@ def reciprocal(b):
     return r
 
 
-def divide(a, b):
-    """a / b of float64, b as in `reciprocal`; rounded correctly but for rare cases."""
+def divide(a, b, elem="f8"):
+    """a / b of float64, b as in `reciprocal`; rounded correctly but for rare cases.
+
+    For a result of kind "f4": 2**-44 off, for b from 2**-100 to 2**100.
+    """
+    if elem == "f4":
+        r = convert(b.like(b.machine.reciprocal(convert(b, "f4").value), "f4"), "f8")
+        return a * fma(r, fma(-b, r, 1.0), r)
     r = reciprocal(b)
     q = a * r
     return fma(fma(-b, q, a), r, q)
@@ -270,8 +287,8 @@ def split(v):
 
 
 def narrow(v):
-    """The low 32 bits of an int64."""
-    return v.like(v.machine.convert(v.value, "i8", "i4"), "i4")
+    """The low 32 bits of an integer."""
+    return v if v.elem == "i4" else v.like(v.machine.convert(v.value, "i8", "i4"), "i4")
 
 
 def shift_right(v, n):
@@ -321,6 +338,16 @@ def _by_words(v, move):
         return float_of(move(bits_of(v)))
     low, high = (move(w) for w in split(v))
     return bits_of(join(low, high)) if v.elem == "i8" else join(low, high)
+
+
+def count_lanes(mask, lanes):
+    """In how many of this lane and those behind it, `lanes` of the warp in all, the mask holds."""
+    word = mask.machine.ballot(mask.value)
+    if lanes < 32:
+        lane = mask.like(mask.machine.thread(), "i4") & 31
+        word = shift_right(mask.like(word, "i4"), lane) & ((1 << lanes) - 1)
+        word = word.value
+    return mask.like(mask.machine.ones(word), "i4")
 
 
 def barrier(of):

@@ -225,6 +225,12 @@ class _Tracer:
     def compare(self, sign, a, b, _elem):
         return _Unknown(a, b) if _is_unknown(a, b) else _COMPARE[sign](a, b)
 
+    def wide_product(self, i, step):
+        return _Unknown(i) if _is_unknown(i, step) else np.asarray(i).astype(np.int64) * step
+
+    def within(self, t, count):
+        return _Unknown(t) if _is_unknown(t, count) else (t >= 0) & (t < count)
+
     def select(self, mask, a, b, _elem):
         return _Unknown(mask, a, b) if _is_unknown(mask, a, b) else np.where(mask, a, b)
 
@@ -238,7 +244,8 @@ class _Tracer:
         return _Unknown(*values)
 
     fma = maximum = at_least = join = half_to_single = pack_halves = pair = _unknown
-    one_below = exp2 = larger_halves = equal_halves = shuffle_xor = dynamic_shared = _unknown
+    one_below = exp2 = reciprocal = larger_halves = equal_halves = _unknown
+    shuffle_xor = ballot = ones = dynamic_shared = _unknown
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)

@@ -22,7 +22,7 @@ class Gathered(Rows):
 class _Gathered(Walk):
     """A warp's way through its parts of the block's rows."""
 
-    def _begin(self, frame, op):
+    def _place_row(self, frame, op):
         part, thread, rows = self.part, self.thread, self.way.gathers
         lanes = min(part.lanes, WARP)
         self.lane, team = thread & (lanes - 1), thread >> (lanes.bit_length() - 1)
@@ -37,9 +37,7 @@ class _Gathered(Walk):
         entries = width(self.op)
         place = dynamic_shared(self.thread) + number * (8 * numbers_of(self.part, entries))
         self.board = SharedBoard(entries, place, 1)
-        p = self.first + convert(number, "i8")
-        self.ok = p < self.frame.rows
-        p = smaller_integer(p, self.frame.rows - 1)
+        p = self._known(self.first + convert(number, "i8"))
         self.row = self.op.row(self.frame, p, self.ok, leader, lanes, self._peek)
         self.row.fold = team_fold
 

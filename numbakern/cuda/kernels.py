@@ -12,12 +12,16 @@ from numbakern.cuda.device import (
     atomic_min,
     constant,
     convert,
+    distance,
     divide,
     float_of,
+    fma,
     load,
     narrow,
+    sum_tree,
     when,
     where,
+    within,
 )
 from numbakern.cuda.reduce import WARP, offsets
 from numbakern.cuda.softmax import (
@@ -65,14 +69,23 @@ class Row:
         As `reduce.team_fold`, over the lanes of the row's team.
     team : memory.Team or None
         Those of a warp.
+    narrow : bool
+        Whether numbers of classes and distances between them fit into 32 bits.
+    counts, skip : Value
+        Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
 
     x_label = fold = team = None
 
     def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes
-        self.ok, self.leader, self.number, self.peek = ok, leader & ok, number, peek
+        self.ok, self.leader, self.peek = ok, leader & ok, peek
+        self.number, self.narrow = convert(number, "i8"), number.elem == "i4"
         self.lane, self.lanes = lane, lanes
+
+    def or_void(self, v):
+        """A float64 result where the label counts; 0 where it is ignored, NaN where it is bad."""
+        return where(self.counts, v, where(self.skip, constant(v, 0.0, "f8"), math.nan))
 
 
 class Operation:
@@ -91,9 +104,12 @@ class Operation:
     ----------
     added : totals.Sums or None
         How the rows' losses are added up, if they are.
+    narrow : bool
+        Whether the numbers of rows and classes, and distances between them, fit into 32 bits.
     """
 
     added = None
+    narrow = False
     softmax = sums = linear = False
     both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
@@ -115,12 +131,13 @@ class Operation:
         return self.exponential and self.softmax and self.elem == "f4"
 
     def row(self, frame, p, ok, leader, lanes, peek):
-        """Row number p of the batch."""
+        """Row number p of the batch; an int32 if distances between rows and classes are, too."""
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
         p = at.pop("number", p)
         if self.added:
-            at["row_loss"] = (p >> (self.added.rows.bit_length() - 1)) * self.added.size
+            node = convert(p >> (self.added.rows.bit_length() - 1), "i8")
+            at["row_loss"] = node * self.added.size
         at = {name: getattr(frame, name) + offset for name, offset in at.items()}
         places = {n: (at[n], getattr(frame, f"{n}_class")) for n in ("x", "y", "out") if n in at}
         if "weight" in frame:
@@ -143,7 +160,10 @@ class Operation:
         """What else is to be known of a row before a result is written over it."""
 
     def put_loss(self, formats, row, at, loss, weight):
-        """Write a row's loss: to the result, or with its label's weight to where they add up."""
+        """Write a row's loss: to the result, or with its label's weight to where they add up.
+
+        `weight`: a mask says whether it is 1 or 0.
+        """
         if self.added:
             values = [loss, weight][: self.added.terms]
             put_row(self.added, at["row_loss"], row, values)
@@ -206,8 +226,8 @@ def normalise(m, total, log_sum, elem, part=None):
 
     With the maximum of a part its exponentials are those that the reduction took.
     """
-    params, factor = exponentials(m if part is None else part, elem)
-    scale = factor if total is None else divide(factor, total)
+    params, factor = exponentials(m if part is None else part, elem, total is not None)
+    scale = factor if total is None else divide(factor, total, elem)
     scale = convert(where(log_sum == log_sum, scale, math.nan), elem)
     return *params, scale, part if part is None else convert(decay(part, m), elem)
 
@@ -306,13 +326,20 @@ class Labels:
         row.raw_label = load(address, self.format.size, 1)[0]
 
     def look(self, frame, row):
-        """Set label, skip (is ignored) and bad; a label that counts for nothing is class 0."""
+        """Set label, skip (is ignored) and counts; one that does not is class 0."""
         t = self.format.integer(row.raw_label)
-        row.bad, row.skip = (t < 0) | (t >= frame.classes), constant(t, False, "b1")
+        row.counts = within(t, frame.classes)
         if self.ignores:
             row.skip = t == frame.ignore_index
-            row.bad = row.bad & ~row.skip
-        row.label = where(row.skip | row.bad, 0, t)
+            row.counts = row.counts & ~row.skip
+        else:
+            row.skip = constant(t, False, "b1")
+        row.label = where(row.counts, narrow(t) if row.narrow else t, 0)
+
+    def weight_of(self, row, weights):
+        """The weight of a label that counts, of weights in such a format."""
+        start, step = row.places["w"]
+        return weights.get(start + distance(row.label, step), row.counts)
 
     def record(self, frame, row):
         """Record a bad label."""
@@ -327,7 +354,7 @@ class Labels:
             atomic_min(frame.bad, number, constant(t, True, "b1"))
             return []
 
-        when(row.leader & row.bad, one, [])
+        when(row.leader & ~row.counts & ~row.skip, one, [])
 
 
 class CrossEntropy(Operation):
@@ -362,6 +389,7 @@ class CrossEntropy(Operation):
         self.given, self.grad, self.mean = given, grad, mean
         self.weighted = "weight" in formats
         self.softmax, self.exponential = not given, True
+        self.whole = not (soft or smooth)  # whether a label has all that its row has of targets
         # Σ of the targets over all classes: needed for a loss, and for a gradient unless known.
         self.summed = soft or (smooth and (loss or self.weighted))
         self.linear = self.softmax and self.summed
@@ -371,8 +399,9 @@ class CrossEntropy(Operation):
 
     def begin(self, frame, row, at):
         """As Operation.begin."""
-        row.keep, row.spread = frame.keep, frame.spread
-        row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
+        if not self.whole:
+            row.keep, row.spread = frame.keep, frame.spread
+            row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
         row.at, row.total_classes = at, frame.classes
         if self.grad:
             row.scale = self.scale(frame)
@@ -385,7 +414,7 @@ class CrossEntropy(Operation):
 
     def look(self, frame, row):
         """As Operation.look: of an ignored row nothing is read."""
-        row.skip = row.bad = constant(frame.classes, False, "b1")
+        row.skip, row.counts = (constant(frame.classes, v, "b1") for v in (False, True))
         if not self.soft:
             self.labels.look(frame, row)
             if not self.lse:
@@ -396,26 +425,23 @@ class CrossEntropy(Operation):
         if self.soft:
             return None
         start, step = row.places["x"]
-        there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
+        there = row.ok & row.counts  # of no classes no label does
 
         def read(mask):
-            return convert(self.formats["x"].get(start + row.label * step, there & mask), "f8")
+            at = start + distance(row.label, step)
+            return convert(self.formats["x"].get(at, there & mask), "f8")
 
         return read
 
     def settle(self, frame, row):
         """As Operation.settle: a bad label is recorded."""
-        row.w_label = constant(frame.classes, 1.0, "f8")
         if self.given:
             row.lse = convert(row.lse, "f8")
         if not self.soft:
             self.labels.record(frame, row)
             row.x_label = row.peek(row.label, self.logit(frame, row))
             if self.weighted:
-                start, step = row.places["w"]
-                row.w_label = convert(
-                    self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
-                )
+                row.w_label = convert(self.labels.weight_of(row, self.formats["weight"]), "f8")
         if "row_scale" in row.at:
             row.scale = row.scale * convert(row.own_scale, "f8")
         if self.mean and self.grad:
@@ -451,8 +477,7 @@ class CrossEntropy(Operation):
             self._put_loss(row, m, log_sum, q, nll)
         if not self.grad:
             return None
-        scale = where(row.bad, math.nan, row.scale)
-        scale = where(row.skip, 0.0, where(log_sum == log_sum, scale, math.nan))
+        scale = row.or_void(where(log_sum == log_sum, row.scale, math.nan))
         total = None if self.given else k + rest
         if self.given:  # a row that is skipped has not been read
             m = where(row.skip, math.inf, m)
@@ -475,16 +500,23 @@ class CrossEntropy(Operation):
         return factors, rest
 
     def _put_loss(self, row, m, log_sum, q, nll):
-        loss = 0.0
+        losses = []
         if self.summed:
-            loss = nll + where(q == 0.0, 0.0, q * log_sum)
+            losses.append(nll + where(q == 0.0, 0.0, q * log_sum))
         if not self.soft:
-            own = row.w_label * row.keep
-            log_p = formulas.log_softmax_value(row.x_label, m, log_sum)
-            loss = loss - where(own == 0.0, 0.0, own * log_p)
-        loss = where(row.skip, 0.0, where(row.bad, math.nan, loss))
-        weight = where(row.skip | row.bad, 0.0, row.w_label)
-        self.put_loss(self.formats, row, row.at, loss, weight)
+            loss, own = formulas.nll_value(row.x_label, m, log_sum), self._own(row)
+            losses.append(loss if own is None else where(own == 0.0, 0.0, own * loss))
+        weight = row.counts
+        if self.weighted and not self.soft:
+            weight = where(weight, row.w_label, 0.0)
+        self.put_loss(self.formats, row, row.at, row.or_void(sum_tree(losses)), weight)
+
+    def _own(self, row, more=None):
+        """A label's own target, or with so much `more`, times its weight; None for 1."""
+        own = None if self.whole else row.keep if more is None else row.keep + more
+        if not self.weighted:
+            return own
+        return row.w_label if own is None else row.w_label * own
 
     def _hard(self, row, m, k, rest, scale, q):
         """(factor of p, target, label, gradient there): p − q cancels at a confident label.
@@ -497,14 +529,19 @@ class CrossEntropy(Operation):
             others = -expm1_nonpositive(where(d > 0.0, 0.0, d))
         else:
             others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - safe(m)))
-            others = divide(others, k + rest)
-        total, own = row.w_label * row.keep, row.w_label * (row.keep + row.spread)
-        if self.smooth:
-            total = total + q
-        label_grad = where(row.skip, 0.0, scale * ((total - own) - total * others))
+            others = divide(others, k + rest, self.elem)
+        total, target = self._own(row), None
+        if self.whole:
+            label_grad = -(others if total is None else total * others)
+        else:
+            total, own = total + q, self._own(row, row.spread)
+            label_grad = (total - own) - total * others
+            target = convert(scale * row.spread, self.elem)
+        # 0 of either sign is +0.
+        label_grad = where(row.skip, 0.0, fma(scale, label_grad, 0.0))
         return (
-            convert(scale * total, self.elem),
-            convert(scale * row.spread, self.elem),
+            convert(scale if total is None else scale * total, self.elem),
+            target,
             narrow(where(row.skip, -1, row.label)),
             convert(label_grad, self.elem),
         )
@@ -517,7 +554,8 @@ class CrossEntropy(Operation):
             peak = in_two(m, elem)
         else:
             single = (k == 1.0) & (rest < 1.0)
-            peak = convert(where(single, m, math.nan), elem), convert(divide(rest, k + rest), elem)
+            others = convert(divide(rest, k + rest, elem), elem)
+            peak = convert(where(single, m, math.nan), elem), others
         own = row.own_keep, row.own_spread
         return convert(scale, elem), convert(scale * q, elem), *total, *peak, *own
 
@@ -560,24 +598,30 @@ class Nll(Operation):
         self.formats, self.labels = formats, labels
 
     def begin(self, frame, row, at):
-        """Write the row's loss."""
+        """As Operation.begin."""
+        row.at = at
         self.labels.read(row, at["labels"])
+
+    def look(self, frame, row):
+        """As Operation.look."""
         self.labels.look(frame, row)
+
+    def settle(self, frame, row):
+        """As Operation.settle: a bad label is recorded, and read what it chooses."""
         self.labels.record(frame, row)
-        there = row.ok & ~row.skip & ~row.bad  # of no classes every label is bad
         start, step = row.places["x"]
-        x = convert(self.formats["x"].get(start + row.label * step, there), "f8")
-        w = constant(x, 1.0, "f8")
+        at = start + distance(row.label, step)
+        row.x_label = self.formats["x"].get(at, row.ok & row.counts)  # of no classes no label does
         if "weight" in self.formats:
-            start, step = row.places["w"]
-            w = convert(self.formats["weight"].get(start + row.label * step, ~row.bad), "f8")
-            x = where(w == 0.0, 0.0, x * w)
-        loss = where(row.skip, 0.0, where(row.bad, math.nan, -x))
-        weight = where(row.skip | row.bad, 0.0, w)
-        self.put_loss(self.formats, row, at, loss, weight)
+            row.w_label = self.labels.weight_of(row, self.formats["weight"])
 
     def finish(self, row, reduced):
-        """Nothing is left to do."""
+        """Write the row's loss."""
+        loss, weight = -convert(row.x_label, "f8"), row.counts
+        if "weight" in self.formats:
+            w = convert(row.w_label, "f8")
+            loss, weight = where(w == 0.0, 0.0, loss * w), where(weight, w, 0.0)
+        self.put_loss(self.formats, row, row.at, row.or_void(loss), weight)
 
 
 class NllBackward(Operation):
@@ -588,24 +632,28 @@ class NllBackward(Operation):
         self.formats, self.labels = formats, labels
 
     def begin(self, frame, row, at):
-        """The gradient at the label."""
+        """As Operation.begin."""
         self.labels.read(row, at["labels"])
-        self.labels.look(frame, row)
-        self.labels.record(frame, row)
-        scale = self.scale(frame)
+        row.scale = self.scale(frame)
         if "row_scale" in at:
-            scale = scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+            row.scale = row.scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+
+    def look(self, frame, row):
+        """As Operation.look."""
+        self.labels.look(frame, row)
+
+    def settle(self, frame, row):
+        """As Operation.settle: a bad label is recorded."""
+        self.labels.record(frame, row)
         if "weight" in self.formats:
-            start, step = row.places["w"]
-            scale = scale * convert(
-                self.formats["weight"].get(start + row.label * step, ~row.bad), "f8"
-            )
-        row.grad = where(row.skip, 0.0, where(row.bad, math.nan, -scale))
+            w = self.labels.weight_of(row, self.formats["weight"])
+            row.scale = row.scale * convert(w, "f8")
 
     def finish(self, row, reduced):
         """The gradient at the label, and elsewhere."""
-        grad = convert(row.grad, self.elem)
-        elsewhere = where(row.bad, convert(constant(row.grad, math.nan, "f8"), self.elem), 0.0)
+        grad = convert(row.or_void(-row.scale), self.elem)
+        zero = constant(row.scale, 0.0, "f8")
+        elsewhere = convert(where(row.counts, zero, row.or_void(zero)), self.elem)
         return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 
     def value(self, params, _x, _y, _w):

@@ -101,6 +101,18 @@ class LLVM:
         """See device.exp2."""
         return self._ptx("ex2.approx.ftz.f32 $0, $1;", "f4", [(v, "f4")])
 
+    def reciprocal(self, v):
+        """See device.divide; an ulp off at most (PTX ISA, rcp)."""
+        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "f4", [(v, "f4")])
+
+    def wide_product(self, i, step):
+        """See device.distance; of widened factors ptxas makes a product of four."""
+        return self._ptx("mul.wide.s32 $0, $1, $2;", "i8", [(i, "i4"), (step, "i4")])
+
+    def within(self, t, count):
+        """See device.within."""
+        return self.builder.icmp_unsigned("<", t, count)
+
     # -- bits
 
     def join(self, low, high):
@@ -159,6 +171,14 @@ class LLVM:
     def shuffle_xor(self, word, offset):
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
+
+    def ballot(self, mask):
+        """The lanes of the warp in which a mask holds, a bit each."""
+        return self._call("nvvm.vote.ballot.sync", _i32, _i32(_ALL), mask)
+
+    def ones(self, word):
+        """How many bits of a word are set."""
+        return self._call("ctpop.i32", _i32, word)
 
     def warp_barrier(self):
         """See device.warp_barrier."""

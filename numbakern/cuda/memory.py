@@ -152,8 +152,9 @@ class Place(NamedTuple):
     ----------
     address : Value
         Of the first one.
-    left : Value
-        Elements from there to the end of the row, int32: FAR at most, perhaps below 0.
+    left : Value or None
+        Elements from there to the end of the row, int32: FAR at most, perhaps below 0; None if all
+        that is asked for is there.
     step : Value
         Bytes between elements.
     """
@@ -190,6 +191,11 @@ FAR = 1 << 20
 def left_of(j, classes):
     """Elements from number j of a row on, as a Place has them."""
     return narrow(smaller_integer(classes - j, constant(j, FAR, "i8")))
+
+
+def is_there(left, n, like):
+    """Whether the element n behind one of which so many are left is there, as a mask."""
+    return constant(like, True, "b1") if left is None else left > n
 
 
 class Whole:
@@ -279,7 +285,7 @@ class Whole:
         team : Team
         """
         for n, group in zip(groups, numbers, strict=True):
-            words, mask = self._words(group), ok & (place.left > n)
+            words, mask = self._words(group), ok & is_there(place.left, n, ok)
             address = place.address + n * self.format.size
             for i in range(0, len(words), self.per_chunk):
                 store(address + i * self.word, self.word, words[i : i + self.per_chunk], mask)
@@ -383,7 +389,7 @@ class Strided(Single):
     def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""
         for n, group in zip(groups, numbers, strict=True):
-            at, mask = place.address + place.step * n, ok & (place.left > n)
+            at, mask = place.address + place.step * n, ok & is_there(place.left, n, ok)
             for i, number in enumerate(group):
                 self.format.put(at + place.step * i, number, mask)
 

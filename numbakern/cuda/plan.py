@@ -23,6 +23,8 @@ from numbakern.cuda.ways import MACHINE, NEIGHBOURS, launches
 BAD_BITS = kernels.BAD_BITS
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
+NARROW = (1 << 31) - (1 << 10)
+"""Beyond every number that 32 bits are to hold: a block's rows behind the last one fit as well."""
 
 
 class Layout(NamedTuple):
@@ -237,6 +239,9 @@ class _Planner:
         if added or "labels" in names:
             names.append("number")
         dimensions = self._batch_constants(names)
+        if self._in_order(names):  # then that of a row is known
+            names.remove("number")
+            del self.constants["number_step0"]
         full = [n for n in ("x", "y", "out") if n in self.layouts]
         layouts = {n: self.layouts[n] for n in full}
         for name in full:
@@ -249,12 +254,13 @@ class _Planner:
             lead_size = 8
         part = partition(self.classes, lead_size, self._halved())
         if self.operation == "nll":
-            part = Partition(1, 1, part.group, False)
+            part = Partition(1, 1, 1, False)
         walker, modes = self._walk(layouts, part)
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
             ("dimensions", dimensions),
+            ("narrow", self._narrow(names)),
             ("arrays", tuple((n, self._kind(n)) for n in names)),
             ("weight", "weight" in self.layouts and self.layouts["weight"].kind),
             ("walker", walker),
@@ -264,9 +270,21 @@ class _Planner:
         )
         return self._launches(params, part)
 
+    def _in_order(self, names):
+        """Whether rows are taken in the order of their numbers, where these are needed."""
+        return "number" in names and self.along["number"] == list(_contiguous(self.sizes, 1))
+
+    def _narrow(self, names):
+        """Whether numbers of rows and classes, and distances between them, fit into 32 bits."""
+        steps = [s for n in names for s in self.along[n]]
+        steps += [v for n, v in self.constants.items() if n.endswith("_class")]
+        return len(self.sizes) == 1 and all(
+            abs(n) < NARROW for n in (self.rows, self.classes, *steps)
+        )
+
     def _neighbours(self, part, way, columns):
         """Rows of a warp that are neighbours in the batch, where it finishes them."""
-        if self.along["number"] != list(_contiguous(self.sizes, 1)):
+        if not self._in_order(self.along):
             return 1
         if columns:
             return min(WARP, side_by_side(part))
@@ -435,7 +453,7 @@ def _made(operation, params):
     access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
-    op.added = added
+    op.added, op.narrow = added, params["narrow"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     kept = op.softmax and not (part.chunks or part.crowded)
     op.anew = op.halves and arrays.get("out") in ("f2", "bf") and not kept
@@ -476,7 +494,7 @@ def _row_kernel(operation, params):
         args["ignore_index"] = "i8"
     if "labels" in arrays:
         args["bad"] = "i8"
-    if isinstance(op, kernels.CrossEntropy):
+    if isinstance(op, kernels.CrossEntropy) and not op.whole:
         args |= {"keep": "f8", "spread": "f8"}
     if isinstance(op, (kernels.CrossEntropy, kernels.NllBackward)) and "out" in arrays:
         counts = options.get("reduction") == "mean" and not options.get("soft")

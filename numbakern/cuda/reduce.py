@@ -11,6 +11,8 @@ from numbakern.cuda.device import (
     bits_of,
     cluster_barrier,
     constant,
+    convert,
+    distance,
     divmod_positive,
     float_of,
     load,
@@ -154,18 +156,20 @@ class SharedBoard(Board):
 
 
 def offsets(frame, row, dimensions, names):
-    """Where row number `row` of the batch starts in each of these arrays, in bytes.
+    """Where row number `row` of the batch starts in each of these arrays, in bytes (int64).
 
     The batch has `dimensions` axes, the last one running fastest. Axis d of size `size{d}` (its
     reciprocal is `inverse{d}`) is `{name}_step{d}` bytes apart in the array `name`.
     """
-    found = [row.like(row.constant(0)) for _ in names]
+    if dimensions > 1:
+        row = convert(row, "i8")
+    found = [constant(row, 0, "i8") for _ in names]
     for d in range(dimensions - 1, -1, -1):
         i = row
         if d:
             row, i = divmod_positive(row, getattr(frame, f"size{d}"), getattr(frame, f"inverse{d}"))
         found = [
-            at + i * getattr(frame, f"{name}_step{d}")
+            at + distance(i, getattr(frame, f"{name}_step{d}"))
             for at, name in zip(found, names, strict=True)
         ]
     return found

@@ -93,6 +93,11 @@ class Partition(NamedTuple):
         return self.lanes <= WARP and not self.chunks
 
     @property
+    def exact(self):
+        """Whether each lane has a row, and no room for more than that."""
+        return self.lanes == 1 and _grain(self.vectors) == 1 and not self.chunks
+
+    @property
     def crowded(self):
         """Whether a multiprocessor has registers for few of them."""
         return self.lanes > CROWDED or (self.group == 1 and self.vectors > LONE)
@@ -100,7 +105,7 @@ class Partition(NamedTuple):
     @property
     def sure(self):
         """Groups that each lane has of a row's only part, or of each part but its last one."""
-        spare = 1 << max(0, self.vectors.bit_length() - 4) if self.single else 0
+        spare = _grain(self.vectors) if self.single else 0
         return (self.vectors - spare) // 2 * 2
 
     @property
@@ -139,8 +144,13 @@ def partition(classes, size, halved=False):
     # Of long rows an even number, for two rounds, and no longer than that takes.
     lanes *= max(1, parts + chunks * parts % 2)
     vectors = max(1, -(-classes // (lanes * group)))
-    grain = 1 << max(0, vectors.bit_length() - 4)  # each number of them is a kernel of its own
+    grain = _grain(vectors)
     return Partition(team if chunks else lanes, -(-vectors // grain) * grain, group, chunks)
+
+
+def _grain(vectors):
+    """What so many groups of a lane are made a multiple of: each number is another kernel."""
+    return 1 << max(0, vectors.bit_length() - 4)
 
 
 class Way(NamedTuple):
@@ -163,6 +173,8 @@ class Way(NamedTuple):
         for each warp.
     gathers : int
         Rows of a block that are finished together (`gathered`): a power of two; 0 for none.
+    abreast : int
+        Rows that a lane has, of those that have but one: while one waits, the others go on.
     """
 
     warps: int
@@ -171,6 +183,7 @@ class Way(NamedTuple):
     cluster: int = 1
     kept: str = "registers"
     gathers: int = 0
+    abreast: int = 1
 
     def meets(self, numbers):
         """Whether blocks wait for what the others of their row leave: so many numbers a part."""
@@ -195,7 +208,14 @@ class Rows:
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
-        Walk(self, frame, op).run()
+        walks = [self.walk(frame, op, turn) for turn in range(self.way.abreast)]
+        for step in (Walk.begin, Walk.settle, Walk.run):
+            for walk in walks:
+                step(walk)
+
+    def walk(self, frame, op, turn):
+        """One warp's or block's Walk, of those that it has one beside the other."""
+        return Walk(self, frame, op, turn)
 
 
 class Lane:
@@ -212,7 +232,7 @@ class Lane:
     def __init__(self, walker, row, first):
         self.walker, self.row, self.first = walker, row, first
         self.part = walker.part
-        self.left = left_of(first, row.classes)
+        self.left = self._left(row.classes)
         self.places = {name: self._place(name) for name in walker.accesses}
         self.words = {}
         step = min(self.part.lanes, WARP) * self.part.group
@@ -220,11 +240,15 @@ class Lane:
 
     def _place(self, name):
         start, step = self.row.places[name]
-        left = self.left
-        if name == "out" and self.row.width is not self.row.classes:
-            left = left_of(self.first, self.row.width)
+        left = self._left(self.row.width) if name == "out" else self.left
         access = self.walker.accesses[name]
         return Place(start + access.distance(self.first, step), left, step)
+
+    def _left(self, count):
+        """As a Place has it, of a row of which so many are read or written."""
+        if self.part.exact and count is self.row.width:
+            return None
+        return left_of(self.first, count)
 
     def load(self):
         """Read the elements that are not there yet."""
@@ -272,7 +296,7 @@ class Lane:
 
     def _load_full(self, names, groups):
         """What `load` is to read of groups that nearly every lane has: no mask for each of them."""
-        inputs, full = self.walker.inputs, self.left > groups[-1]
+        inputs = self.walker.inputs
 
         def read(left):
             places = {n: self.places[n]._replace(left=left) for n in names}
@@ -280,6 +304,7 @@ class Lane:
 
         if self.part.single and self.row.width is self.row.classes:
             return self._split(read(None), names, groups)
+        full = self.left > groups[-1]
         if self.part.single:
             unread = [w for n in names for w in inputs[n].unread(full, len(groups))]
             words = when(full, lambda: read(None), unread)
@@ -359,18 +384,27 @@ class Lane:
 
 
 class Walk:
-    """A warp's way through a row: its only part, one of several, or one in each round."""
+    """A warp's way through a row: its only part, one of several, or one in each round.
 
-    def __init__(self, walker, frame, op):
-        self.walker, self.frame, self.op = walker, frame, op
+    Parameters
+    ----------
+    walker : Rows
+    frame : device.Frame
+    op : kernels.Operation
+    turn : int
+        Which it is of those that the warp has one beside the other.
+    """
+
+    def __init__(self, walker, frame, op, turn=0):
+        self.walker, self.frame, self.op, self.turn = walker, frame, op, turn
         self.part, self.way, self.thread = walker.part, walker.way, frame.thread
         count = constant(frame.thread, self.part.parts(1), "i4")
         self.count = narrow(frame.parts) if self.part.chunks else count
         self.board = self.shelf = self.held = None
         self.finishing = None  # the warps that finish a row that is not mapped; None for all
-        self._begin(frame, op)
+        self._place_row(frame, op)
 
-    def _begin(self, frame, op):
+    def _place_row(self, frame, op):
         """Which row, which parts, and their board."""
         part, way, thread, p = self.part, self.way, self.thread, frame.block
         lanes = min(part.lanes, WARP)
@@ -378,9 +412,8 @@ class Walk:
         self.lane, team = thread & (lanes - 1), thread >> bits
         self.ok, block = constant(p, True, "b1"), constant(p, 0, "i8")
         if part.single:
-            p, self.own = p * (BLOCK >> bits) + convert(team, "i8"), narrow(block)
-            self.ok = p < frame.rows
-            p, leader = smaller_integer(p, frame.rows - 1), self.lane == 0
+            p, self.own = self._in_turn(p, BLOCK >> bits, team), narrow(block)
+            leader = self.lane == 0
         else:
             blocks = way.cluster
             if way.cluster > 1:
@@ -399,10 +432,23 @@ class Walk:
         self.row.fold = team_fold
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
 
+    def _in_turn(self, block, rows, number):
+        """The number of a block's row, of which it has so many in each turn."""
+        first = (block * self.way.abreast + self.turn) * rows
+        return self._known(first + convert(number, "i8"))
+
+    def _known(self, p):
+        """A row's number, or the last one's if there is none: then this one is not `ok`."""
+        rows = self.frame.rows
+        if self.op.narrow:
+            p, rows = narrow(p), narrow(rows)
+        self.ok = p < rows
+        return smaller_integer(p, rows - 1)
+
     def _room(self):
         """The warp's shared memory for what it writes; None if that takes none."""
         out = self.walker.out
-        if out is None or not out.room or self.way.stage == "reduce":
+        if out is None or not out.room or self.way.stage == "reduce" or self.part.lanes == 1:
             return None
         warps = BLOCK // WARP if self.part.single else self.way.warps
         return shared(self.thread, out.room * warps) + (self.thread >> 5) * out.room
@@ -434,13 +480,19 @@ class Walk:
             return read((j >= first) & (j < first + self.part.span))
         return read(constant(j, True, "b1"))
 
+    def begin(self):
+        """Read, as far as nothing has to be waited for."""
+        if self.op.softmax and self.way.stage == "all" and self.way.kept == "registers":
+            self.held = self._read(self.own, None)
+
+    def settle(self):
+        """What is to be known of the row."""
+        self.op.look(self.frame, self.row)
+        self.op.settle(self.frame, self.row)
+
     def run(self):
         """Reduce, join, map; as far as this launch does it."""
         op, stage, reduced = self.op, self.way.stage, None
-        if op.softmax and stage == "all" and self.way.kept == "registers":
-            self.held = self._read(self.own, None)  # before anything is waited for
-        op.look(self.frame, self.row)
-        op.settle(self.frame, self.row)
         if op.softmax or op.sums:
             if self.part.single:
                 self.held = self._read(self.own, None)

@@ -25,15 +25,18 @@ from numbakern.cuda.device import (
     larger_halves,
     one_below,
     pack_halves,
+    polynomial,
     sum_tree,
     tree,
     unpack_half,
     where,
 )
+from numbakern.cuda.memory import is_there
 from numbakern.vmath import (
     EXP_RANGE,
+    LOG2_E,
     centre,
-    centre_near,
+    exp_constants,
     exp_nonpositive,
     exp_scaled,
     is_finite,
@@ -61,14 +64,33 @@ def safe(m):
     return where(is_finite(m), m, 0.0)
 
 
-def exponentials(m, elem):
+def exponentials(m, elem, known=True):
     """How to take exp(x − m) in `elem`: ((base, magic, floor) in elem, factor in float64).
 
-    Of an m of +inf or NaN every exponential is that of the floor: finite.
+    Of an m of +inf or NaN every exponential is that of the floor: finite. `known`: m is a number of
+    `elem`, as a maximum is; of float32 most is done in float32 then.
     """
+    if known and elem == "f4":
+        m, near = convert(m, elem), EXP_RANGE[elem].near
+        near = (m < near) & (m > -near)
+        base, ref = where(near, 0.0, m), where(near, m, 0.0)
+        magic, factor = _centre_near(ref)
+        return [base, magic, ref + EXP_RANGE[elem].floor], factor
     base, magic, floor, factor = centre(safe(m), elem)
     base = where(m < math.inf, base, m)
     return [convert(v, elem) for v in (base, magic, floor)], factor
+
+
+def _centre_near(ref):
+    """(magic, factor) as vmath.centre has them, of a float32 that need not be subtracted."""
+    span = EXP_RANGE["f4"]
+    t = fma(ref, span.log2_e[0], span.magic)  # magic + n, n an integer near ref·log2(e)
+    f = fma(convert(ref, "f8"), LOG2_E, -convert(t - span.magic, "f8"))
+    # 2**−f = 1 − c·f + f²·r(−f), of which the last one is small enough for float32.
+    one, c, *r = (v * 2.0**-span.scale for v in exp_constants("f4")[2:])
+    g = convert(-f, "f4")
+    factor = fma(-f, c, one + convert(g * g * polynomial(r, g), "f8"))
+    return (2 * span.magic + span.scale) - t, factor
 
 
 def scaled_exp(x, base, magic, floor, halves=False):
@@ -102,7 +124,7 @@ def share_of(op, row, left, numbers, m):
     Parameters
     ----------
     left : Value
-        How many there are.
+        How many there are; None if all are.
     numbers : iterable of (int, x, y, w)
         Number of the element, logit, target, class weight.
     """
@@ -120,7 +142,7 @@ def share_of(op, row, left, numbers, m):
             if not op.linear:
                 yield rest, below
                 continue
-            there = left > i
+            there = is_there(left, i, x)
             q, own = op.target(row, y, w)
             # A class that is no target adds nothing, not even where its logit is −inf.
             nll = where(there & (own != 0.0), own * (subtracted - x), 0.0)
@@ -141,7 +163,8 @@ def share_of_halves(op, words, kind, m, share):
     share : function () -> Share
         As `share_of` has it, for a large maximum: that has to be subtracted from each of them.
     """
-    near = (m < EXP_RANGE["f4"].near) & (m > -EXP_RANGE["f4"].near)
+    near, single = EXP_RANGE["f4"].near, convert(m, "f4")
+    near = (single < near) & (single > -near)
     return Share(*either(near, lambda: _near_halves(words, kind, m), lambda: share().known))
 
 
@@ -151,9 +174,9 @@ _LEAST = -126.0
 
 def _near_halves(words, kind, m):
     """How many of the halves are the maximum, and Σ exp(x − m) over the rest."""
-    magic, factor = centre_near(m, "f4")
-    magic = convert(magic, "f4")
-    top, least = (pack_halves(v, v, kind) for v in (convert(m, "f4"), convert(m + _LEAST, "f4")))
+    m = convert(m, "f4")
+    magic, factor = _centre_near(m)
+    top, least = (pack_halves(v, v, kind) for v in (m, m + _LEAST))
     found = []
 
     def terms():
@@ -214,7 +237,9 @@ def moved(op, m, share, top):
 
 def sum_of_terms(op, row, left, numbers):
     """Σ of an operation's terms over some elements, float64."""
-    return sum_tree(where(left > i, op.term(row, x, y, w), 0.0) for i, x, y, w in numbers)
+    return sum_tree(
+        where(is_there(left, i, x), op.term(row, x, y, w), 0.0) for i, x, y, w in numbers
+    )
 
 
 def width(op):
@@ -255,9 +280,8 @@ def join(op, board, over_parts):
 
 def row_log_sum(m, share, elem):
     """(k, rest, log Σ exp(x − m)) of a row, float64; NaN where the maximum is not finite."""
-    good = is_finite(m)
-    k = where(good, convert(share.k, "f8"), 1.0)
-    rest = where(good, share.rest, 0.0)
+    # Of any maximum the sums are finite, and k is 1 at least.
+    good, k, rest = is_finite(convert(m, elem)), convert(share.k, "f8"), share.rest
     # Smaller than every number of the type: what stands for the exponentials of −inf.
     tiny = {"f4": 2.0**-155, "f8": 0.0}[elem]
     if tiny:

@@ -15,6 +15,7 @@ from numbakern.cuda.device import (
     bits_of,
     constant,
     convert,
+    count_lanes,
     divide,
     float_of,
     load,
@@ -120,13 +121,23 @@ def put_row(sums, address, row, values):
     address : Value
         Of the node, for the first lane of its rows, or for the leader of a row that is one.
     values : list of Value
-        The row's, as many as there are sums; every lane of the row has them.
+        The row's, as many as there are sums; every lane of the row has them. A mask is 1 or 0.
     """
-    node = [(where(row.ok, v, 0.0),) for v in values]
     end = row.lanes * sums.rows
-    node = sums.over_lanes(node, row.lanes, end)
+    node = [_of_rows(sums, row, v, end) for v in values]
     leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
     sums.store(address, node, leader)
+
+
+def _of_rows(sums, row, v, end):
+    """The sum of a node, for the rows of so many lanes."""
+    if v.elem != "b1":
+        return sums.over_lanes([(where(row.ok, v, 0.0),)], row.lanes, end)[0]
+    zero = constant(row.number, 0.0, "f8")
+    if sums.rows == 1:
+        return (where(v & row.ok, constant(zero, 1.0, "f8"), 0.0),)
+    count = convert(count_lanes(v & row.leader, end), "f8")
+    return (count, zero) if sums.exact else (count,)
 
 
 # ---------------------------------------------------------------- steps

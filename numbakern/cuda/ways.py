@@ -55,6 +55,8 @@ OWN, BLOCKS = 1 << 10, 32
 """Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
+TINY, SMALLER = 4, 8
+"""Elements of rows of which a lane has several: one alone leaves it too little to read."""
 NEIGHBOURS = 8
 """Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
@@ -134,14 +136,14 @@ def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machi
     if columns:
         groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
         if part.single:
-            return [Launch(Way(1), groups, threads)], {}
+            return _alone(part, groups, threads, maps)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
     fine = not maps and count >= MANY * machine.multiprocessors
     if gathers and numbers and part.lanes > 1 and not part.chunks and (fine or part.single):
         return _gathered(part, parts, count, numbers, fine)
     if part.single:
-        return [Launch(Way(1), _ceil(count, BLOCK // part.lanes), BLOCK)], {}
+        return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps)
     if not part.chunks and not (fine and parts > FINE):
         return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
     found = None
@@ -151,6 +153,16 @@ def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machi
         rounds = max(1, parts // (FINE if fine else REDUCING))
         found = _in_rounds(parts, count, "no", 1, rounds, 8 * parts * numbers)
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
+
+
+def _alone(part, groups, threads, maps):
+    """`launches` of lanes that have their rows' only parts."""
+    abreast = 1
+    if part.exact and part.held <= TINY:
+        abreast = 4
+    elif part.exact and part.held <= SMALLER and not maps:
+        abreast = 2
+    return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
 
 
 def _gathered(part, parts, count, numbers, fine):
