@@ -332,7 +332,7 @@ class _Planner:
             blocks = 0
             if maps is not None and (part.crowded or (single and part.chunks)):
                 blocks = self.machine.beside(shared + maps.room * (threads // WARP))
-            elif maps is None and single and not (columns or way.gathers):
+            elif maps is None and single and not columns:
                 blocks = _roomy(part, threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return added

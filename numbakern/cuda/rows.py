@@ -482,7 +482,8 @@ class Walk:
 
     def begin(self):
         """Read, as far as nothing has to be waited for."""
-        if self.op.softmax and self.way.stage == "all" and self.way.kept == "registers":
+        early = self.op.softmax or self.part.exact
+        if early and self.way.stage == "all" and self.way.kept == "registers":
             self.held = self._read(self.own, None)
 
     def settle(self):
