@@ -375,9 +375,9 @@ class _Planner:
 
 SOON = 32
 """Halves of a lane, read one by one, that come soon enough for a block to wait for all its rows."""
-BESIDE, IN_ROUNDS = 16, 24
-"""Registers that a lane takes beside one for each load; those of one that has several parts."""
-FEW_LOST = 2
+BESIDE = 16
+"""Registers that a lane takes beside one for each load."""
+FEW_LOST = 4
 """Neighbouring halves that, read one by one, find in L1 what the others left: more wait for L1."""
 
 
@@ -385,8 +385,9 @@ def _roomy(part, threads):
     """Blocks of so many threads, a register for each load, that find registers; 0 to not tell."""
     if part.group > FEW_LOST and not part.chunks:
         return 0
-    registers = part.held + (IN_ROUNDS if part.chunks else BESIDE)
-    return max(1, REGISTERS // (-(-registers // 8) * 8 * threads))
+    blocks = REGISTERS / (-(-(part.held + BESIDE) // 8) * 8 * threads)
+    # In rounds a lane had better find too many than too few.
+    return max(1, int(blocks) if part.chunks else round(blocks))
 
 
 def _size(kind):
