@@ -262,7 +262,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     def terms(x, y, w, params):
         m, log_sum, keep, spread = params
         q = target(y and convert(y, "f8"), w and convert(w, "f8"), keep, spread)
-        nll = -formulas.log_softmax_value(convert(x, "f8"), m, log_sum)
+        nll = formulas.nll_value(convert(x, "f8"), m, log_sum)
         return (q * nll if loss else q), q
 
     def value(e, y, w, params):

@@ -236,9 +236,10 @@ def add_exponent(p, t):
 
 def split_exponent(y):
     """(n, 2**−n) such that y / 2**n is about in [√½, √2), for positive normal float64."""
-    one, root, exponent = 0x3FF00000, 0x3FE6A09E, -1 << 20  # the upper bits of 1, of √½, and which
+    one, root = 0x3FF00000, 0x3FE6A09E  # the upper words of 1 and of √½
     above = split(y)[1] - root
-    inverse = join(constant(above, 0, "i4"), one - (above & exponent))
+    # What is above the 20 bits of the mantissa is n.
+    inverse = join(constant(above, 0, "i4"), one - (above & (-1 << 20)))
     return convert(above >> 20, "f8"), inverse
 
 
@@ -292,7 +293,7 @@ def narrow(v):
 
 
 def shift_right(v, n):
-    """The bits moved right by a constant, zeros from the left."""
+    """The bits moved right by n, zeros from the left."""
     return v._binary("lshr", n)
 
 
@@ -342,12 +343,11 @@ def _by_words(v, move):
 
 def count_lanes(mask, lanes):
     """In how many of this lane and those behind it, `lanes` of the warp in all, the mask holds."""
-    word = mask.machine.ballot(mask.value)
+    word = mask.like(mask.machine.ballot(mask.value), "i4")
     if lanes < 32:
-        lane = mask.like(mask.machine.thread(), "i4") & 31
-        word = shift_right(mask.like(word, "i4"), lane) & ((1 << lanes) - 1)
-        word = word.value
-    return mask.like(mask.machine.ones(word), "i4")
+        lane = word.like(mask.machine.thread()) & 31
+        word = shift_right(word, lane) & ((1 << lanes) - 1)
+    return word.like(mask.machine.ones(word.value))
 
 
 def barrier(of):

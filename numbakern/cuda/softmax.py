@@ -71,14 +71,20 @@ def exponentials(m, elem, known=True):
     `elem`, as a maximum is; of float32 most is done in float32 then.
     """
     if known and elem == "f4":
-        m, near = convert(m, elem), EXP_RANGE[elem].near
-        near = (m < near) & (m > -near)
+        m = convert(m, elem)
+        near = _is_near(m)
         base, ref = where(near, 0.0, m), where(near, m, 0.0)
         magic, factor = _centre_near(ref)
         return [base, magic, ref + EXP_RANGE[elem].floor], factor
     base, magic, floor, factor = centre(safe(m), elem)
     base = where(m < math.inf, base, m)
     return [convert(v, elem) for v in (base, magic, floor)], factor
+
+
+def _is_near(m):
+    """Whether a float32 maximum need not be subtracted."""
+    near = EXP_RANGE["f4"].near
+    return (m < near) & (m > -near)
 
 
 def _centre_near(ref):
@@ -163,8 +169,7 @@ def share_of_halves(op, words, kind, m, share):
     share : function () -> Share
         As `share_of` has it, for a large maximum: that has to be subtracted from each of them.
     """
-    near, single = EXP_RANGE["f4"].near, convert(m, "f4")
-    near = (single < near) & (single > -near)
+    near = _is_near(convert(m, "f4"))
     return Share(*either(near, lambda: _near_halves(words, kind, m), lambda: share().known))
 
 

@@ -1,7 +1,8 @@
 """Who takes the parts of the rows, and where a row stays meanwhile: the launches of an operation.
 
-Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows that a block
-holds in registers are a block each. For longer ones there are
+Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows of one part
+are several to a block, the smallest several to a lane. Those that a block holds in registers are a
+block each. For longer ones there are
 
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
   registers would hold a block has several then, for one warp to finish (`gathered`);
@@ -55,8 +56,9 @@ OWN, BLOCKS = 1 << 10, 32
 """Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
-TINY, SMALLER = 4, 8
-"""Elements of rows of which a lane has several: one alone leaves it too little to read."""
+TINY, SMALL_ROW = 4, 8
+"""Elements of a row of which a lane has four, and of which it has two where they are only reduced:
+one alone leaves it too little to read."""
 NEIGHBOURS = 8
 """Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
@@ -160,7 +162,7 @@ def _alone(part, groups, threads, maps):
     abreast = 1
     if part.exact and part.held <= TINY:
         abreast = 4
-    elif part.exact and part.held <= SMALLER and not maps:
+    elif part.exact and part.held <= SMALL_ROW and not maps:
         abreast = 2
     return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
 
