@@ -193,26 +193,31 @@ def jax_modules():
     log = Log()
 
     class ArrayImpl:
-        def __init__(self, array, keep=None):
-            self._array, self._keep = array, keep
-            self.shape, self.dtype = array.shape, array.dtype
+        def __init__(self, array):
+            self._owner, self.shape, self.dtype = array, array.shape, array.dtype
+            taken = isinstance(array, pool.Array)
+            self._pointer = array.pointer if taken else array.ctypes.data
+
+        @functools.cached_property
+        def _array(self):
+            if not isinstance(self._owner, pool.Array):
+                return self._owner
+            raw = (ctypes.c_uint8 * max(self._owner.nbytes, 1)).from_address(self._pointer)
+            values = np.frombuffer(raw, self.dtype, int(np.prod(self.shape)))
+            return values.reshape(self.shape)
 
         def __dlpack_device__(self):
             return 2, 0
 
         def __dlpack__(self, *, stream=None, **_):
             log.append(("ready", stream))
-            a = self._array
-            return pool.capsule(self, a.ctypes.data, a.shape, a.dtype, (2, 0))
+            return pool.capsule(self, self._pointer, self.shape, self.dtype, (2, 0))
 
     def from_dlpack(array):
         assert array.__dlpack_device__()[0] == 2
         array.__dlpack__(stream=0xA0)  # as JAX does: the producer is told what will wait for it
         log.append(("from_dlpack", array.shape))
-        size = int(np.prod(array.shape)) * array.dtype.itemsize
-        raw = (ctypes.c_uint8 * max(size, 1)).from_address(array.pointer)
-        values = np.frombuffer(raw, array.dtype, int(np.prod(array.shape)))
-        return ArrayImpl(values.reshape(array.shape), array)
+        return ArrayImpl(array)
 
     jaxlib = module("jaxlib", ArrayImpl=ArrayImpl)
     dlpack = module("jax.dlpack", from_dlpack=from_dlpack)
@@ -349,14 +354,14 @@ class OnlyDLPack:
     """An array that has nothing but DLPack."""
 
     def __init__(self, array):
-        self._array = array
+        self._array, self._pointer = array, array.ctypes.data
 
     def __dlpack_device__(self):
         return 2, 0
 
     def __dlpack__(self, *, stream=None, **_):
         a = self._array
-        return pool.capsule(self, a.__array_interface__["data"][0], a.shape, a.dtype, (2, 0))
+        return pool.capsule(self, self._pointer, a.shape, a.dtype, (2, 0))
 
 
 class _VersionedTensor(ctypes.Structure):

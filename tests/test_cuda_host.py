@@ -899,8 +899,8 @@ def fake_driver(tmp_path_factory):
 # µs of our own on a quiet machine, beyond the launches and what the library does: what one launch
 # takes, and the training step with its three. JAX, and what we know nothing of, are exchanged by
 # DLPack or its like and held until the work is done.
-OURS = {"torch": (6.5, 9.5), "cupy": (6.5, 9.5), "numba": (6.5, 10.5), "interface": (8, 12)}
-OURS |= {"jax": (10, 16), "dlpack": (8, 13)}
+OURS = {"torch": (6, 8.5), "cupy": (6, 8.5), "numba": (6, 9.5), "interface": (7, 10.5)}
+OURS |= {"jax": (8, 11.5), "dlpack": (8, 11.5)}
 
 
 @needs_cuda_core

@@ -283,7 +283,7 @@ class Target:
                 launch.restore(before)
         if call.out is not None:
             call.out.written(self.given["out"])
-        if call.labels is not None and os.environ.get("NUMBAKERN_CHECK", "") not in ("", "0"):
+        if call.labels is not None and _CHECK in _SET and _checks_each_call():
             self._check_labels(call.labels)
         results, export = [], self.family.export
         for slot in call.results:
@@ -662,6 +662,13 @@ class Target:
 
 
 _FLOAT64 = np.dtype(np.float64)
+_CHECK = os.environ.encodekey("NUMBAKERN_CHECK")
+_SET = getattr(os.environ, "_data", (_CHECK,))
+"""The variables that are set: os.environ itself raises, and catches, for one that is not."""
+
+
+def _checks_each_call():
+    return os.environ.get("NUMBAKERN_CHECK", "") not in ("", "0")
 
 
 @functools.cache

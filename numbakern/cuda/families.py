@@ -228,42 +228,8 @@ class _FromPool(Family):
         return queue.allocate(size)
 
 
-class Jax(_FromPool):
-    """JAX's arrays on a GPU.
-
-    JAX does not tell which stream its work is on. So ours is used: DLPack lets it wait for an
-    array to be ready, and JAX wait for a result.
-    """
-
-    mutable = False
-    holds = True  # JAX would give its memory to other work, in the order of its own stream
-
-    def __init__(self):
-        self._from_dlpack = importlib.import_module("jax.dlpack").from_dlpack
-
-    def look(self, name, array, queue):
-        if queue is None:
-            queue = self.queue(array, array.__dlpack_device__()[1])
-        memory = _memory_view(name, array, queue.number)
-        pointer, dtype = memory.ptr, array.dtype
-        key = (self, memory.device_id, pointer & 15, dtype, memory.shape, memory.strides)
-        return key, pointer, (array, memory)
-
-    def describe(self, name, key):
-        return Described(key[4], _byte_strides(key[4], key[5], key[3]), key[3], False)
-
-    def handle(self, kept, device):
-        return None
-
-    def queue(self, kept, device):
-        return launch.device(device).own_stream
-
-    def export(self, owner):
-        return self._from_dlpack(owner)
-
-
 class DLPack(_FromPool):
-    """Any other library whose arrays speak DLPack.
+    """Any library whose arrays speak DLPack.
 
     Results are its own arrays if it has the array API's namespace, else `pool.Array`.
     """
@@ -273,21 +239,37 @@ class DLPack(_FromPool):
     def __init__(self, kind):
         self._namespace = hasattr(kind, "__array_namespace__")
         self._from_dlpack = None
+        launch.core()  # or the error says what is missing
+        self._view = importlib.import_module("cuda.core.utils").StridedMemoryView.from_dlpack
 
     def look(self, name, array, queue):
         if self._namespace and self._from_dlpack is None:
             self._from_dlpack = getattr(array.__array_namespace__(), "from_dlpack", None)
-        # The default stream waits for the array that decides, and the work goes there.
-        memory = _memory_view(name, array, launch.LEGACY if queue is None else queue.number)
+        try:
+            memory = self._view(array, self._first(array) if queue is None else queue.number)
+        except (BufferError, NotImplementedError) as error:
+            raise TypeError(f"{name}: {type(array).__name__} gives no DLPack: {error}") from None
+        try:
+            dtype = memory.dtype
+        except NotImplementedError:  # an older cuda.core knows no bfloat16
+            own = str(getattr(array, "dtype", ""))
+            dtype = _BFLOAT16 if own.endswith("bfloat16") else None
         pointer, shape, strides = memory.ptr, memory.shape, memory.strides
-        dtype = _dtype_of(array, memory)
         key = (self, memory.device_id, pointer & 15, dtype, shape, strides, not memory.readonly)
         return key, pointer, (array, memory)
+
+    def _first(self, array):
+        """The stream that waits for the array that decides where the work goes."""
+        return launch.LEGACY
 
     def describe(self, name, key):
         *_, dtype, shape, strides, writeable = key
         _check_dtype(name, dtype)
-        return Described(shape, _byte_strides(shape, strides, dtype), dtype, writeable)
+        if strides is None:
+            strides = contiguous_strides(shape, dtype.itemsize)
+        else:
+            strides = tuple([dtype.itemsize * n for n in strides])
+        return Described(shape, strides, dtype, writeable)
 
     def handle(self, kept, device):
         return None
@@ -297,6 +279,27 @@ class DLPack(_FromPool):
 
     def export(self, owner):
         return owner if self._from_dlpack is None else self._from_dlpack(owner)
+
+
+class Jax(DLPack):
+    """JAX's arrays on a GPU.
+
+    JAX does not tell which stream its work is on. So ours is used: DLPack lets it wait for an
+    array to be ready, and JAX wait for a result. Arguments are held until the work is done, for JAX
+    would give their memory to other work, in the order of its own stream.
+    """
+
+    mutable = False
+
+    def __init__(self):
+        super().__init__(None)
+        self._from_dlpack = importlib.import_module("jax.dlpack").from_dlpack
+
+    def _first(self, array):
+        return self.queue(array, array.__dlpack_device__()[1]).number
+
+    def queue(self, kept, device):
+        return launch.device(device).own_stream
 
 
 class Interface(_FromPool):
@@ -413,37 +416,9 @@ def _number(handle):
     return int(getattr(handle, "value", handle) or 0)
 
 
-@functools.cache
-def _from_dlpack():
-    launch.core()  # or the error says what is missing
-    return importlib.import_module("cuda.core.utils").StridedMemoryView.from_dlpack
-
-
-def _memory_view(name, array, stream):
-    try:
-        return _from_dlpack()(array, stream)
-    except (BufferError, NotImplementedError) as error:
-        raise TypeError(f"{name}: {type(array).__name__} gives no DLPack: {error}") from None
-
-
-def _dtype_of(array, memory):
-    """The NumPy dtype of what DLPack gave; None if there is none."""
-    try:
-        return memory.dtype
-    except NotImplementedError:  # an older cuda.core knows no bfloat16
-        own = str(getattr(array, "dtype", ""))
-        return _BFLOAT16 if own.endswith("bfloat16") else None
-
-
 def _check_dtype(name, dtype):
     if dtype is None:
         raise TypeError(f"{name}: expected an array of numbers, got a type that NumPy has not")
-
-
-def _byte_strides(shape, strides, dtype):
-    if strides is None:
-        return contiguous_strides(shape, dtype.itemsize)
-    return tuple([dtype.itemsize * n for n in strides])
 
 
 @functools.cache

@@ -111,7 +111,7 @@ class Device:
             stream = self._streams.setdefault(handle, stream)
         return stream
 
-    @property
+    @functools.cached_property
     def own_stream(self):
         """A stream of our own, for arrays that come with none."""
         return self._once("own_stream", self._create_stream)
@@ -124,7 +124,7 @@ class Device:
             restore(before)
         return Stream(self, int(stream.handle), stream)
 
-    @property
+    @functools.cached_property
     def report(self):
         """The record of bad labels; there is none before the first call with labels."""
         return self._once("report", lambda: bad_labels.Report(_Words(self)))

@@ -100,6 +100,8 @@ class Array:
         Address of the first element.
     """
 
+    __slots__ = ("__weakref__", "_buffer", "dtype", "nbytes", "pointer", "shape", "stream")
+
     def __init__(self, shape, dtype, stream):
         self.shape, self.dtype, self.stream = shape, dtype, stream
         self.nbytes = math.prod(shape) * dtype.itemsize
