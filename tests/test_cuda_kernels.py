@@ -470,8 +470,7 @@ def test_rows_that_are_finished_together(dtype, classes, reduction):
             for s in made.steps
             if "way" in (params := dict(s.spec.params))
         ]
-        one_by_one = dtype in (bfloat16, float16) and classes % 2
-        assert one_by_one or machine is MACHINE or all(gathered)
+        assert machine is MACHINE or all(gathered)
     for one in found[1:]:
         assert cases.same_bits(one["loss"], found[0]["loss"])
     assert cases.same_bits(found[1]["row_lse"], found[3]["row_lse"])
@@ -1050,7 +1049,7 @@ def test_shared_memory_of_a_launch_has_an_end():
 def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True):
     part = partition(classes, size)
     shelf = 32 * part.vectors * part.group * size
-    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, not maps, False, machine)
+    found, _ = ways.launches(part, classes, count, numbers, shelf, maps, False, machine)
     return found
 
 
@@ -1134,19 +1133,28 @@ def test_blocks_find_shared_memory_beside_one_another(classes):
     assert beside * (shared + 1024) <= 228 << 10 < (beside + 1) * (shared + 1024)
 
 
-@pytest.mark.parametrize("classes", [4096, 8192, 16384, 128256])
-@pytest.mark.parametrize("count", [300, 132 * 32 - 1, 132 * 32, 10**6])
-def test_rows_that_are_only_reduced_are_taken_by_small_blocks(classes, count):
-    """Of the smallest each multiprocessor gets several waves; a row that fits waits for no other
-    round while there are few. Where there are many, several are finished together."""
+@pytest.mark.parametrize("classes", [4096, 5000, 16384])
+@pytest.mark.parametrize("count", [300, 132 * 18 - 1, 132 * 18, 10**6])
+def test_rows_that_are_only_reduced_have_a_warp_each(classes, count):
+    """Where there are many: four of a block are finished together. Of few, registers hold all."""
     ((way, grid, threads, _),) = ways_of(classes, count, maps=False)
-    assert grid == -(-count // max(1, way.gathers)) and threads == 32 * way.warps
-    if count >= 132 * 32:
-        assert way.warps <= 8 and way.gathers == (0 if classes == 128256 else 2)
-    elif classes == 128256:
-        assert (way.warps, way.kept) == (9, "no")
+    assert threads == 32 * way.warps
+    if count >= 132 * 18:
+        assert (way.warps, way.gathers, way.kept, grid) == (4, 4, "no", -(-count // 4))
     else:
-        assert way.kept == "registers" and not way.gathers
+        assert (way.gathers, way.kept, grid) == (0, "registers", count)
+
+
+@pytest.mark.parametrize("count", [300, 593, 594, 10**6])
+@pytest.mark.parametrize("classes", [20_000, 32_000, 50_257, 65_537, 128_256, 151_936, 262_144])
+def test_long_rows_that_are_only_reduced_are_taken_by_small_blocks(classes, count):
+    """In the last round hardly a warp has nothing to do; each multiprocessor gets 18 at least."""
+    ((way, grid, _, _),) = ways_of(classes, count, maps=False)
+    parts = partition(classes, 4).parts(classes)
+    assert grid == count and way.kept == "no" and not way.gathers
+    least = 4 if count * 4 >= 132 * 18 else 8
+    assert least <= way.warps < 2 * least
+    assert -(-parts // way.warps) * way.warps <= 1.06 * parts
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64])

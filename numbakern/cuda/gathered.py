@@ -1,11 +1,12 @@
 """The walker for rows that are only reduced, several in a block: a few lanes of a warp finish each.
 
 What there is to do once a row takes as long as reducing a hundred of its elements, and in `rows`
-all lanes of the row do it, or a warp. Here a block's rows leave their parts' sums on boards beside
-one another, and one warp, a lane for each part, joins and finishes all of them at once.
+all lanes of the row do it, or a warp. Here a warp or a part of one reduces a row, part by part. The
+block's rows leave their parts' sums on boards beside one another, and one warp, a lane for each
+part, joins and finishes all of them at once.
 """
 
-from numbakern.cuda.device import convert, dynamic_shared, narrow, smaller_integer, when
+from numbakern.cuda.device import convert, dynamic_shared, smaller_integer, when
 from numbakern.cuda.reduce import WARP, SharedBoard, team_fold
 from numbakern.cuda.rows import Rows, Walk, joiners_of
 from numbakern.cuda.softmax import reduced_of, width
@@ -20,15 +21,13 @@ class Gathered(Rows):
 
 
 class _Gathered(Walk):
-    """A warp's way through its parts of the block's rows."""
+    """A warp's way through the parts of one of the block's rows, or of several of one part each."""
 
     def _place_row(self, frame, op):
-        part, thread, rows = self.part, self.thread, self.way.gathers
-        lanes = min(part.lanes, WARP)
-        self.lane, team = thread & (lanes - 1), thread >> (lanes.bit_length() - 1)
-        self.first = frame.block * rows
-        row, self.own = team & (rows - 1), team >> (rows.bit_length() - 1)
-        self.step = narrow(frame.constant(self.way.warps // rows, "i8"))
+        lanes = min(self.part.lanes, WARP)
+        self.lane, row = self.thread & (lanes - 1), self.thread >> (lanes.bit_length() - 1)
+        self.first = frame.block * self.way.gathers
+        self.own, self.step = (frame.constant(n, "i4") for n in (0, 1))  # all of its parts
         self._take(row, self.lane == 0, lanes)
         self.ok = frame.constant(True, "b1")  # one more is the last row once more
 
@@ -51,7 +50,7 @@ class _Gathered(Walk):
         op.look(self.frame, row)
         self._each(self._reduce, self._read_logit)
         if self.logit is not None:
-            self.board.put(self.count, [self.logit], self.lane, self._first())
+            self.board.put(self.count, [self.logit], self.lane, self.lane == 0)
         self.board.end()
         rows, lanes = self.way.gathers, joiners_of(self.part)
         finishing = self.thread < max(WARP, rows * lanes)
@@ -60,11 +59,7 @@ class _Gathered(Walk):
     def _read_logit(self):
         """Read the logit at the label, while the row is on its way."""
         read = self.op.logit(self.frame, self.row)
-        self.logit = read and read(self._first())
-
-    def _first(self):
-        """Whether this is the first lane of its row."""
-        return (self.own == 0) & (self.lane == 0)
+        self.logit = read and read(self.lane == 0)
 
     def _finish_rows(self, rows, lanes):
         """A row for each `lanes` threads."""

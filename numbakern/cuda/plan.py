@@ -303,7 +303,6 @@ class _Planner:
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 for a in accesses.values())
-        gathers = maps is None and not (single and part.held > SOON)
         found, constants = launches(
             part,
             self.classes,
@@ -311,7 +310,6 @@ class _Planner:
             numbers,
             shelf,
             maps is not None,
-            gathers,
             columns,
             machine,
         )
@@ -373,8 +371,6 @@ class _Planner:
         return "shifted" if part.group * size <= ACCESS else "single"
 
 
-SOON = 32
-"""Halves of a lane, read one by one, that come soon enough for a block to wait for all its rows."""
 BESIDE = 16
 """Registers that a lane takes beside one for each load."""
 FEW_LOST = 4

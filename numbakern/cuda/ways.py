@@ -5,7 +5,8 @@ are several to a block, the smallest several to a lane. Those that a block holds
 block each. For longer ones there are
 
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
-  registers would hold a block has several then, for one warp to finish (`gathered`);
+  registers would hold a warp each, if there are many: a block has several then, for one warp to
+  finish (`gathered`);
 - a block each, which keeps in its shared memory what the map needs again: all of the row, or as
   many of its parts as there is room for. The others are read again, the last ones first: those L2
   still has;
@@ -41,11 +42,11 @@ WALKING, SMALL = 16, 8
 """Warps of a block that takes long rows part by part, at most; where several find shared memory
 beside one another."""
 REDUCING, FINE = 8, 4
-"""The same of one that only reduces, at least: there are to be several beside one another."""
-MANY = 32
-"""Rows for each multiprocessor from which on those are FINE."""
+"""The same of one that only reduces, at least: FINE ones where they keep a multiprocessor BUSY."""
+BUSY = 18
+"""Warps of a multiprocessor, of all rows, with which it has enough to read."""
 GATHERING = 256
-"""Threads of a block that finishes several of many rows together."""
+"""Threads of a block that finishes together many rows of lanes of a warp."""
 EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 HELD = 8
@@ -82,6 +83,10 @@ class Machine(NamedTuple):
     cluster: int = 1
     together: bool = False
 
+    def is_busy(self, warps):
+        """Whether so many in all let each multiprocessor have BUSY of them."""
+        return warps >= BUSY * self.multiprocessors
+
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
         return min(BLOCKS, max(1, (self.shared + OWN) // (shared + OWN)))
@@ -116,7 +121,7 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
-def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machine):
+def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     """The launches for `count` rows of so many classes, and constants that they need.
 
     Parameters
@@ -128,8 +133,6 @@ def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machi
         Bytes that a warp needs to keep a part in shared memory; 0 if it cannot.
     maps : bool
         Whether there is a map.
-    gathers : bool
-        Whether several rows of a block may be finished together, of those that are only reduced.
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
@@ -140,20 +143,25 @@ def launches(part, classes, count, numbers, shelf, maps, gathers, columns, machi
         if part.single:
             return _alone(part, groups, threads, maps)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
-    # Where nothing is kept small blocks are best, if each multiprocessor gets many of them.
-    fine = not maps and count >= MANY * machine.multiprocessors
-    if gathers and numbers and part.lanes > 1 and not part.chunks and (fine or part.single):
-        return _gathered(part, parts, count, numbers, fine)
+    gathers = numbers and not (maps or part.chunks)
     if part.single:
+        if gathers and part.lanes > 1:
+            fine = machine.is_busy(count * part.lanes // WARP)
+            return _gathered(part, count, GATHERING if fine else BLOCK, numbers)
         return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps)
-    if not part.chunks and not (fine and parts > FINE):
-        return [Launch(Way(parts), count, parts * WARP, 8 * parts * numbers)], {}
+    if gathers and machine.is_busy(count):
+        return _gathered(part, count, FINE * WARP, numbers)
+    board = 8 * parts * numbers
+    if not part.chunks:
+        return [Launch(Way(parts), count, parts * WARP, board)], {}
     found = None
     if numbers and maps:
         found = _mapped(part, parts, count, numbers, shelf, machine)
-    elif numbers and count >= 2 * machine.multiprocessors and 8 * parts * numbers <= BOARD:
-        rounds = max(1, parts // (FINE if fine else REDUCING))
-        found = _in_rounds(parts, count, "no", 1, rounds, 8 * parts * numbers)
+    elif numbers and count >= 2 * machine.multiprocessors and board <= BOARD:
+        least = FINE if machine.is_busy(count * FINE) else REDUCING
+        # Of so many and more, those of which the fewest wait in the last round.
+        warps = min(range(least, 2 * least), key=lambda warps: warps * _ceil(parts, warps))
+        found = _in_rounds(parts, count, "no", 1, warps, board)
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
@@ -167,20 +175,12 @@ def _alone(part, groups, threads, maps):
     return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
 
 
-def _gathered(part, parts, count, numbers, fine):
-    """`launches` of blocks that have several rows and finish them together."""
-    if part.single:
-        threads = GATHERING if fine else BLOCK
-        warps, rows, rounds = threads // WARP, threads // part.lanes, 1
-    else:
-        rounds = _ceil(parts, FINE)
-        each = _ceil(parts, rounds)
-        rows = 1 << (GATHERING // WARP // each).bit_length() - 1
-        warps = rows * each
-    way = Way(warps, kept="registers" if rounds == 1 else "no", gathers=rows)
-    board = 8 * rows * numbers_of(part, numbers)
-    launch = Launch(way, _ceil(count, rows), warps * WARP, board)
-    return [launch], {"rounds": rounds}
+def _gathered(part, count, threads, numbers):
+    """`launches` of blocks that finish several rows together, of a warp or less each."""
+    rows, kept = threads // min(part.lanes, WARP), "registers" if part.single else "no"
+    way = Way(threads // WARP, kept=kept, gathers=rows)
+    launch = Launch(way, _ceil(count, rows), threads, 8 * rows * numbers_of(part, numbers))
+    return [launch], {"rounds": part.parts(1)}
 
 
 def _mapped(part, parts, count, numbers, shelf, machine):
@@ -200,7 +200,8 @@ def _mapped(part, parts, count, numbers, shelf, machine):
         places = parts if alone else rounds * _ceil(parts, rounds * blocks)
         size = board + shelf * places
         if shelf and (many or not alone) and size <= machine.shared:
-            return _in_rounds(parts, count, "shared", blocks, rounds, size)
+            warps = _ceil(parts, rounds * blocks)
+            return _in_rounds(parts, count, "shared", blocks, warps, size)
         blocks *= 2
     blocks = _ceil(parts, HELD)
     room = min(WARP, machine.multiprocessors // ROOM)  # a thread of a block for each part
@@ -210,20 +211,20 @@ def _mapped(part, parts, count, numbers, shelf, machine):
         return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
     if not many:
         return None
-    rounds = _ceil(parts, WALKING)
+    warps = _ceil(parts, _ceil(parts, WALKING))
     places = (machine.shared - board) // shelf if shelf else 0
     if places < 1:
-        return _in_rounds(parts, count, "no", 1, rounds, board)
+        return _in_rounds(parts, count, "no", 1, warps, board)
     size = board + shelf * places
-    found, constants = _in_rounds(parts, count, "partly", 1, rounds, size)
+    found, constants = _in_rounds(parts, count, "partly", 1, warps, size)
     return found, constants | {"shelved": places}
 
 
-def _in_rounds(parts, count, kept, blocks, rounds, size):
-    """Blocks of as many warps as find a part in nearly every round."""
-    warps = _ceil(parts, rounds * blocks)
+def _in_rounds(parts, count, kept, blocks, warps, size):
+    """Blocks of so many warps, which go through a row's parts in as many rounds as it takes."""
     way = Way(warps, cluster=blocks, kept=kept)
-    return [Launch(way, count * blocks, warps * WARP, size)], {"rounds": rounds}
+    launch = Launch(way, count * blocks, warps * WARP, size)
+    return [launch], {"rounds": _ceil(parts, warps * blocks)}
 
 
 def _spread(groups, parts, warps, threads, numbers, maps, machine):
