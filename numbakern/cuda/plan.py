@@ -18,11 +18,9 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.totals import Sums
-from numbakern.cuda.ways import MACHINE, NEIGHBOURS, launches
+from numbakern.cuda.ways import LANE, MACHINE, NEIGHBOURS, REGISTERS, launches
 
 BAD_BITS = kernels.BAD_BITS
-REGISTERS = 1 << 16
-"""Of a multiprocessor."""
 NARROW = (1 << 31) - (1 << 10)
 """Beyond every number that 32 bits are to hold: a block's rows behind the last one fit as well."""
 
@@ -310,6 +308,7 @@ class _Planner:
             numbers,
             shelf,
             maps is not None,
+            _registers(part) if single else LANE,
             columns,
             machine,
         )
@@ -377,11 +376,16 @@ FEW_LOST = 4
 """Neighbouring halves that, read one by one, find in L1 what the others left: more wait for L1."""
 
 
+def _registers(part):
+    """Of a lane that reads halves one by one, a register for each load, about."""
+    return -(-(part.held + BESIDE) // 8) * 8
+
+
 def _roomy(part, threads):
     """Blocks of so many threads, a register for each load, that find registers; 0 to not tell."""
     if part.group > FEW_LOST and not part.chunks:
         return 0
-    blocks = REGISTERS / (-(-(part.held + BESIDE) // 8) * 8 * threads)
+    blocks = REGISTERS / (_registers(part) * threads)
     # In rounds a lane had better find too many than too few.
     return max(1, int(blocks) if part.chunks else round(blocks))
 

@@ -41,20 +41,23 @@ FULL = 1024
 WALKING, SMALL = 16, 8
 """Warps of a block that takes long rows part by part, at most; where several find shared memory
 beside one another."""
-REDUCING, FINE = 8, 4
-"""The same of one that only reduces, at least: FINE ones where they keep a multiprocessor BUSY."""
+REDUCING = (3, 4, 5, 6, 8, 11)
+"""The same of one that only reduces: a few numbers, for each is another kernel."""
+GATHERING, LANES = 4, 256
+"""Rows of a warp each that a block finishes together; threads of one whose rows take less."""
 BUSY = 18
-"""Warps of a multiprocessor, of all rows, with which it has enough to read."""
-GATHERING = 256
-"""Threads of a block that finishes together many rows of lanes of a warp."""
+"""Warps of a multiprocessor, of all rows, from which on a warp for each row is enough."""
 EVEN = 8
 """Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
-OWN, BLOCKS = 1 << 10, 32
-"""Bytes of shared memory that the driver keeps of each block; blocks of a multiprocessor."""
+OWN, BLOCKS, REGISTERS = 1 << 10, 32, 1 << 16
+"""Bytes of shared memory that the driver keeps of each block; blocks and registers of a
+multiprocessor."""
+LANE = 55
+"""Registers of a lane that only reduces, about; one that reads many halves one by one has more."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 TINY, SMALL_ROW = 4, 8
@@ -84,8 +87,13 @@ class Machine(NamedTuple):
     together: bool = False
 
     def is_busy(self, warps):
-        """Whether so many in all let each multiprocessor have BUSY of them."""
+        """Whether there are so many in all that each multiprocessor has BUSY of them."""
         return warps >= BUSY * self.multiprocessors
+
+    def waves(self, blocks, warps, registers):
+        """How often all multiprocessors are filled with blocks of so many warps."""
+        beside = REGISTERS // (registers * WARP * warps)
+        return _ceil(blocks, beside * self.multiprocessors)
 
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
@@ -121,7 +129,7 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
-def launches(part, classes, count, numbers, shelf, maps, columns, machine):
+def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine):
     """The launches for `count` rows of so many classes, and constants that they need.
 
     Parameters
@@ -133,6 +141,8 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         Bytes that a warp needs to keep a part in shared memory; 0 if it cannot.
     maps : bool
         Whether there is a map.
+    registers : int
+        Of a lane, about, if there is no map.
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
@@ -145,12 +155,13 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     gathers = numbers and not (maps or part.chunks)
     if part.single:
-        if gathers and part.lanes > 1:
-            fine = machine.is_busy(count * part.lanes // WARP)
-            return _gathered(part, count, GATHERING if fine else BLOCK, numbers)
+        # What wants more registers comes late: rows had better not wait for each other.
+        if gathers and part.lanes > 1 and registers <= LANE:
+            threads = LANES if machine.is_busy(count * part.lanes // WARP) else BLOCK
+            return _gathered(part, count, threads, numbers)
         return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps)
     if gathers and machine.is_busy(count):
-        return _gathered(part, count, FINE * WARP, numbers)
+        return _gathered(part, count, GATHERING * WARP, numbers)
     board = 8 * parts * numbers
     if not part.chunks:
         return [Launch(Way(parts), count, parts * WARP, board)], {}
@@ -158,10 +169,11 @@ def launches(part, classes, count, numbers, shelf, maps, columns, machine):
     if numbers and maps:
         found = _mapped(part, parts, count, numbers, shelf, machine)
     elif numbers and count >= 2 * machine.multiprocessors and board <= BOARD:
-        least = FINE if machine.is_busy(count * FINE) else REDUCING
-        # Of so many and more, those of which the fewest wait in the last round.
-        warps = min(range(least, 2 * least), key=lambda warps: warps * _ceil(parts, warps))
-        found = _in_rounds(parts, count, "no", 1, warps, board)
+
+        def rounds(warps):  # of all waves
+            return machine.waves(count, warps, registers) * _ceil(parts, warps)
+
+        found = _in_rounds(parts, count, "no", 1, min(REDUCING, key=rounds), board)
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
