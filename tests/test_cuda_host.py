@@ -143,7 +143,7 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     (0, {192: (134, 0), (192, 3): (96, 104), (192, 2): (160, 0)},
      [192, (192, 3), (192, 2)], (192, 2)),
     (0, {192: (134, 0), (192, 3): (96, 104), (192, 2): (168, 8)}, [192, (192, 3), (192, 2)], 192),
-    (0, {192: (165, 0)}, [192], 192),
+    (0, {192: (250, 0)}, [192], 192),
     # With room for no more blocks, or for fewer, it may have their registers.
     (32, {128: (87, 0), (128, 5): (96, 0)}, [128, (128, 5)], (128, 5)),
     (2, {192: (80, 0), (192, 2): (157, 0)}, [192, (192, 2)], (192, 2)),
@@ -152,14 +152,17 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     # As many blocks without one.
     (0, {128: (72, 8), (128, 7): (72, 0)}, [128, (128, 7)], (128, 7)),
     # Only with more registers: the fewest of them first.
-    (0, {128: (72, 8), (128, 7): (72, 16), None: (80, 0)}, [128, (128, 7), None], None),
+    (0, {128: (72, 8), (128, 7): (72, 16), (128, 6): (80, 0)},
+     [128, (128, 7), (128, 6)], (128, 6)),
+    (0, {128: (72, 8), (128, 7): (72, 16), (128, 6): (80, 8), None: (80, 0)},
+     [128, (128, 7), (128, 6), None], None),
     # What does not fit into a multiprocessor is no kernel.
     (0, {512: (128, 8), (512, 1): (128, 24), None: (168, 0)}, [512, (512, 1), None], 512),
     (0, {128: (255, 8), (128, 2): (240, 8), None: (255, 8), (128, 1): (240, 0)},
-     [128, (128, 2), None, (128, 1)], (128, 1)),
+     [128, (128, 2), (128, 1)], (128, 1)),
     # Nowhere: the compiler's own choice.
-    (0, {128: (72, 8), (128, 7): (72, 4), None: (80, 4), (128, 1): (96, 4)},
-     [128, (128, 7), None, (128, 1)], 128),
+    (0, {128: (72, 8), (128, 7): (72, 4), (128, 6): (80, 4), None: (80, 4), (128, 1): (96, 4)},
+     [128, (128, 7), (128, 6), None, (128, 1)], 128),
 ])  # fmt: skip
 def test_code_without_a_stack_where_there_is_some(room, answers, tried, taken, monkeypatch):
     from numbakern.cuda import compile

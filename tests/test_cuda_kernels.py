@@ -1155,7 +1155,7 @@ def test_long_rows_that_are_only_reduced_fill_the_machine(classes, registers):
         ((way, grid, _, _),) = ways_of(classes, count, maps=False, registers=registers)
         assert grid == count and way.kept == "no" and not way.gathers and way.warps <= 11
 
-        def idle(warps):
+        def idle(warps, count=count):
             """Of the warps that there is room for, in all rounds, the share without a part."""
             beside = (1 << 16) // (registers * 32 * warps)
             waves = -(-count // (132 * beside))

@@ -166,7 +166,7 @@ def blocks_of(threads, registers):
     return warps // -(-threads // 32)
 
 
-NEARLY, FEW = 40, 8
+NEARLY, FEW = 72, 8
 """Registers too many, blocks too few, for which another compilation is worth a try."""
 
 
@@ -174,18 +174,19 @@ def compile_well(function, arg_types, arch, threads, room=0):
     """As `compile_kernel` for blocks of so many threads, if possible without a stack.
 
     To fit one more block into a multiprocessor, ptxas may leave a few registers too few and move
-    values to memory and back. Told how many blocks there are to be, or not told how large they are,
-    it often finds a way that takes no or few more registers. Where it has taken a few more than
-    would let in one block more, it is told of that block, or if that takes a stack, of those there
-    are. And of so many blocks as there is also other room for (`room`; 0 to not tell). It takes all
-    of their registers then, and asks for more before it waits.
+    values to memory and back. Told how many blocks there are to be, or of one less, or not told
+    how large they are, it often finds a way that takes no or few more registers. Where it has taken
+    more than would let in one block more, it is told of that block, or if that takes a stack, of
+    those there are. And of so many blocks as there is also other room for (`room`; 0 to not tell).
+    It takes all of their registers then, and asks for more before it waits.
     """
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
     tried: list[tuple[int, int] | None] = [(threads, min(room, blocks))] if room else []
     if used.stack:
-        tried += [(threads, blocks), None, (threads, 1)]
+        fewer = [(threads, blocks - 1)] if blocks > 1 else []
+        tried += [(threads, blocks), *fewer, None, (threads, 1)]
     elif not room and blocks < FEW and blocks_of(threads, max(1, used.registers - NEARLY)) > blocks:
         tried = [(threads, blocks + 1), (threads, blocks)]
     for bounds in dict.fromkeys(tried):

@@ -31,7 +31,7 @@ LIMIT = 0.10
 """How far above the smooth curve a predicted time may be."""
 SWEPT = tuple(
     (operation, kind)
-    for operation in ("log_softmax", "cross_entropy_value_and_grad")
+    for operation in ("log_softmax", "cross_entropy", "cross_entropy_value_and_grad")
     for kind in ("f4", "bf")
 )
 BEGIN, END = "<!-- predictions -->\n", "<!-- end of the predictions -->\n"
@@ -344,8 +344,8 @@ def draw(sweeps, path: Path) -> None:
             }
         )  # fmt: skip
         figure, panels = plt.subplots(
-            -(-len(sweeps) // 2), 2, figsize=(9, 6), layout="constrained", squeeze=False,
-            sharex=True,
+            rows := -(-len(sweeps) // 2), 2, figsize=(9, 3 * rows), layout="constrained",
+            squeeze=False, sharex=True,
         )  # fmt: skip
         for axes, ((operation, kind), points) in zip(panels.flat, sweeps.items(), strict=False):
             for layout, colour, label in zip(
@@ -362,9 +362,9 @@ def draw(sweeps, path: Path) -> None:
                       label="smooth curve")  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+            axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
             axes.set_yticks([], minor=True)
-            axes.set_ylim(0.9, 14)
+            axes.set_ylim(0.45, 14)
             axes.set_title(f"{operation}, {_NAMES[kind]}", fontsize=9)
             axes.grid(which="major")
         for axes in panels[-1]:

@@ -106,7 +106,8 @@ class Partition(NamedTuple):
     def sure(self):
         """Groups that each lane has of a row's only part, or of each part but its last one."""
         spare = _grain(self.vectors) if self.single else 0
-        return (self.vectors - spare) // 2 * 2
+        sure = self.vectors - spare
+        return sure // 2 * 2 if self.group == 1 else sure
 
     @property
     def held(self):
