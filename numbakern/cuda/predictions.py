@@ -153,6 +153,8 @@ def way_of(operation, kind, classes, gpu: Gpu) -> tuple[str, str]:
         where = "shared memory" if way.kept == "shared" else "shared memory, the rest read again"
     elif way.kept == "no":
         where = "read again" if maps else "read once, in rounds"
+    if way.gathers:
+        return "a warp", where
     return "a cluster of blocks" if way.cluster > 1 else "a block", where
 
 
