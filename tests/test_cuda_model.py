@@ -808,12 +808,22 @@ def test_every_kernel_pairs_with_its_trace(operation, gpu):
 # should be, and how far at most. A range that has become smooth is to be taken out.
 TWICE = "what shared memory does not hold of a row is read twice, the second time mostly past L2"
 ONCE = "what is computed once a row takes longer than all that moves of two halves and their label"
+ROOM = "up to a fifth of the places that lanes have for such a row, in whole groups, stays empty"
+LATE = "halves come one by one, and too few warps find registers to wait for more of them"
+WAVES = "the last wave of so many blocks fills little of the machine"
 CLIFFS = (
     ("log_softmax", "f4", "single", 138241, 262143, 0.35, TWICE),
     ("log_softmax", "f4", "whole", 138240, 262144, 0.35, TWICE),
     ("log_softmax", "f4", "shifted", 131072, 262144, 0.35, TWICE),
     ("log_softmax", "bf", "single", 245761, 245761, 0.15, TWICE),
     ("log_softmax", "bf", "shifted", 245760, 262144, 0.15, TWICE),
+    ("cross_entropy", "bf", "shifted", 2056, 2056, 0.2, ROOM),
+    ("cross_entropy", "bf", "single", 2305, 3841, 0.15, LATE),
+    ("cross_entropy", "bf", "shifted", 8968, 14344, 0.2, ROOM),
+    ("cross_entropy", "bf", "single", 10241, 16383, 0.15, LATE),
+    ("cross_entropy", "bf", "shifted", 21640, 22096, 0.15, LATE),
+    ("cross_entropy", "bf", "single", 42241, 42241, 0.15, LATE),
+    ("cross_entropy", "bf", "whole", 56472, 56472, 0.15, WAVES),
     ("cross_entropy_value_and_grad", "f4", "single", 138241, 262143, 0.35, TWICE),
     ("cross_entropy_value_and_grad", "f4", "whole", 138240, 262144, 0.35, TWICE),
     ("cross_entropy_value_and_grad", "f4", "shifted", 131008, 262144, 0.35, TWICE),
