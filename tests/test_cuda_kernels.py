@@ -1078,7 +1078,8 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
             assert part.span * size <= 4096
             # What a lane reads without a mask is there: of a row's only part, or of a full one.
             assert part.group * part.lanes * part.sure <= classes or not part.single
-            assert part.sure <= part.vectors and part.sure % 2 == 0
+            assert part.sure <= part.vectors
+            assert part.group > 1 or part.sure % 2 == 0  # two halves share a word
 
 
 @pytest.mark.parametrize(
