@@ -62,11 +62,14 @@ def supported(name: str, array: Any) -> Kind:
 def _supported(name: str, dtype: np.dtype) -> Kind:
     kind = kind_of(dtype)
     if kind is None:
-        raise TypeError(
-            f"{name}: expected float16, bfloat16, float32, float64, integers or bool, "
-            f"got dtype {dtype}"
-        )
+        raise unsupported(name, dtype)
     return kind
+
+
+def unsupported(name: str, dtype: object) -> TypeError:
+    """The error for elements that nothing is computed of."""
+    expected = "float16, bfloat16, float32, float64, integers or bool"
+    return TypeError(f"{name}: expected {expected}, got dtype {dtype}")
 
 
 def result_kind(dtype: Any, default: Kind) -> Kind:

@@ -386,11 +386,11 @@ class _VersionedTensor(ctypes.Structure):
 
 
 class Versioned(OnlyDLPack):
-    """A float32 array by the newer protocol, which can say that it is read-only."""
+    """An array by the newer protocol, which can say that it is read-only, of any DLDataType."""
 
-    def __init__(self, array, read_only):
+    def __init__(self, array, read_only, code=2, bits=32):
         super().__init__(array)
-        self._read_only, self._tensors = read_only, []
+        self._read_only, self._of, self._tensors = read_only, (code, bits), []
 
     def __dlpack__(self, *, stream=None, max_version=None, **_):
         assert max_version >= (1, 0)
@@ -398,7 +398,7 @@ class Versioned(OnlyDLPack):
         tensor.version[:], tensor.flags = (1, 0), int(self._read_only)
         tensor.deleter = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
         tensor.data, tensor.device[:] = a.__array_interface__["data"][0], (2, 0)
-        tensor.ndim, tensor.code, tensor.bits, tensor.lanes = a.ndim, 2, 32, 1
+        tensor.ndim, (tensor.code, tensor.bits), tensor.lanes = a.ndim, self._of, 1
         steps = [s // a.itemsize for s in a.strides]
         tensor.sizes[: 2 * a.ndim] = [*a.shape, *steps]
         tensor.shape = ctypes.addressof(tensor) + _VersionedTensor.sizes.offset

@@ -1161,3 +1161,19 @@ def test_a_cached_kernel_needs_no_numba(python, fake_driver, tmp_path):
     environment = {"LD_LIBRARY_PATH": fake_driver, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert python(script, **environment).stdout.strip() == "True"
     assert python(script, **environment).stdout.strip() == "False"
+
+
+def test_elements_that_nothing_is_computed_of_by_dlpack(scripted):
+    """float8_e4m3fn, complex64, int4, by the numbers that DLPack has for them."""
+    done = scripted("""
+        for code, bits in (10, 8), (5, 64), (0, 4):
+            x = mock_libraries.Versioned(np.zeros((4, 6), np.float32), False, code, bits)
+            x.dtype = f"of-{code}-{bits}"
+            try:
+                numbakern.softmax(x)
+            except TypeError as error:
+                print(str(error).replace(" ", "_"))
+        """)
+    expected = "x:_expected_float16,_bfloat16,_float32,_float64,_integers_or_bool,_got_dtype_"
+    assert done[:2] == [f"{expected}of-10-8", f"{expected}complex64"]
+    assert done[2].startswith("x:_Versioned_gives_no_DLPack:_")

@@ -126,10 +126,7 @@ class Torch(Family):
     def describe(self, name, key):
         dtype = self._dtypes.get(key[3])
         if dtype is None:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32, float64, integers or bool, "
-                f"got dtype {key[3]}"
-            )
+            raise arrays.unsupported(name, key[3])
         strides = tuple([dtype.itemsize * n for n in key[5]])
         return Described(tuple(key[4]), strides, dtype)
 
@@ -247,14 +244,14 @@ class DLPack(_FromPool):
             self._from_dlpack = getattr(array.__array_namespace__(), "from_dlpack", None)
         try:
             memory = self._view(array, self._first(array) if queue is None else queue.number)
-        except (BufferError, NotImplementedError) as error:
+            pointer, shape, strides = memory.ptr, memory.shape, memory.strides
+        except (BufferError, NotImplementedError, ValueError) as error:
             raise TypeError(f"{name}: {type(array).__name__} gives no DLPack: {error}") from None
         try:
             dtype = memory.dtype
-        except NotImplementedError:  # an older cuda.core knows no bfloat16
-            own = str(getattr(array, "dtype", ""))
-            dtype = _BFLOAT16 if own.endswith("bfloat16") else None
-        pointer, shape, strides = memory.ptr, memory.shape, memory.strides
+        except (NotImplementedError, TypeError):  # an older cuda.core knows no bfloat16
+            own = str(getattr(array, "dtype", "unknown to NumPy"))
+            dtype = _BFLOAT16 if own.endswith("bfloat16") else own
         key = (self, memory.device_id, pointer & 15, dtype, shape, strides, not memory.readonly)
         return key, pointer, (array, memory)
 
@@ -264,7 +261,8 @@ class DLPack(_FromPool):
 
     def describe(self, name, key):
         *_, dtype, shape, strides, writeable = key
-        _check_dtype(name, dtype)
+        if not isinstance(dtype, np.dtype):
+            raise arrays.unsupported(name, dtype)
         if strides is None:
             strides = contiguous_strides(shape, dtype.itemsize)
         else:
@@ -333,7 +331,6 @@ class Interface(_FromPool):
 
     def describe(self, name, key):
         *_, dtype, shape, strides, writeable = key
-        _check_dtype(name, dtype)
         if strides is None:
             strides = contiguous_strides(shape, dtype.itemsize)
         return Described(shape, strides, dtype, writeable)
@@ -414,11 +411,6 @@ _dtype = functools.lru_cache(maxsize=256)(np.dtype)
 def _number(handle):
     """A handle as a number, whether it is one or a ctypes or driver object."""
     return int(getattr(handle, "value", handle) or 0)
-
-
-def _check_dtype(name, dtype):
-    if dtype is None:
-        raise TypeError(f"{name}: expected an array of numbers, got a type that NumPy has not")
 
 
 @functools.cache
