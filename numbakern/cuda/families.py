@@ -315,7 +315,7 @@ class Interface(_FromPool):
             raise TypeError(f"{name}: expected an array on the GPU, got {type(array).__name__}")
         if interface.get("mask") is not None:
             raise TypeError(f"{name}: expected an array without a mask")
-        stream = interface.get("stream")  # None: there is nothing to wait for
+        stream = interface.get("stream")  # None: the default stream will do
         if stream == 0:
             raise ValueError(f"{name}: expected the number of a stream in its interface, got 0")
         dtype = _dtype(interface["typestr"])

@@ -169,9 +169,9 @@ class Way(NamedTuple):
     cluster : int
         Blocks of a cluster, which then have a row together.
     kept : {"registers", "shared", "partly", "no"}
-        Where the row is between reduction and map; "no": it is read again; "partly": its first
-        parts are in shared memory, the others are read again. In registers there is but one part
-        for each warp.
+        Where the row is between reduction and map; "no": it is read again, if there is a map;
+        "partly": its first parts are in shared memory, the others are read again. In registers
+        there is but one part for each warp.
     gathers : int
         Rows of a block that are finished together (`gathered`): a power of two; 0 for none.
     abreast : int

@@ -44,7 +44,8 @@ beside one another."""
 REDUCING = (3, 4, 5, 6, 8, 11)
 """The same of one that only reduces: a few numbers, for each is another kernel."""
 GATHERING, LANES = 4, 256
-"""Rows of a warp each that a block finishes together; threads of one whose rows take less."""
+"""Rows of several parts that a block finishes together, a warp each; threads of one whose rows have
+one part."""
 BUSY = 18
 """Warps of a multiprocessor, of all rows, from which on a warp for each row is enough."""
 EVEN = 8
