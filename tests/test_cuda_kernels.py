@@ -1047,7 +1047,9 @@ def test_shared_memory_of_a_launch_has_an_end():
 # --- who takes the parts -------------------------------------------------------------------------
 
 
-def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=True, registers=ways.LANE):
+def ways_of(
+    classes, count, machine=MACHINE, size=4, numbers=3, maps=True, registers=ways.LANE_REGISTERS
+):
     part = partition(classes, size)
     shelf = 32 * part.vectors * part.group * size
     found, _ = ways.launches(part, classes, count, numbers, shelf, maps, registers, False, machine)
@@ -1147,7 +1149,7 @@ def test_rows_that_are_only_reduced_have_a_warp_each(classes, count):
         assert (way.gathers, way.kept, grid) == (0, "registers", count)
 
 
-@pytest.mark.parametrize("registers", [ways.LANE, 80])
+@pytest.mark.parametrize("registers", [ways.LANE_REGISTERS, 80])
 @pytest.mark.parametrize("classes", [20_000, 32_000, 50_257, 65_537, 128_256, 151_936, 262_144])
 def test_long_rows_that_are_only_reduced_fill_the_machine(classes, registers):
     """By small blocks: hardly a warp has nothing to do in the last round, or in the last wave."""

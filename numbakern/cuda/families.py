@@ -243,7 +243,7 @@ class DLPack(_FromPool):
         if self._namespace and self._from_dlpack is None:
             self._from_dlpack = getattr(array.__array_namespace__(), "from_dlpack", None)
         try:
-            memory = self._view(array, self._first(array) if queue is None else queue.number)
+            memory = self._view(array, self._waiting(array) if queue is None else queue.number)
             pointer, shape, strides = memory.ptr, memory.shape, memory.strides
         except (BufferError, NotImplementedError, ValueError) as error:
             raise TypeError(f"{name}: {type(array).__name__} gives no DLPack: {error}") from None
@@ -255,8 +255,8 @@ class DLPack(_FromPool):
         key = (self, memory.device_id, pointer & 15, dtype, shape, strides, not memory.readonly)
         return key, pointer, (array, memory)
 
-    def _first(self, array):
-        """The stream that waits for the array that decides where the work goes."""
+    def _waiting(self, array):
+        """Number of the stream that waits for the array which decides where the work goes."""
         return launch.LEGACY
 
     def describe(self, name, key):
@@ -290,10 +290,10 @@ class Jax(DLPack):
     mutable = False
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__(None)  # its namespace need not be asked
         self._from_dlpack = importlib.import_module("jax.dlpack").from_dlpack
 
-    def _first(self, array):
+    def _waiting(self, array):
         return self.queue(array, array.__dlpack_device__()[1]).number
 
     def queue(self, kept, device):

@@ -18,7 +18,7 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.totals import Sums
-from numbakern.cuda.ways import LANE, MACHINE, NEIGHBOURS, REGISTERS, launches
+from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, launches
 
 BAD_BITS = kernels.BAD_BITS
 NARROW = (1 << 31) - (1 << 10)
@@ -65,8 +65,9 @@ class Step(NamedTuple):
     args : tuple of str
         Names of what the kernel is given.
     blocks : int
-        Of a multiprocessor that the compiler is told of: those that it has shared memory for, of a
-        crowded Partition, or registers, of halves read one by one; 0 of others.
+        Of a multiprocessor that the compiler is told of: with a map those that it has shared memory
+        for, of a crowded Partition or long rows of halves read one by one; without one those that
+        it has registers for, of halves read one by one; 0 of others.
     """
 
     spec: Spec
@@ -308,7 +309,7 @@ class _Planner:
             numbers,
             shelf,
             maps is not None,
-            _registers(part) if single else LANE,
+            _registers(part) if single else LANE_REGISTERS,
             columns,
             machine,
         )

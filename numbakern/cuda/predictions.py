@@ -345,8 +345,9 @@ def draw(sweeps, path: Path) -> None:
                 "ytick.color": ink,
             }
         )  # fmt: skip
+        rows = -(-len(sweeps) // 2)
         figure, panels = plt.subplots(
-            rows := -(-len(sweeps) // 2), 2, figsize=(9, 3 * rows), layout="constrained",
+            rows, 2, figsize=(9, 3 * rows), layout="constrained",
             squeeze=False, sharex=True,
         )  # fmt: skip
         for axes, ((operation, kind), points) in zip(panels.flat, sweeps.items(), strict=False):

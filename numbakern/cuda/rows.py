@@ -104,7 +104,10 @@ class Partition(NamedTuple):
 
     @property
     def sure(self):
-        """Groups that each lane has of a row's only part, or of each part but its last one."""
+        """Groups that each lane has of a row's only part, or of each part but its last one.
+
+        Groups of one by twos: two halves share a word.
+        """
         spare = _grain(self.vectors) if self.single else 0
         sure = self.vectors - spare
         return sure // 2 * 2 if self.group == 1 else sure
@@ -522,7 +525,7 @@ class Walk:
         return self.op.finish(self.row, reduced)
 
     def _each(self, visit, begin, back=False):
-        """Visit the parts of this warp, after a beginning that is to come after the first loads."""
+        """Visit the parts of this warp, and begin: after the loads, if it has but one part."""
         if self.way.kept == "registers":
             visit(self.own, None, begin)
             return

@@ -43,7 +43,7 @@ WALKING, SMALL = 16, 8
 beside one another."""
 REDUCING = (3, 4, 5, 6, 8, 11)
 """The same of one that only reduces: a few numbers, for each is another kernel."""
-GATHERING, LANES = 4, 256
+GATHERED_ROWS, GATHERED_THREADS = 4, 256
 """Rows of several parts that a block finishes together, a warp each; threads of one whose rows have
 one part."""
 BUSY = 18
@@ -57,8 +57,8 @@ ROOM = 2
 OWN, BLOCKS, REGISTERS = 1 << 10, 32, 1 << 16
 """Bytes of shared memory that the driver keeps of each block; blocks and registers of a
 multiprocessor."""
-LANE = 55
-"""Registers of a lane that only reduces, about; one that reads many halves one by one has more."""
+LANE_REGISTERS = 55
+"""Of a lane that only reduces, about; one that reads many halves one by one has more."""
 BOARD = 16 << 10
 """Bytes of shared memory for a board in a block beside which others are to find room."""
 TINY, SMALL_ROW = 4, 8
@@ -157,12 +157,12 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     gathers = numbers and not (maps or part.chunks)
     if part.single:
         # What wants more registers comes late: rows had better not wait for each other.
-        if gathers and part.lanes > 1 and registers <= LANE:
-            threads = LANES if machine.is_busy(count * part.lanes // WARP) else BLOCK
+        if gathers and part.lanes > 1 and registers <= LANE_REGISTERS:
+            threads = GATHERED_THREADS if machine.is_busy(count * part.lanes // WARP) else BLOCK
             return _gathered(part, count, threads, numbers)
         return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps)
     if gathers and machine.is_busy(count):
-        return _gathered(part, count, GATHERING * WARP, numbers)
+        return _gathered(part, count, GATHERED_ROWS * WARP, numbers)
     board = 8 * parts * numbers
     if not part.chunks:
         return [Launch(Way(parts), count, parts * WARP, board)], {}
@@ -170,11 +170,8 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     if numbers and maps:
         found = _mapped(part, parts, count, numbers, shelf, machine)
     elif numbers and count >= 2 * machine.multiprocessors and board <= BOARD:
-
-        def rounds(warps):  # of all waves
-            return machine.waves(count, warps, registers) * _ceil(parts, warps)
-
-        found = _in_rounds(parts, count, "no", 1, min(REDUCING, key=rounds), board)
+        warps = _filling(parts, count, registers, machine)
+        found = _in_rounds(parts, count, "no", 1, warps, board)
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
@@ -238,6 +235,15 @@ def _in_rounds(parts, count, kept, blocks, warps, size):
     way = Way(warps, cluster=blocks, kept=kept)
     launch = Launch(way, count * blocks, warps * WARP, size)
     return [launch], {"rounds": _ceil(parts, warps * blocks)}
+
+
+def _filling(parts, count, registers, machine):
+    """Warps of a block for each row, so that all waves of blocks take the fewest rounds."""
+
+    def rounds(warps):
+        return machine.waves(count, warps, registers) * _ceil(parts, warps)
+
+    return min(REDUCING, key=rounds)
 
 
 def _spread(groups, parts, warps, threads, numbers, maps, machine):
