@@ -88,12 +88,18 @@ class Device:
         self._streams = {}
         self._made = {}
         self._lock = threading.RLock()
+        # cuda.core makes nothing on a device that only another library has made current.
+        restore(self._take())
 
     def make_current(self):
         """Make this device the calling thread's; what `restore` needs, None for nothing."""
         error, current = self._current()
         if not error and int(current) == self.ordinal:
             return None
+        return self._take()
+
+    def _take(self):
+        error, _ = self._current()
         before = None if error else driver().cuCtxGetCurrent()[1]
         self.core.set_current()
         return before
