@@ -327,9 +327,7 @@ class Emulator:
             raw[inside] = self.memory.views[k][bytes_at]
             self._check_read(k, at, width, numbers[inside])
         wide = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
-        dtype = np.int64 if size == 8 else np.int32
-        bits = 64 if size == 8 else 32
-        filled = np.array([fill % (1 << bits)], f"u{bits // 8}").view(dtype)[0]
+        dtype, filled = self._filled(size, fill)
         words = raw.view(wide).astype(dtype)
         out = []
         for i in range(count):
@@ -337,6 +335,13 @@ class Emulator:
             word[mask] = words[:, i]
             out.append(word)
         return out
+
+    @staticmethod
+    def _filled(size, fill):
+        """The type of the words of a load, and what one is that is not read."""
+        dtype, bits = (np.int64, 64) if size == 8 else (np.int32, 32)
+        fill = -1 if fill is None else fill  # as `anything`
+        return dtype, np.array([fill % (1 << bits)], f"u{bits // 8}").view(dtype)[0]
 
     def _check_read(self, k, at, width, numbers):
         writer = self.memory.writer[k]
@@ -444,27 +449,21 @@ class Emulator:
             raise Fault("shared memory out of bounds")
         return self.cells[area[0] if len(area) else 0], address & ((1 << 20) - 1)
 
-    def shared_load(self, address, size, count):
-        mask = np.broadcast_to(self.active, self.shape)
+    def shared_load(self, address, size, count, mask, fill):
+        mask = self.active if mask is None else np.logical_and(self.active, mask)
+        mask = np.broadcast_to(mask, self.shape)
         cell, at = self._cell(address, mask)
-        if size == 2:
-            if count != 1 or np.any(at % 2):
-                raise Fault("shared memory misaligned or out of bounds")
-            word = self._shared_words(cell, at & -4, 4, 1, mask)[0]
-            return [(word >> ((at & 2) * 8)) & 0xFFFF]
-        return self._shared_words(cell, at, size, count, mask)
-
-    def _shared_words(self, cell, at, size, count, mask):
-        found = np.zeros((*self.shape, size * count // 4), np.uint32)
-        found[mask] = cell.load(at, size * count, mask)
-        words = found.view(f"i{size}")
+        dtype, filled = self._filled(size, fill)
+        words = np.full((*self.shape, count), filled, dtype)
+        raw = cell.load(at, size * count, mask)
+        words[mask] = raw.view("u2" if size == 2 else dtype)  # zeros above a half
         return [words[:, :, i] for i in range(count)]
 
     def shared_store(self, address, size, words, mask, peer):
         mask = np.broadcast_to(np.logical_and(self.active, mask), self.shape)
         cell, at = self._cell(address, mask)
         lanes = [np.broadcast_to(w, self.shape)[mask].astype(f"i{size}") for w in words]
-        raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint32)
+        raw = np.ascontiguousarray(np.stack(lanes, axis=1)).view(np.uint16)
         blocks = np.nonzero(mask)[0]
         if peer is not None:
             peer = np.broadcast_to(peer, self.shape)[mask]
@@ -478,12 +477,12 @@ class Emulator:
 
 
 class _Shared:
-    """An area of every block's shared memory, in words of 4 bytes."""
+    """An area of every block's shared memory, in words of 2 bytes."""
 
     def __init__(self, machine, size):
-        self.machine, self.count = machine, size // 4
+        self.machine, self.count = machine, size // 2
         shape = (machine.shape[0], self.count)
-        self.values = np.zeros(shape, np.uint32)
+        self.values = np.zeros(shape, np.uint16)
         self.writer = np.zeros(shape, np.int32)  # number of the thread, 0 for none
         self.written = np.zeros(shape, np.int32)  # the phase in which
         self.reader = np.zeros(shape, np.int32)  # SEVERAL: threads of one warp
@@ -492,9 +491,9 @@ class _Shared:
 
     def _index(self, at, width, blocks):
         """The words of some accesses, one in each row."""
-        if np.any(at % width) or np.any(at < 0) or np.any(at + width > 4 * self.count):
+        if np.any(at % width) or np.any(at < 0) or np.any(at + width > 2 * self.count):
             raise Fault("shared memory misaligned or out of bounds")
-        return blocks[:, None], at[:, None] // 4 + np.arange(width // 4)
+        return blocks[:, None], at[:, None] // 2 + np.arange(width // 2)
 
     def _unseen(self, other, warp, when, mine):
         """Whether an access of another thread, of this warp, may not have come before ours."""
@@ -532,7 +531,7 @@ class _Shared:
         return self.values[where]
 
     def store(self, at, raw, mask, blocks):
-        where = self._index(at[mask], 4 * raw.shape[1], blocks)
+        where = self._index(at[mask], 2 * raw.shape[1], blocks)
         mine = self.machine.number[mask][:, None]
         wrote, read = self.writer[where], self.reader[where]
         unseen = self._unseen(wrote, self._warp_of(wrote), self.written[where], mine)

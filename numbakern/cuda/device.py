@@ -86,6 +86,9 @@ class Value:
 
     __ror__ = __or__
 
+    def __xor__(self, other):
+        return self._binary("xor", other)
+
     def __lshift__(self, other):
         return self._binary("shl", other)
 
@@ -414,7 +417,7 @@ def load(address, size, count, mask=None, fill=0):
     """`count` words of `size` bytes (1, 2, 4 or 8) from an aligned address, in one access.
 
     Words narrower than 4 bytes come with zeros above. Where the mask does not hold nothing is
-    read and every word is `fill`.
+    read and every word is `fill`; of None whatever is in a register.
     """
     elem = "i8" if size == 8 else "i4"
     mask = None if mask is None else mask.value
@@ -466,17 +469,21 @@ def dynamic_shared(of):
     return of.like(of.machine.dynamic_shared(), "i4")
 
 
-def shared_words(address, size, count):
+def shared_words(address, size, count, mask=None, fill=0):
     """`count` words of `size` bytes (2, 4 or 8) from an aligned address in shared memory.
 
-    Words of 2 bytes, one at a time, come with zeros above.
+    Words of 2 bytes, one at a time, come with zeros above. Mask and fill are those of `load`.
     """
-    words = address.machine.shared_load(address.value, size, count)
+    mask = None if mask is None else mask.value
+    words = address.machine.shared_load(address.value, size, count, mask, fill)
     return [address.like(w, "i8" if size == 8 else "i4") for w in words]
 
 
 def put_shared_words(address, size, words, mask):
-    """Write words of `size` bytes (4 or 8) to an aligned address, where the mask holds."""
+    """Write words of `size` bytes (2, 4 or 8) to an aligned address, where the mask holds.
+
+    Of 2 bytes it is one, of a word's lower half.
+    """
     address.machine.shared_store(address.value, size, [w.value for w in words], mask.value, None)
 
 

@@ -375,7 +375,7 @@ class _Tracer:
     def shared(self, _size):
         return _Unknown()
 
-    def shared_load(self, address, _size, count):
+    def shared_load(self, address, _size, count, _mask, _fill):
         return self.told.get(address) or [_Unknown(address) for _ in range(count)]
 
     def shared_store(self, address, _size, words, mask=None, peer=None):

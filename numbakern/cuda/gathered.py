@@ -8,7 +8,7 @@ part, joins and finishes all of them at once.
 
 from numbakern.cuda.device import convert, dynamic_shared, smaller_integer, when
 from numbakern.cuda.reduce import WARP, SharedBoard, team_fold
-from numbakern.cuda.rows import Rows, Walk, joiners_of
+from numbakern.cuda.rows import Rows, Walk, joiners_of, nothing
 from numbakern.cuda.softmax import reduced_of, width
 
 
@@ -34,7 +34,8 @@ class _Gathered(Walk):
     def _take(self, number, leader, lanes):
         """Go on with a row of the block, by its number there, and its board."""
         entries = width(self.op)
-        place = dynamic_shared(self.thread) + number * (8 * numbers_of(self.part, entries))
+        place = number * (8 * numbers_of(self.part, entries)) + self.tiles.size
+        place = dynamic_shared(self.thread) + place
         self.board = SharedBoard(entries, place, 1)
         p = self._known(self.first + convert(number, "i8"))
         self.row = self.op.row(self.frame, p, self.ok, leader, lanes, self._peek)
@@ -47,8 +48,14 @@ class _Gathered(Walk):
     def run(self):
         """Reduce the rows, join and finish them."""
         op, row = self.op, self.row
+        self.tiles.load()
         op.look(self.frame, row)
-        self._each(self._reduce, self._read_logit)
+        if self.tiles.inputs:  # who waits for them need not wait for the logit afterwards
+            self._read_logit()
+            self.tiles.put()
+            self._each(self._reduce, nothing)
+        else:
+            self._each(self._reduce, self._read_logit)
         if self.logit is not None:
             self.board.put(self.count, [self.logit], self.lane, self.lane == 0)
         self.board.end()

@@ -69,13 +69,15 @@ class Row:
         As `reduce.team_fold`, over the lanes of the row's team.
     team : memory.Team or None
         Those of a warp.
+    tiles : tiles.Tiles or None
+        Where its block has the rows that it copies.
     narrow : bool
         Whether numbers of classes and distances between them fit into 32 bits.
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
 
-    x_label = fold = team = None
+    x_label = fold = team = tiles = None
 
     def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes

@@ -263,11 +263,7 @@ class LLVM:
         vector, names = _vector(0, count)
         constraints = [f"={letter}"] * count + ["l"]
         args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
-        if mask is not None:
-            bits = 64 if size == 8 else 32
-            fills = "".join(f"mov.b{bits} ${i}, {fill % (1 << bits)};" for i in range(count))
-            code = self._masked(code, mask, constraints, args, fills)
-        return self._words(code, elem, count, constraints, args)
+        return self._loaded(code, elem, count, constraints, args, mask, fill)
 
     def store(self, address, size, words, mask):
         """See device.store."""
@@ -322,13 +318,14 @@ class LLVM:
             area.linkage, area.align = "external", 16
         return self.builder.ptrtoint(area, _i32)
 
-    def shared_load(self, address, size, count):
+    def shared_load(self, address, size, count, mask, fill):
         """See device.shared_words."""
         letter, kind = _WORD[size]
         vector, names = _vector(0, count)
         width = "u16" if size == 2 else f"b{8 * size}"
         code = f"ld.shared{vector}.{width} {names}, [${count}];"
-        return self._words(code, kind, count, [f"={letter}"] * count + ["r"], [address])
+        constraints = [f"={letter}"] * count + ["r"]
+        return self._loaded(code, kind, count, constraints, [address], mask, fill)
 
     def shared_store(self, address, size, words, mask, peer):
         """See device.put_shared_words and device.shared_store."""
@@ -338,7 +335,8 @@ class LLVM:
             code = "mapa.shared::cluster.u32 $0, $1, $2;"
             address = self._ptx(code, "i4", [(address, "i4"), (peer, "i4")])
             space = "::cluster"
-        args, code = [address, *words], f"st.shared{space}{vector}.b{8 * size} [$0], {names};"
+        width = "u16" if size == 2 else f"b{8 * size}"
+        args, code = [address, *words], f"st.shared{space}{vector}.{width} [$0], {names};"
         code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
@@ -357,6 +355,15 @@ class LLVM:
         function_type = ir.FunctionType(_TYPE[result], [v.type for v in values])
         assembly = ir.InlineAsm(function_type, code, ",".join(constraints), False)
         return self.builder.call(assembly, values, attrs=("readnone",))
+
+    def _loaded(self, code, elem, count, constraints, args, mask, fill):
+        """The words that a load gives where the mask holds, if there is one."""
+        if mask is not None:
+            bits, fills = 64 if elem == "i8" else 32, ""
+            if fill is not None:
+                fills = "".join(f"mov.b{bits} ${i}, {fill % (1 << bits)};" for i in range(count))
+            code = self._masked(code, mask, constraints, args, fills)
+        return self._words(code, elem, count, constraints, args)
 
     def _words(self, code, elem, count, constraints, args):
         """The words that an access gives."""

@@ -10,6 +10,8 @@ divide every row, 16 bytes at most (`rows.partition`). The ways to get at a grou
   of a line the next ones find in L1, and before a store groups change lanes.
 - `Strided`: any distance between the classes; element by element. Integers and class weights are
   `Numbers` at any distance.
+
+Short rows that lie one after the other pass through shared memory (`tiles.Staged`).
 """
 
 from typing import Any, NamedTuple
@@ -212,6 +214,7 @@ class Whole:
 
     wide = True  # what `load` gives are words of memory
     own = True  # a thread writes its own elements, and no others
+    staged = False  # whether they are in shared memory by then
     room = 0  # bytes of shared memory that a warp takes to store
 
     def __init__(self, fmt, group, chunk=ACCESS):
@@ -239,6 +242,10 @@ class Whole:
     def distance(self, j, _step):
         """Bytes from a row's start to its element number j."""
         return j * self.format.size
+
+    def put(self, address, number, mask):
+        """Write one number, rounded once, where the mask holds."""
+        self.format.put(address, number, mask)
 
     def numbers(self, words, _n=0):
         """The numbers in what `load` gave of a group."""
@@ -294,9 +301,9 @@ class Whole:
 class Single(Whole):
     """Rows of whole groups that start anywhere, element by element; halves are kept in pairs."""
 
-    def __init__(self, fmt, group):
-        super().__init__(fmt, group, fmt.size)
-        self.paired = fmt.size == 2
+    def __init__(self, fmt, group, chunk=None):
+        super().__init__(fmt, group, chunk or fmt.size)
+        self.paired = self.chunk == 2
 
     def load(self, place, groups):
         """As Whole.load."""
@@ -324,7 +331,9 @@ class Single(Whole):
         return found[n % 2 :][:1] if self.paired and self.group == 1 else found
 
     def _words(self, numbers):
-        return [self.format.word_of(v) for v in numbers]
+        if self.paired:
+            return [self.format.word_of(v) for v in numbers]
+        return super()._words(numbers)
 
 
 class Shifted(Single):
@@ -397,7 +406,7 @@ class Strided(Single):
 class Numbers:
     """Numbers of any type at any distance: integers, class weights. Not for results."""
 
-    wide = False
+    wide = staged = False
 
     def __init__(self, fmt, group):
         self.format, self.group = fmt, group

@@ -17,6 +17,7 @@ from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Stri
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
+from numbakern.cuda.tiles import Staged, slots
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, launches
 
@@ -294,6 +295,7 @@ class _Planner:
     def _launches(self, params, part):
         """The steps of the operation on the rows; its sums, as they lie in `row_loss`, or None."""
         op, accesses = _made(self.operation, dict(params))
+        _, tiles = slots(accesses)  # bytes of a thread
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
         columns = dict(params)["walker"] == "columns"
         # What nothing is made of is not kept.
@@ -301,7 +303,7 @@ class _Planner:
         room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
-        single = any(a.wide and a.chunk == 2 for a in accesses.values())
+        single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
         found, constants = launches(
             part,
             self.classes,
@@ -312,6 +314,7 @@ class _Planner:
             _registers(part) if single else LANE_REGISTERS,
             columns,
             machine,
+            tiles > 0,
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         meets = any(launch.way.meets(numbers) for launch in found)
@@ -325,6 +328,7 @@ class _Planner:
             added = added._replace(rows=self._neighbours(part, found[-1].way, columns))
             params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
         for way, grid, threads, shared in found:
+            shared += tiles * threads
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
             blocks = 0
@@ -363,6 +367,8 @@ class _Planner:
             return "numbers"
         size = _size(layout.kind)
         chunk = min(ACCESS, part.group * size)
+        if self._in_tiles(name, layout, part, size):
+            return "staged"
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
         if part.group == 1:
             return "single"
@@ -370,7 +376,18 @@ class _Planner:
             return "whole"
         return "shifted" if part.group * size <= ACCESS else "single"
 
+    def _in_tiles(self, name, layout, part, size):
+        """Whether blocks copy their rows of an array: lanes would take parts of sectors."""
+        row, side_by_side = self.classes * size, part.lanes * part.group * size
+        # Halves one by one take so many accesses that parts of two sectors are too much as well.
+        apart = side_by_side < SECTOR or (part.group * size == 2 and side_by_side == SECTOR)
+        dense = layout.aligned and self.along[name] == [row]
+        whole = part.single and part.span >= self.classes  # of one label's logit it is not
+        return whole and apart and dense and row > SECTOR
 
+
+SECTOR = 32
+"""Bytes that L2 moves at once."""
 BESIDE = 16
 """Registers that a lane takes beside one for each load."""
 FEW_LOST = 4
@@ -452,7 +469,10 @@ def _made(operation, params):
     formats = {n: Format(kind, elem if n in modes else "f8") for n, kind in arrays.items() if kind}
     if params["weight"]:
         formats["weight"] = Format(params["weight"], "f8")
-    access = {n: _ACCESS[mode](formats[n], part.group) for n, mode in modes.items()}
+    access = {
+        n: Staged(formats[n], part) if mode == "staged" else _ACCESS[mode](formats[n], part.group)
+        for n, mode in modes.items()
+    }
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
     op.added, op.narrow = added, params["narrow"]

@@ -48,6 +48,7 @@ from numbakern.cuda.softmax import (
     sum_of_terms,
     width,
 )
+from numbakern.cuda.tiles import Tiles
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
@@ -246,6 +247,8 @@ class Lane:
         start, step = self.row.places[name]
         left = self._left(self.row.width) if name == "out" else self.left
         access = self.walker.accesses[name]
+        if access.staged:
+            start = self.row.tiles.start(name)
         return Place(start + access.distance(self.first, step), left, step)
 
     def _left(self, count):
@@ -254,9 +257,11 @@ class Lane:
             return None
         return left_of(self.first, count)
 
-    def load(self):
-        """Read the elements that are not there yet."""
-        self.words |= self._loaded([name for name in self.walker.inputs if name not in self.words])
+    def load(self, staged=True):
+        """Read the elements that are not there yet; of arrays that are `staged` or of no such."""
+        inputs = self.walker.inputs.items()
+        names = [n for n, a in inputs if n not in self.words and (staged or not a.staged)]
+        self.words |= self._loaded(names)
 
     def load_where(self, mask):
         """Read anew those that are there, where the mask holds."""
@@ -268,8 +273,8 @@ class Lane:
     def _loaded(self, names):
         """What is read of these inputs."""
         inputs = self.walker.inputs
-        sure = self.groups[: self.part.sure]
-        found = self._load_full(names, sure) if self._asks_once(names, sure) else {}
+        sure, direct = self.groups[: self.part.sure], [n for n in names if not inputs[n].staged]
+        found = self._load_full(direct, sure) if self._asks_once(direct, sure) else {}
         for name in names:
             words = found.get(name, [])
             rest = self.groups[len(words) :]
@@ -384,7 +389,7 @@ class Lane:
             mine = (behind >= 0) & (behind < self.part.vectors * step)
             mine = self.row.ok & mine & ((behind & (step - 1)) < self.part.group)
             at = place.address + out.distance(convert(behind, "i8"), place.step)
-            out.format.put(at, exception, mine)
+            out.put(at, exception, mine)
 
 
 class Walk:
@@ -406,7 +411,10 @@ class Walk:
         self.count = narrow(frame.parts) if self.part.chunks else count
         self.board = self.shelf = self.held = None
         self.finishing = None  # the warps that finish a row that is not mapped; None for all
+        threads = self.way.warps * WARP if self.way.gathers else BLOCK
+        self.tiles = Tiles(walker.accesses, frame, self.part, threads, op.narrow)
         self._place_row(frame, op)
+        self.row.tiles = self.tiles
 
     def _place_row(self, frame, op):
         """Which row, which parts, and their board."""
@@ -487,8 +495,10 @@ class Walk:
     def begin(self):
         """Read, as far as nothing has to be waited for."""
         early = self.op.softmax or self.part.exact
+        self.tiles.load()
         if early and self.way.stage == "all" and self.way.kept == "registers":
-            self.held = self._read(self.own, None)
+            self.held = self._place(self.own)
+            self.held.load(staged=False)
 
     def settle(self):
         """What is to be known of the row."""
@@ -498,6 +508,7 @@ class Walk:
     def run(self):
         """Reduce, join, map; as far as this launch does it."""
         op, stage, reduced = self.op, self.way.stage, None
+        self.tiles.put()
         if op.softmax or op.sums:
             if self.part.single:
                 self.held = self._read(self.own, None)
@@ -512,7 +523,8 @@ class Walk:
                 self.board.end()
         if self.walker.out is not None:
             params = self._finish(reduced)
-            self._each(lambda part, i, _: self._map(part, i, params), _nothing, back=True)
+            self._each(lambda part, i, _: self._map(part, i, params), nothing, back=True)
+            self.tiles.store()
         elif self.finishing is None:
             self._finish(reduced)
         else:
@@ -536,7 +548,7 @@ class Walk:
                 i = self.frame.rounds - 1 - i
             # Of a part that there is not, nothing is read or written. A branch around shuffles
             # would cost more.
-            visit(self.own + narrow(i) * self.step, i, _nothing)
+            visit(self.own + narrow(i) * self.step, i, nothing)
             return ()
 
         repeat(self.frame.rounds, in_round)
@@ -571,9 +583,7 @@ class Walk:
 
     def _read(self, part, i):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
-        if self.held:
-            return self.held
-        span = self._place(part)
+        span = self.held or self._place(part)
         if self.shelf and i is not None:
             n = self._own_number(i)
             span.words = self.shelf.get(n)
@@ -632,8 +642,8 @@ def joiners_of(part):
     return 1 << (part.parts(1) - 1).bit_length()
 
 
-def _nothing():
-    pass
+def nothing():
+    """For who is to begin with nothing."""
 
 
 class Shelf:

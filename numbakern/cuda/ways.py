@@ -130,7 +130,7 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
-def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine):
+def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine, staged=False):
     """The launches for `count` rows of so many classes, and constants that they need.
 
     Parameters
@@ -147,12 +147,14 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
+    staged : bool
+        Whether a block copies its rows to shared memory: a lane has but one then.
     """
     parts = part.parts(classes)
     if columns:
         groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
         if part.single:
-            return _alone(part, groups, threads, maps)
+            return _alone(part, groups, threads, maps, staged)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     gathers = numbers and not (maps or part.chunks)
     if part.single:
@@ -160,7 +162,7 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
         if gathers and part.lanes > 1 and registers <= LANE_REGISTERS:
             threads = GATHERED_THREADS if machine.is_busy(count * part.lanes // WARP) else BLOCK
             return _gathered(part, count, threads, numbers)
-        return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps)
+        return _alone(part, _ceil(count, BLOCK // part.lanes), BLOCK, maps, staged)
     if gathers and machine.is_busy(count):
         return _gathered(part, count, GATHERED_ROWS * WARP, numbers)
     board = 8 * parts * numbers
@@ -175,13 +177,11 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _alone(part, groups, threads, maps):
+def _alone(part, groups, threads, maps, staged):
     """`launches` of lanes that have their rows' only parts."""
     abreast = 1
-    if part.exact and part.held <= TINY:
-        abreast = 4
-    elif part.exact and part.held <= SMALL_ROW and not maps:
-        abreast = 2
+    if part.exact and not staged:
+        abreast = 4 if part.held <= TINY else 2 if part.held <= SMALL_ROW and not maps else 1
     return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
 
 
