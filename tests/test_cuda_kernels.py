@@ -673,6 +673,137 @@ def test_bad_labels(dtype, label, value, reduction):
         assert record[0] >> bits == 4
 
 
+# --- rows that pass through shared memory ---------------------------------------------------------
+
+# Odd and even, of 1 to 16 lanes; of groups of 1 to 16 bytes.
+STAGED = {
+    "f4": [9, 10, 12, 16, 21, 30, 31, 32, 33, 50, 65, 127],
+    "f8": [5, 6, 7, 8, 10, 16, 17, 31],
+    "half": [17, 18, 21, 24, 32, 33, 40, 41, 50, 65, 76, 100, 129, 257, 513],
+}
+ROWS = 1, 2, 31, 33, 127, 129, 257
+
+
+def modes_of(made):
+    return dict(dict(made.steps[-1].spec.params)["modes"])
+
+
+def every_staged():
+    for dtype in cases.FLOATS:
+        for classes in STAGED[family(dtype)]:
+            yield pytest.param(dtype, classes, id=f"{dtype}-{classes}")
+
+
+@pytest.mark.parametrize("dtype, classes", list(every_staged()))
+def test_rows_of_a_tile(dtype, classes):
+    """Tiles that are full or not, by their last bytes as well: the bits of rows by themselves."""
+    whole = cases.logits((max(ROWS), classes), dtype, scale=4.0)
+    apart, across = placed(whole, 1), np.ascontiguousarray(whole.T)
+    want, columns = empty_like(apart), empty_like(across)
+    made = run("log_softmax", {"x": apart, "out": want}, 1)
+    assert "staged" not in modes_of(made).values()
+    run("log_softmax", {"x": across, "out": columns}, 0)
+    assert cases.same_bits(columns.T, want)
+    for rows in ROWS:
+        x = placed(whole[:rows], 0)
+        area = np.full((rows + 2) * classes * x.itemsize + 64, 7, np.uint8)
+        start = -area.__array_interface__["data"][0] % 16 + 16
+        out = area[start : start + x.nbytes].view(dtype).reshape(x.shape)
+        made = run("log_softmax", {"x": x, "out": out}, 1)
+        if rows > 1:
+            assert modes_of(made) == {"x": "staged", "out": "staged"}
+        assert cases.same_bits(out, want[:rows])
+        assert np.all(area[:start] == 7) and np.all(area[start + x.nbytes :] == 7)
+        run("log_softmax", {"x": x, "out": x}, 1)
+        assert cases.same_bits(x, want[:rows])
+
+
+def staged_calls(x, y, labels):
+    """(operation, arrays, options) of all that is staged, y probabilities or an output."""
+    rows = len(x)
+    kind = compute_of_loss(x.dtype)
+    ignores = {"ignores": True, "ignore_index": -100}
+    loss, lse = np.full(rows, 7, kind), np.linspace(8, 9, rows)
+    yield "softmax", {"x": x, "out": x}, {}
+    yield "logsumexp", {"x": x, "row_lse": loss}, {}
+    yield "log_softmax_backward", {"x": x, "y": y, "out": x}, {}
+    yield "softmax_backward", {"x": x, "y": y, "out": y}, {}
+    yield "cross_entropy", {"x": x, "labels": labels, "loss": loss}, ignores
+    yield "cross_entropy", {"x": x, "labels": labels, "loss": loss, "out": x}, ignores
+    given = {"x": x, "labels": labels, "row_lse": lse, "out": x}
+    yield "cross_entropy", given, {"given": True, **ignores}
+    smooth = {"smooth": True, "keep": 0.9, "spread": 0.1 / x.shape[1], **ignores}
+    weight = cases.class_weights(x.shape[1], np.float32)
+    weighted = {"x": x, "labels": labels, "weight": weight, "loss": loss, "out": x}
+    yield "cross_entropy", weighted, smooth
+    yield "cross_entropy", {"x": x, "y": y, "loss": loss, "out": x}, {"soft": True}
+    yield "nll_backward", {"labels": labels, "out": x}, ignores
+
+
+HALVED = 7, 8
+"""Those with half as many elements a lane, so that some rows have too many lanes for it."""
+
+
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("classes", [10, 21, 32, 65])
+@cases.dtypes(float32, bfloat16)
+def test_all_that_is_done_in_tiles(dtype, classes, number):
+    """Every operation, in place: the bits of rows that start anywhere, which are not staged."""
+    rows = 131
+    found = []
+    for offset in (0, 1):
+        x = placed(cases.logits((rows, classes), dtype, scale=4.0), offset)
+        y = placed(cases.probabilities((rows, classes), 1, np.float32).astype(dtype), offset)
+        labels = cases.class_labels(rows, classes)
+        labels[5::9] = -100
+        x[5, 0] = np.nan  # of an ignored row
+        operation, arrays, call = list(staged_calls(x, y, labels))[number]
+        made = run(operation, arrays, 1, of="x" if "x" in arrays else "out", **call)
+        staged = "staged" in modes_of(made).values()
+        if offset or number not in HALVED:
+            assert staged == (offset == 0 and classes * x.itemsize > 32)
+        found.append(arrays)
+    for name in ("out", "loss", "row_lse"):
+        if name in found[0]:
+            assert cases.same_bits(*(arrays[name] for arrays in found)), name
+
+
+@pytest.mark.parametrize("classes", [9, 17, 20, 21, 22, 28, 65])
+@pytest.mark.parametrize("dtype, to", [(bfloat16, float32), (float32, float16), (float32, float64)])
+def test_tiles_of_other_types(dtype, to, classes):
+    """Results that are wider or narrower than what is read have a tile of their own."""
+    found = []
+    for offset in (0, 1):
+        x = placed(cases.logits((131, classes), dtype, scale=4.0), offset)
+        out = placed(np.full(x.shape, 7, to), offset)
+        made = run("log_softmax", {"x": x, "out": out}, 1, elem=compute_of(to))
+        assert ("staged" in modes_of(made).values()) == (offset == 0)
+        found.append(out)
+    assert cases.same_bits(*found)
+
+
+def test_who_passes_through_shared_memory():
+    """Short rows without gaps between them that start at 16 bytes, of few lanes."""
+
+    def modes(dtype, classes, step=None, aligned=True, rows=1000):
+        kind, size = kind_of(np.dtype(dtype)).kind, np.dtype(dtype).itemsize
+        array = Layout(kind, ((step or classes) * size, size), aligned)
+        arrays = ("x", array), ("out", array)
+        made = plan("log_softmax", (), (rows, classes), 1, compute_of(dtype), arrays)
+        assert made.steps[0].shared <= 16 << 10
+        return set(modes_of(made).values())
+
+    for dtype, classes in [(bfloat16, 17), (bfloat16, 513), (float32, 9), (float32, 65)]:
+        assert modes(dtype, classes) == {"staged"}
+        assert "staged" not in modes(dtype, classes, aligned=False)
+        assert "staged" not in modes(dtype, classes, step=classes + 1)
+    for dtype, classes in [
+        (bfloat16, 16), (bfloat16, 64), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
+        (float32, 8), (float32, 64), (float32, 128), (float32, 257),
+    ]:  # fmt: skip
+        assert "staged" not in modes(dtype, classes)
+
+
 # --- layouts -------------------------------------------------------------------------------------
 
 BATCHES = [((6,), 1), ((40,), 0), ((3, 17), 1), ((2, 3, 5), 1), ((2, 3, 5), 3), ((4, 9), 0)]
