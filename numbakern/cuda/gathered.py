@@ -25,7 +25,7 @@ class _Gathered(Walk):
 
     def _place_row(self, frame, op):
         lanes = min(self.part.lanes, WARP)
-        self.lane, row = self.thread & (lanes - 1), self.thread >> (lanes.bit_length() - 1)
+        self.lane, row = self.thread & (lanes - 1), self._team(lanes.bit_length() - 1)
         self.first = frame.block * self.way.gathers
         self.own, self.step = (frame.constant(n, "i4") for n in (0, 1))  # all of its parts
         self._take(row, self.lane == 0, lanes)

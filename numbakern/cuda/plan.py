@@ -17,7 +17,7 @@ from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Stri
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.tiles import Staged, slots
+from numbakern.cuda.tiles import Staged, run_of, slots
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, launches
 
@@ -282,7 +282,7 @@ class _Planner:
             abs(n) < NARROW for n in (self.rows, self.classes, *steps)
         )
 
-    def _neighbours(self, part, way, columns):
+    def _neighbours(self, part, way, columns, staged):
         """Rows of a warp that are neighbours in the batch, where it finishes them."""
         if not self._in_order(self.along):
             return 1
@@ -290,6 +290,8 @@ class _Planner:
             return min(WARP, side_by_side(part))
         if way.gathers:
             return min(way.gathers, WARP // joiners_of(part))
+        if staged and part.lanes > 1:
+            return run_of(True)
         return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):
@@ -325,7 +327,7 @@ class _Planner:
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
         added = op.added
         if added:
-            added = added._replace(rows=self._neighbours(part, found[-1].way, columns))
+            added = added._replace(rows=self._neighbours(part, found[-1].way, columns, tiles > 0))
             params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
         for way, grid, threads, shared in found:
             shared += tiles * threads

@@ -48,7 +48,7 @@ from numbakern.cuda.softmax import (
     sum_of_terms,
     width,
 )
-from numbakern.cuda.tiles import Tiles
+from numbakern.cuda.tiles import Tiles, run_of
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
@@ -412,7 +412,8 @@ class Walk:
         self.board = self.shelf = self.held = None
         self.finishing = None  # the warps that finish a row that is not mapped; None for all
         threads = self.way.warps * WARP if self.way.gathers else BLOCK
-        self.tiles = Tiles(walker.accesses, frame, self.part, threads, op.narrow)
+        run = run_of(op.added and not self.way.gathers)
+        self.tiles = Tiles(walker.accesses, frame, self.part, threads, run, op.narrow)
         self._place_row(frame, op)
         self.row.tiles = self.tiles
 
@@ -421,7 +422,7 @@ class Walk:
         part, way, thread, p = self.part, self.way, self.thread, frame.block
         lanes = min(part.lanes, WARP)
         bits = lanes.bit_length() - 1
-        self.lane, team = thread & (lanes - 1), thread >> bits
+        self.lane, team = thread & (lanes - 1), self._team(bits)
         self.ok, block = constant(p, True, "b1"), constant(p, 0, "i8")
         if part.single:
             p, self.own = self._in_turn(p, BLOCK >> bits, team), narrow(block)
@@ -443,6 +444,10 @@ class Walk:
         self.row = op.row(frame, p, self.ok, leader, lanes, self._peek)
         self.row.fold = team_fold
         self.row.team = Team(thread & (WARP - 1), lanes, self._room(), way.kept != "registers")
+
+    def _team(self, bits):
+        """The number of a thread's row, or part of one, in the block."""
+        return self.tiles.row if self.tiles.found else self.thread >> bits
 
     def _in_turn(self, block, rows, number):
         """The number of a block's row, of which it has so many in each turn."""

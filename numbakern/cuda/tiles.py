@@ -22,6 +22,7 @@ from numbakern.cuda.device import (
     when,
 )
 from numbakern.cuda.memory import ACCESS, Single
+from numbakern.cuda.reduce import WARP
 
 WORD = 4
 """Bytes of a word of what is copied."""
@@ -45,9 +46,9 @@ class Staged(Single):
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
         self.full = groups * self.bytes // ACCESS  # those of the row that has the fewest
-        # Lanes have a row each, and in phases of 8 an access as wide as a quarter of all banks: of
-        # an even number of them the same banks again, unless the rows are out of step.
-        self.swizzled = self.chunk == ACCESS and part.vectors % 2 == 0
+        # 8 lanes, each of which has a row, are to meet all banks: rows of 4 or 8 accesses would have
+        # them meet the same ones.
+        self.swizzled = self.chunk == ACCESS and part.vectors % 4 == 0
 
     def distance(self, j, _step):
         """As Whole.distance, int32."""
@@ -98,6 +99,35 @@ def slots(accesses):
     return found, end
 
 
+def run_of(added):
+    """Rows of a warp that are neighbours, where several lanes have a row.
+
+    Those of odd rows that follow one another begin at banks that do: what lanes read would lie in
+    the same ones. Where losses are `added` up, pairs are left together for there to be fewer sums.
+    """
+    return 2 if added else 1
+
+
+def _row_of(thread, lanes, threads, run):
+    """The number of a thread's row in its block.
+
+    A warp's runs of rows are apart by as many as a row has lanes, or as there are warps; then L
+    lanes of a row of an odd number of groups have L groups' banks for themselves.
+    """
+    team, warp = (thread & (WARP - 1)) >> _bits(lanes), thread >> _bits(WARP)
+    if lanes == 1:
+        return thread
+    warps = min(lanes, threads // WARP)  # whose rows lie between one another's
+    row = ((team >> _bits(run)) << _bits(warps * run)) | (team & (run - 1))
+    row = row | ((warp & (warps - 1)) << _bits(run))
+    return row | ((warp >> _bits(warps)) << _bits(warps * WARP // lanes))
+
+
+def _bits(power):
+    """Of a power of two, its exponent."""
+    return power.bit_length() - 1
+
+
 class Tiles:
     """The tiles of a block, one of each array that is `Staged`.
 
@@ -108,24 +138,30 @@ class Tiles:
     part : rows.Partition
     threads : int
         Of the block.
+    run : int
+        As `run_of`.
     short : bool
         Whether the numbers of rows, and distances between them, fit into 32 bits.
 
     Attributes
     ----------
+    found : dict of str to int
+        As `slots`; empty where nothing is copied.
     size : int
         Bytes of shared memory.
+    row : Value
+        The number in the block of a thread's row, if there are tiles.
     """
 
-    def __init__(self, accesses, frame, part, threads, short):
+    def __init__(self, accesses, frame, part, threads, run, short):
         self.found, each = slots(accesses)
         self.size, self.tiles, self.thread = each * threads, {}, frame.thread
         if self.found:
+            self.row = _row_of(self.thread, part.lanes, threads, run)
             self._place(accesses, frame, part, threads, short)
 
     def _place(self, accesses, frame, part, threads, short):
-        bits = part.lanes.bit_length() - 1
-        rows, self.row = threads >> bits, self.thread >> bits
+        rows = threads // part.lanes
         first = frame.block * rows
         there = narrow(smaller_integer(frame.rows - first, rows))
         first = narrow(first) if short else first
@@ -171,8 +207,8 @@ class _Tile:
     def __init__(self, access, start, size, at, frame, threads):
         self.access, self.at = access, at
         self.start, self.thread, self.threads = start, frame.thread, threads
-        self.whole = size >> (ACCESS.bit_length() - 1)  # accesses
-        self.rest = (size & (ACCESS - 1)) >> (access.bytes.bit_length() - 1)  # groups behind them
+        self.whole = size >> _bits(ACCESS)  # accesses
+        self.rest = (size & (ACCESS - 1)) >> _bits(access.bytes)  # groups behind them
 
     def _accesses(self):
         """(whether it is there, address, address in shared memory) of those of this thread."""
