@@ -122,6 +122,33 @@ def test_machine_code(one, arch):
     check(one, arch)
 
 
+TILES = [
+    *((op, kind, n) for op in SOME for kind, n in (("bf", 21), ("bf", 129), ("f4", 31))),
+    ("log_softmax", "f4", 32),
+    ("log_softmax", "f8", 7),
+    ("cross_entropy", "bf", 65),
+    ("logsumexp", "f4", 10),
+]
+
+
+@pytest.mark.parametrize("operation, kind, classes", TILES)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_machine_code_of_tiles(operation, kind, classes, arch):
+    """Elements pass between global and shared memory 16 bytes at once, but for an array's last."""
+    one = case(operation, kind, classes)
+    params, size = dict(one.step.spec.params), codegen.size_of(kind)
+    _, vectors, group, _ = params["part"]
+    modes = dict(params["modes"])
+    assert set(modes.values()) == {"staged"}
+    found = check(one, arch)
+    copied, inputs = -(-vectors * group * size // 16), len(modes) - ("out" in modes)
+    # Beside them there is what the rows' finish writes, two sums at once.
+    assert 0 <= found.wide - copied * len(modes) <= ("out" not in modes)
+    rest = 16 // (group * size) - 1  # groups of the array's last 16 bytes, an access each
+    assert found.narrow <= inputs * rest + ("out" in modes and rest > 0) + SINGLE
+    assert one.step.shared <= 32 << 10
+
+
 LONG = {
     "reduce": Way(4, "reduce", True, kept="no"),
     "map": Way(4, "map", True, kept="no"),

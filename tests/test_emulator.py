@@ -75,6 +75,8 @@ KERNELS = {
     "a long row of which shared memory has a part": ("log_softmax", 20_000, (), PARTLY),
     "a cluster": ("softmax", 20_000, (), CLUSTERS),
     "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
+    "rows of a tile": ("log_softmax", 21, (), MACHINE, 140),
+    "rows of a tile, finished together": ("cross_entropy", 65, MEAN, MACHINE, 40),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),
     "a block a row that starts anywhere": ("softmax", 4096, (), MACHINE, 3, 3),
     "rows side by side": ("log_softmax", 150, (), MACHINE, 40, 0, 0),
@@ -345,6 +347,34 @@ def test_halves_in_shared_memory():
     kernel = device.Kernel("test", body, {"out": "i8"})
     emulate(kernel, 2, 64, [found.ctypes.data], [found])
     assert np.array_equal(found, [range(64)] * 2)
+
+
+def test_halves_are_written_and_read_where_a_mask_holds():
+    found = np.zeros((2, 64), np.uint16)
+
+    def body(frame):
+        thread, always = frame.thread, device.constant(frame.thread, True, "b1")
+        area = device.shared(thread, 2 * 64)
+        device.put_shared_words(area + thread * 2, 2, [thread | (7 << 16)], thread < 32)
+        device.barrier(thread)
+        there = (thread & 33) == 1  # others are not read, nor have all been written
+        half = device.shared_words(area + thread * 2, 2, 1, there, 9)
+        at = frame.block * 128 + device.convert(thread * 2, "i8")
+        device.store(frame.out + at, 2, half, always)
+
+    kernel = device.Kernel("test", body, {"out": "i8"})
+    emulate(kernel, 2, 64, [found.ctypes.data], [found])
+    assert np.array_equal(found, [[t if t % 2 and t < 32 else 9 for t in range(64)]] * 2)
+
+
+def test_halves_of_a_word_are_written_by_two_threads():
+    def body(thread, by):
+        always, area = device.constant(thread, True, "b1"), device.shared(thread, 2 * 64)
+        device.put_shared_words(area + (thread >> by) * 2, 2, [thread], always)
+
+    run(lambda thread: body(thread, 0))
+    with pytest.raises(Fault, match="same place of shared memory"):
+        run(lambda thread: body(thread, 1))
 
 
 def test_a_loop_that_differs_between_threads():
