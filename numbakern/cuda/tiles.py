@@ -46,8 +46,8 @@ class Staged(Single):
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
         self.full = groups * self.bytes // ACCESS  # those of the row that has the fewest
-        # 8 lanes, each of which has a row, are to meet all banks: rows of 4 or 8 accesses would have
-        # them meet the same ones.
+        # 8 lanes, each of which has a row, are to meet all banks; of rows of 4 or 8 accesses they
+        # would meet the same ones.
         self.swizzled = self.chunk == ACCESS and part.vectors % 4 == 0
 
     def distance(self, j, _step):
