@@ -13,11 +13,9 @@ import numpy as np
 
 from numbakern.cuda.device import Value
 from numbakern.cuda.memory import Format
-from numbakern.cuda.plan import kernel_of
+from numbakern.cuda.plan import SECTOR, kernel_of
 
 WARP = 32
-SECTOR = 32
-"""Bytes that L2 and DRAM move at once."""
 LINE, LINES = 128, 4
 """Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
 POLLS = 2

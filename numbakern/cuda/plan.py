@@ -389,7 +389,7 @@ class _Planner:
 
 
 SECTOR = 32
-"""Bytes that L2 moves at once."""
+"""Bytes that L2 and DRAM move at once."""
 BESIDE = 16
 """Registers that a lane takes beside one for each load."""
 FEW_LOST = 4
