@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="only what matches, e.g. \"cpu.Speed.*'numbakern'\" (may be given again)",
     )
+    made.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="LIBRARY",
+        help="do not measure it, e.g. torch.compile, which compiles for each case (repeatable)",
+    )
     made.add_argument("--list", action="store_true", help="print what would run, and stop")
     made.add_argument("--save", metavar="FILE", help="write everything measured to FILE")
     made.add_argument(
@@ -113,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if count:
                 print(f"{benchmark.name}: {count} parameters, {benchmark.unit}")
         return 0
+    os.environ[suite.WITHOUT_SETTING] = ",".join(options.without)
     saved: dict[str, Any] = {
         "machine": options.machine,
         "date": int(time.time() * 1000),

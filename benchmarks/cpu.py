@@ -25,7 +25,7 @@ class _Cpu(suite.Measured):
         names = self.params[0][1:]  # type: ignore[attr-defined]
         if suite.SMALL:
             names = ["scipy", "torch", "jax"] if self.peers_when_small else []
-        peers = [CPU_PEERS[name] for name in names]
+        peers = [CPU_PEERS[name] for name in names if not suite.left_out(name)]
         threads = self.threads or suite.available_threads()
         rounds, seconds = (1, 0.01) if suite.SMALL else self.effort
         return Bench(peers, threads, rounds=rounds, seconds=seconds)

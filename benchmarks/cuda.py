@@ -18,7 +18,7 @@ CUPY_ARRAYS = "numbakern, CuPy arrays"
 
 class _Cuda(suite.Measured):
     def bench(self, case: Case, *key: Any) -> Bench:
-        names = self.params[0][1:]  # type: ignore[attr-defined]
+        names = [n for n in self.params[0][1:] if not suite.left_out(n)]  # type: ignore[attr-defined]
         rounds = 2 if suite.SMALL else 20
         return device.DeviceBench([device.CUDA_PEERS[name] for name in names], rounds=rounds)
 

@@ -35,6 +35,10 @@ from numbakern._roofline import (
 # For tests: every benchmark runs, on a few rows and with a few rounds.
 SMALL = bool(os.environ.get("NUMBAKERN_BENCH_SMALL"))
 
+# Libraries that `python -m benchmarks --without` leaves out; passed on to the process of a class.
+WITHOUT_SETTING = "NUMBAKERN_BENCH_WITHOUT"
+LEFT_OUT = "left out"
+
 # Class counts that show cliffs: powers of two, their neighbours, vocabularies, odd ones.
 CLASSES = sorted(
     {2**k for k in range(1, 19)}
@@ -73,9 +77,14 @@ def available_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
+def left_out(library: str) -> bool:
+    """Whether this library is not to be measured."""
+    return library in os.environ.get(WITHOUT_SETTING, "").split(",")
+
+
 def refuse(note: str) -> None:
     """Raise what asv shows as n/a where a library has no such call, an error if it failed."""
-    if note in (NOT_INSTALLED, DOES_NOT_APPLY):
+    if note in (NOT_INSTALLED, DOES_NOT_APPLY, LEFT_OUT):
         raise NotImplementedError(note)
     raise RuntimeError(note)
 
@@ -111,6 +120,8 @@ class Measured(ABC):
         case = self.case(*key)
         if case is None:
             raise NotImplementedError("not among the cases")
+        if left_out(implementation):
+            refuse(LEFT_OUT)
         self.result = self._measured(shrunk(case) if SMALL else case, key)
         if implementation not in self.result.seconds:
             refuse(self.result.notes.get(implementation, NOT_INSTALLED))
@@ -198,6 +209,8 @@ class Prepared(ABC):
     def prepare(self, implementation: str, case: Case, *, checked: Case) -> Call:
         """A call on `case`; the library's result is checked on `checked`, which may be smaller."""
         library = self.library(implementation)
+        if left_out(library.name):
+            refuse(LEFT_OUT)
         if not library.installed:
             refuse(NOT_INSTALLED)
         limit_threads(available_threads())

@@ -524,6 +524,17 @@ def test_the_runner_saves(tmp_path, monkeypatch):
     assert str(ROOT) not in file.read_text()
 
 
+def test_a_library_is_left_out(monkeypatch, capsys):
+    from benchmarks import __main__ as command
+
+    monkeypatch.setenv("NUMBAKERN_BENCH_SMALL", "1")
+    monkeypatch.setenv(suite.WITHOUT_SETTING, "")  # given back as it was
+    options = ["-b", r"cpu.Call.*\('(numbakern|scipy)', 'log_softmax', '8x10'"]
+    assert command.main([*options, "--without", "jax", "--without", "scipy"]) == 0
+    told = capsys.readouterr().out
+    assert "cpu.Call: 1 n/a: left out" in told and "'numbakern'" in told
+
+
 def test_what_cannot_run_is_told(monkeypatch, capsys):
     """In a line a class and reason; where nothing ran at all, the status says so too."""
     from benchmarks import __main__ as command

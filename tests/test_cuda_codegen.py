@@ -69,7 +69,7 @@ SOME = ("log_softmax", "softmax_backward", "cross_entropy_value_and_grad")
 def check(one, arch):
     found = figures(one, arch)
     assert found.calls == 0, found
-    assert found.local == 0, found
+    assert found.local <= (compiler.LITTLE if one.step.block >= compiler.LARGE else 0), found
     size = 2 if one.kind in ("bf", "f2") else int(one.kind[1])
     threads = one.step.block
     # Registers are given to warps by 256; so many threads there are at once.
@@ -200,9 +200,10 @@ def check_way(operation, kind, way, arch):
     params = {**dict(one.step.spec.params), "way": tuple(way)}
     name = one.step.spec.kernel + "_parts" * (way.stage == "reduce")
     spec = Spec(name, tuple(params.items()))
-    code = compiler.cubin(spec, arch, way.warps * 32)
+    threads = way.warps * 32
+    code = compiler.cubin(spec, arch, threads)
     used, sass = compiler.resources(code), compiler.sass(code)
-    assert used.local + used.stack == 0, used
+    assert used.local + used.stack <= (compiler.LITTLE if threads >= compiler.LARGE else 0), used
     assert not re.search(r"\bRET\b", sass)
 
     def count(pattern):
@@ -217,10 +218,12 @@ def check_way(operation, kind, way, arch):
     # Without a mask for each group and with; some compilers share one of both, or repeat some.
     needed = vectors * (reduced + maps * mapped)
     wide = count(r"LDG\.E[.A-Z]*\.128")
-    assert needed <= wide <= 4 * needed
+    twice = 1 + (way.kept in SHELVED)  # in a loop, and what is in registers behind it
+    assert needed <= wide <= 4 * needed * twice
     # The two sums of a mean's rows are neighbours, which may be written at once.
     sums = bool(params["added"])
-    assert maps * vectors <= count(r"STG\.E[.A-Z]*\.128") <= maps * vectors + sums
+    written = twice * maps * vectors
+    assert written <= count(r"STG\.E[.A-Z]*\.128") <= written + sums
     assert count(r"LDS\.128") == shelved * vectors
     assert count(r"STS\.128") in (shelved * vectors, 2 * shelved * vectors)
     # Two waits, for the start of the others and for what they have written.
@@ -269,7 +272,7 @@ def test_machine_code_of_everything(one, arch):
     check(one, arch)
 
 
-STACK = case("cross_entropy_value_and_grad-soft", "f4", 2049)
+STACK = case("cross_entropy_value_and_grad-soft", "f2", 16384)
 """A kernel for which ptxas by itself takes a stack on sm_90a; if not, another is to be found."""
 
 

@@ -112,8 +112,8 @@ def small_chunks(monkeypatch):
         return Partition(4 * WARP, most // group, group, True)
 
     monkeypatch.setattr(plans, "partition", partition)
-    monkeypatch.setattr(ways, "WALKING", 2)
-    monkeypatch.setattr(ways, "SMALL", 2)
+    for name, number in {"WALKING": 2, "KEEPING": (1, 2), "BUSILY": 0.0}.items():
+        monkeypatch.setattr(ways, name, number)
     monkeypatch.setattr(ways, "HELD", 2)
     plan.cache_clear()
     yield
@@ -263,8 +263,8 @@ WAYS = {
     "few blocks": Machine(multiprocessors=7),
     "block, room for a part of it": Machine(multiprocessors=1, shared=19 << 10),
     "block, no room": Machine(multiprocessors=1, shared=0),
-    "cluster": Machine(cluster=16),
-    "cluster, shared": Machine(cluster=2, shared=12 << 10),
+    "cluster": Machine(multiprocessors=1, cluster=8, shared=39 << 9),
+    "cluster, more room": Machine(multiprocessors=1, cluster=2, shared=47 << 9),
     "together": Machine(together=True),
 }
 
@@ -350,7 +350,7 @@ def test_a_cluster_keeps_rows_with_gaps(small_chunks):
     """The last round of a block's share may have no parts: what is not there is read too."""
     x = placed(cases.logits((2, 1100), float32), 0)  # 9 parts, for 2 blocks of 2 warps
     found = []
-    for machine in Machine(), Machine(cluster=2, shared=8 << 10):
+    for machine in Machine(), Machine(multiprocessors=1, cluster=2, shared=11 << 9):
         found.append(empty_like(x))
         made = run("log_softmax_backward", {"x": x, "y": x, "out": found[-1]}, 1, machine=machine)
     assert [step.cluster for step in made.steps] == [2]
@@ -1206,11 +1206,10 @@ def test_shared_memory_of_a_launch_has_an_end():
 # --- who takes the parts -------------------------------------------------------------------------
 
 
-def ways_of(
-    classes, count, machine=MACHINE, size=4, numbers=3, maps=True, registers=ways.LANE_REGISTERS
-):
+def ways_of(classes, count, machine=MACHINE, size=4, numbers=3, maps=1, registers=None):
     part = partition(classes, size)
     shelf = 32 * part.vectors * part.group * size
+    registers = registers or (64 if maps else ways.LANE_REGISTERS)
     found, _ = ways.launches(part, classes, count, numbers, shelf, maps, registers, False, machine)
     return found
 
@@ -1243,6 +1242,9 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
             assert part.group > 1 or part.sure % 2 == 0  # two halves share a word
 
 
+CLUSTERS = Machine(cluster=8)
+
+
 @pytest.mark.parametrize(
     "classes, count, machine, stages, kept, cluster",
     [
@@ -1254,11 +1256,16 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
         (10_000_000, 264, MACHINE, ["reduce", "map"], "no", 1),
         (50_000, 1, MACHINE, ["reduce", "map"], "no", 1),
         (50_000, 264, MACHINE, ["all"], "shared", 1),
-        (50_000, 264, Machine(shared=163 << 10), ["all"], "partly", 1),
-        (20_000, 1, Machine(cluster=8), ["all"], "registers", 2),
-        (128256, 1, Machine(cluster=8), ["all"], "shared", 4),
-        (262144, 300, Machine(cluster=8), ["all"], "shared", 8),
-        (500_000, 300, Machine(cluster=8), ["all"], "partly", 1),
+        (65_536, 264, MACHINE, ["all"], "shared", 1),
+        (50_000, 264, Machine(shared=90 << 10), ["all"], "partly", 1),
+        (20_000, 1, CLUSTERS, ["reduce", "map"], "no", 1),
+        (16_385, 264, CLUSTERS, ["all"], "shared", 1),
+        (50_000, 264, CLUSTERS, ["all"], "shared", 2),
+        (65_536, 264, CLUSTERS, ["all"], "shared", 1),
+        (128256, 263, CLUSTERS, ["reduce", "map"], "no", 1),
+        (128256, 264, CLUSTERS, ["all"], "shared", 4),
+        (262144, 300, CLUSTERS, ["all"], "shared", 8),
+        (500_000, 300, CLUSTERS, ["all"], "partly", 1),
         (20_000, 1, Machine(together=True), ["all"], "registers", 1),
         (20_000, 300, Machine(together=True), ["all"], "shared", 1),
         (128256, 300, Machine(together=True), ["all"], "registers", 1),
@@ -1271,36 +1278,46 @@ def test_how_a_row_is_divided_depends_on_nothing_but_its_length():
 def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
     found = ways_of(classes, count, machine)
     assert [launch.way.stage for launch in found] == stages
-    for way, grid, threads, shared in found:
+    for way, grid, threads, shared, _ in found:
         assert (way.kept, way.cluster) == (kept, cluster)
-        assert 32 * way.warps <= threads <= 512
+        assert 32 * way.warps <= threads <= 1024
         assert grid % cluster == 0
         assert shared <= machine.shared
 
 
 def test_what_shared_memory_keeps():
     """Of a row that is mapped as many parts as go in, beside the board; of others none."""
-    for classes in (60_000, 128256, 262144):
-        (mapped,), (reduced,) = (ways_of(classes, 264, maps=maps) for maps in (True, False))
+    for classes in (100_003, 128256, 262144):
+        (mapped,), (reduced,) = (ways_of(classes, 264, maps=maps) for maps in (1, 0))
         assert mapped.shared <= MACHINE.shared < mapped.shared + 4096
         assert mapped.way.kept == "partly"
         assert reduced.shared <= ways.BOARD and reduced.way.kept == "no"
 
 
-@pytest.mark.parametrize("classes", [16_388, 25_600, 28_672, 50_000])
-def test_blocks_find_shared_memory_beside_one_another(classes):
-    """Where two rows go into a multiprocessor's, their blocks are small."""
-    ((way, _, _, shared),) = ways_of(classes, 264)
-    beside = MACHINE.beside(shared)
-    assert way.kept == "shared" and way.warps <= (8 if beside > 1 else 16)
-    assert beside * (shared + 1024) <= 228 << 10 < (beside + 1) * (shared + 1024)
+@pytest.mark.parametrize("classes", [16_388, 25_600, 28_672, 32_768, 40_000])
+def test_blocks_that_keep_rows_are_beside_one_another(classes):
+    """Each warp holds a part; the others are in shared memory, with room for another row's."""
+    ((way, _, threads, shared, beside),) = ways_of(classes, 264)
+    parts = partition(classes, 4).parts(classes)
+    assert way.kept == "shared" and 1 < beside <= MACHINE.beside(shared)
+    assert 64 * threads * beside <= 1 << 16
+    assert (parts - way.warps) * 4096 <= shared < parts * 4096
+
+
+@pytest.mark.parametrize("classes", [57_344, 65_536])
+def test_a_row_that_needs_all_of_a_multiprocessor_keeps_it_busy(classes):
+    """With a warp for each two parts; another block would have fewer for both."""
+    ((way, _, threads, _, beside),) = ways_of(classes, 264, Machine(cluster=8))
+    assert (way.cluster, beside) == (1, 1) and 27 * 32 <= threads <= 1024
+    ((way, _, _, _, beside),) = ways_of(classes, 264, Machine(cluster=8), maps=2)
+    assert way.cluster > 1 and beside > 1
 
 
 @pytest.mark.parametrize("classes", [4096, 5000, 16384])
 @pytest.mark.parametrize("count", [300, 132 * 18 - 1, 132 * 18, 10**6])
 def test_rows_that_are_only_reduced_have_a_warp_each(classes, count):
     """Where there are many: four of a block are finished together. Of few, registers hold all."""
-    ((way, grid, threads, _),) = ways_of(classes, count, maps=False)
+    ((way, grid, threads, *_),) = ways_of(classes, count, maps=0)
     assert threads == 32 * way.warps
     if count >= 132 * 18:
         assert (way.warps, way.gathers, way.kept, grid) == (4, 4, "no", -(-count // 4))
@@ -1314,7 +1331,7 @@ def test_long_rows_that_are_only_reduced_fill_the_machine(classes, registers):
     """By small blocks: hardly a warp has nothing to do in the last round, or in the last wave."""
     parts = partition(classes, 4).parts(classes)
     for count in 300, 600, 1024, 2048, 4096, 5000, 10**6:
-        ((way, grid, _, _),) = ways_of(classes, count, maps=False, registers=registers)
+        ((way, grid, *_),) = ways_of(classes, count, maps=0, registers=registers)
         assert grid == count and way.kept == "no" and not way.gathers and way.warps <= 11
 
         def idle(warps, count=count):
@@ -1332,7 +1349,7 @@ def test_long_rows_that_are_only_reduced_fill_the_machine(classes, registers):
 @pytest.mark.parametrize("count", [1, 2, 8, 64])
 def test_few_long_rows_find_many_blocks(count):
     """1 to 64 rows of 128256: as many threads as there are elements for, or the machine is full."""
-    for way, grid, threads, _ in ways_of(128256, count):
+    for way, grid, threads, *_ in ways_of(128256, count):
         elements = count * 128256
         assert grid * threads >= min(elements // 64, 132 * 1024), way
 
@@ -1355,7 +1372,7 @@ def test_rows_that_several_blocks_hold(classes):
     """A warp for each part and few more, and a thread of each block; small blocks, room for all."""
     machine = Machine(multiprocessors=108, together=True)
     parts = partition(classes, 4).parts(classes)
-    ((way, grid, threads, shared),) = ways_of(classes, 2, machine)
+    ((way, grid, threads, shared, _),) = ways_of(classes, 2, machine)
     blocks = grid // 2
     assert way.meets(3) and not way.meets(0)
     assert parts <= blocks * way.warps < parts + blocks
@@ -1364,21 +1381,18 @@ def test_rows_that_several_blocks_hold(classes):
 
 
 def test_what_is_only_reduced_is_read_once_as_it_is():
-    assert ways_of(128256, 300, Machine(together=True), maps=False) == ways_of(
-        128256, 300, maps=False
-    )
+    assert ways_of(128256, 300, Machine(together=True), maps=0) == ways_of(128256, 300, maps=0)
 
 
 def test_what_is_chosen(monkeypatch):
     for setting, cluster, together in [
-        ("", 1, False),
-        ("cluster", 8, False),
-        ("together", 1, True),
-        ("cluster, together", 8, True),
+        ("", 8, False),
+        ("together", 8, True),
+        (" together, ", 8, True),
     ]:
         monkeypatch.setenv(ways.SETTING, setting)
         assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (cluster, together)
         assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (1, together)
     monkeypatch.setenv(ways.SETTING, "clusters")
-    with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*, got clusters$"):
+    with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*together, got clusters$"):
         ways.machine_of(132, 227 << 10, (9, 0))

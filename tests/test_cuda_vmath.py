@@ -142,7 +142,7 @@ def test_halves_two_at_a_time(machine, kind, dtype, m):
             (i, value(machine, halves[:, i].astype(np.float32)), None, None) for i in range(16)
         ]
         single = share_of(op, None, None, numbers, top)
-        found = share_of_halves(op, words, kind, top, lambda: single)
+        found = share_of_halves(words, kind, top, False, lambda v: v, None)
         wide = halves.astype(WORK)
         want = np.sum(np.where(wide < m, np.exp(wide - m), 0), axis=1)
     np.testing.assert_array_equal(found.k.value.ravel(), np.sum(wide == m, axis=1))
@@ -153,6 +153,34 @@ def test_halves_two_at_a_time(machine, kind, dtype, m):
     assert np.all(abs(rest - want)[inside] <= 5 * 2.0**-23 * want[inside])
     assert np.all(rest[~inside] < 2.0**-160)
     np.testing.assert_array_equal(rest[inside], single.rest.value.ravel()[inside])
+
+
+@pytest.mark.parametrize("m", [0.0, -37.25, 300.0, 511.0, -514.0, 1e5])
+@pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])
+def test_halves_of_a_large_sum(machine, kind, dtype, m):
+    """Two to sixteen of a thread's 16 halves are near m, the others anywhere below it."""
+    m = float(np.array(min(m, 60000.0) if kind == "f2" else m).astype(dtype))
+    rng = cases.generator(10)
+    x = m - np.abs(rng.normal(0, 1, (count(machine), 16))) * rng.choice([0.5, 4.0, 100.0])
+    x[rng.random(x.shape) < 0.1] = -np.inf
+    x[:, 0] = m
+    x[0], x[1], x[2], x[3] = m, -np.inf, np.nan, m - 1.0
+    x[3, 0], x[4, 1:] = m, -np.inf
+    with np.errstate(all="ignore"):
+        halves = np.minimum(x.astype(dtype).astype(np.float64), m).astype(dtype)
+        words = [value(machine, w.copy()) for w in halves.view(np.int32).T]
+        top = value(machine, np.max(halves.astype(np.float64), axis=1))
+        apart = share_of_halves(words, kind, top, False, lambda v: v, None)
+        found = share_of_halves(words, kind, top, True, lambda v: v, lambda _, compute: compute())
+        wide = halves.astype(WORK)
+        want = np.sum(np.exp(wide - np.max(wide, axis=1, keepdims=True)), axis=1)
+    k, rest = found.k.value.ravel(), found.rest.value.ravel()
+    large, near = want >= 3.001, abs(m) < 512
+    assert near == np.any(rest != apart.rest.value.ravel()) and np.any(want < 2.9)
+    assert np.all(abs(k + rest - want)[large] <= 5e-7 * want[large])
+    rarely = ~(want >= 2.999) | (not near)
+    np.testing.assert_array_equal(k[rarely], apart.k.value.ravel()[rarely])
+    np.testing.assert_array_equal(rest[rarely], apart.rest.value.ravel()[rarely])
 
 
 @pytest.mark.parametrize("kind, dtype", [("f2", np.float16), ("bf", ml_dtypes.bfloat16)])

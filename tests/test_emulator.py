@@ -62,10 +62,9 @@ def launch(operation, classes, options=(), machine=MACHINE, rows=3, offset=0, ax
 
 
 MEAN = ("ignores", True), ("reduction", "mean")
-CLUSTERS = Machine(cluster=8)
+CLUSTERS = Machine(multiprocessors=1, cluster=8)
 SHARED = Machine(multiprocessors=1)
 PARTLY = Machine(multiprocessors=1, shared=40 << 10)
-BOTH = Machine(cluster=2, shared=100 << 10)
 TOGETHER = Machine(together=True)
 KERNELS = {
     "a block a row": ("log_softmax", 4096),
@@ -73,8 +72,7 @@ KERNELS = {
     "a block a row, one value": ("logsumexp", 4096),
     "a long row in shared memory": ("log_softmax", 20_000, (), SHARED),
     "a long row of which shared memory has a part": ("log_softmax", 20_000, (), PARTLY),
-    "a cluster": ("softmax", 20_000, (), CLUSTERS),
-    "a cluster and shared memory": ("log_softmax", 40_000, (), BOTH),
+    "a cluster": ("softmax", 50_000, (), CLUSTERS),
     "rows of a tile": ("log_softmax", 21, (), MACHINE, 140),
     "rows of a tile, finished together": ("cross_entropy", 65, MEAN, MACHINE, 40),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),

@@ -12,6 +12,7 @@ from numbakern.cuda.device import (
     bits_of,
     constant,
     divmod_positive,
+    either,
     float_of,
     narrow,
     put_shared_words,
@@ -46,6 +47,12 @@ class Columns(Rows):
     def walk(self, frame, op, turn):
         """As Rows.walk."""
         return _Columns(self, frame, op, turn)
+
+    @staticmethod
+    def folded_unless(mask, compute, folded):
+        """As Rows.folded_unless; to fold, lanes meet in shared memory: all of them have to come."""
+        nothing = [constant(mask, 0.0, elem) for elem in ("f4", "f8")]
+        return [folded(v) for v in either(mask, lambda: nothing, compute)]
 
 
 class _Columns(Walk):

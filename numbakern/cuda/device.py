@@ -353,6 +353,11 @@ def count_lanes(mask, lanes):
     return word.like(mask.machine.ones(word.value))
 
 
+def all_lanes(mask):
+    """Whether the mask holds in all lanes of the warp, as a mask."""
+    return (~mask).like((~mask).machine.ballot((~mask).value), "i4") == 0
+
+
 def barrier(of):
     """Wait for all threads of the block."""
     of.machine.barrier()

@@ -130,7 +130,7 @@ class Operation:
         So did the reduction: they need not be taken twice. In float64 the factor in between would
         cost an ulp.
         """
-        return self.exponential and self.softmax and self.elem == "f4"
+        return self.exponential and self.softmax and self.elem == "f4" and not self.anew
 
     def row(self, frame, p, ok, leader, lanes, peek):
         """Row number p of the batch; an int32 if distances between rows and classes are, too."""
@@ -236,8 +236,10 @@ def normalise(m, total, log_sum, elem, part=None):
 
 def probability(op, x, base, magic, floor, scale, less):
     """exp(x − m) / Σ."""
-    how = base, magic, floor
-    p = (rough_exp(x, *how) if op.anew else scaled_exp(x, *how, op.halves)) * scale
+    if op.anew:
+        p = rough_exp(x, base, magic) * scale
+    else:
+        p = scaled_exp(x, base, magic, floor, op.halves) * scale
     # Their product may be subnormal where the probability is not.
     return p if less is None else p * less
 
@@ -491,8 +493,10 @@ class CrossEntropy(Operation):
     def in_part(self, params, m):
         """The parameters of `probability`, and the others."""
         skip, sums, rest = params
-        *factors, scale, less = normalise(*sums, self.elem, m)
-        factors = *factors, where(skip, 0.0, scale), less
+        base, *factors, scale, less = normalise(*sums, self.elem, m)
+        if self.anew:  # nothing else makes them finite
+            base = where(skip, 0.0, base)
+        factors = base, *factors, where(skip, 0.0, scale), less
         if self.soft and not self.given:
             # The peak is told by its probability: the map needs no logits beside them.
             *before, peak, second, keep, spread = rest

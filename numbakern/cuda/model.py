@@ -1,7 +1,8 @@
 """How long a call should take on a GPU, predicted from its kernels' machine code.
 
-Nothing here has been compared with a device yet. `docs/cuda-performance.md` says how the model
-works, what it assumes and what it predicts; ``python -m numbakern.cuda model`` prints it.
+`docs/cuda-performance.md` says how the model works, what it assumes, what it predicts, and how far
+off that is on the one GPU that it was compared with, an H200; ``python -m numbakern.cuda model``
+prints it.
 
 A call is its plan's launches, one after the other. Of each launch two things are known: its
 `footprint` (bytes, rounds of loops, warps that take a branch), and its machine code, which tells
@@ -92,7 +93,8 @@ _KB, _MB = 1 << 10, 1 << 20
 # Clock: the peak dense tensor rate of the data sheets over what a multiprocessor does in a cycle.
 # DRAM: an H100 copies 3.00 to 3.03 TB/s of its 3.35 and reads 3.18 (QuACK's benchmarks); an A100 of
 # 40 GB copies 1355 of its 1555 GB/s (PTsolvers' workshop at JuliaCon 2023), and 80 GB have 2039.
-# Of H200 (4.8 TB/s) and B200 (7.67) the H100's shares of the peak are assumed.
+# Of a B200 (7.67) the H100's shares of the peak are assumed. An H200's copy and read rates and its
+# clock were measured (ncu, clocks as they are); its L2 is what its driver tells.
 # L2: 60 % of 5120 bytes a cycle and die, about what Chips and Cheese measured on an H100.
 GPUS = {
     gpu.name: gpu
@@ -101,7 +103,7 @@ GPUS = {
             164 * _KB, *_AMPERE),
         Gpu("H100", "sm_90a", 132, 1.83e9, 3.02e12, 3.18e12, 50 * _MB, 5.6e12, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),
-        Gpu("H200", "sm_90a", 132, 1.83e9, 4.33e12, 4.56e12, 50 * _MB, 5.6e12, 8e-7, 3e-7,
+        Gpu("H200", "sm_90a", 132, 1.94e9, 4.22e12, 4.25e12, 60 * _MB, 5.6e12, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),
         Gpu("B200", "sm_100a", 148, 1.85e9, 6.9e12, 7.3e12, 126 * _MB, 1.13e13, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),

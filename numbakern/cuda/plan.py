@@ -66,9 +66,10 @@ class Step(NamedTuple):
     args : tuple of str
         Names of what the kernel is given.
     blocks : int
-        Of a multiprocessor that the compiler is told of: with a map those that it has shared memory
-        for, of a crowded Partition or long rows of halves read one by one; without one those that
-        it has registers for, of halves read one by one; 0 of others.
+        Of a multiprocessor that the compiler is told of: as many as are to keep rows beside one
+        another (`Launch.beside`); with another map those that it has shared memory for, of a
+        crowded Partition or long rows of halves read one by one; without one those that it has
+        registers for, of halves read one by one; 0 of others.
     """
 
     spec: Spec
@@ -312,8 +313,8 @@ class _Planner:
             self.rows,
             numbers,
             shelf,
-            maps is not None,
-            _registers(part) if single else LANE_REGISTERS,
+            0 if maps is None else max(1, len(accesses)),
+            self._lane_registers(part, single, shelf, maps is not None),
             columns,
             machine,
             tiles > 0,
@@ -329,17 +330,27 @@ class _Planner:
         if added:
             added = added._replace(rows=self._neighbours(part, found[-1].way, columns, tiles > 0))
             params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
-        for way, grid, threads, shared in found:
+        for way, grid, threads, shared, beside in found:
             shared += tiles * threads
             name = self.operation + "_parts" * (way.stage == "reduce")
             spec = Spec(name, (*params, ("way", tuple(way))))
             blocks = 0
-            if maps is not None and (part.crowded or (single and part.chunks)):
+            if beside:
+                blocks = beside
+            elif maps is not None and (part.crowded or (single and part.chunks)):
                 blocks = self.machine.beside(shared + maps.room * (threads // WARP))
             elif maps is None and single and not columns:
                 blocks = _roomy(part, threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return added
+
+    @staticmethod
+    def _lane_registers(part, single, shelf, maps):
+        """Of a lane, about: beside what it holds, more for halves, and yet more one by one."""
+        if not maps:
+            return _registers(part) if single else LANE_REGISTERS
+        held = shelf // (4 * WARP)
+        return held + (56 if single else 40 if part.held > WARP else 32)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
@@ -479,10 +490,11 @@ def _made(operation, params):
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
     op.added, op.narrow = added, params["narrow"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
-    kept = op.softmax and not (part.chunks or part.crowded)
-    op.anew = op.halves and arrays.get("out") in ("f2", "bf") and not kept
+    op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew
     op.by_pairs = op.halves and op.softmax and not (op.linear or keeps)
+    if op.by_pairs:
+        op.twice = ("x",)
     if "x" in access and op.softmax:
         access["x"].format = Format(arrays["x"], elem, fill=-math.inf)
     if "x" in access and not (op.softmax or op.sums or "out" in access):

@@ -150,7 +150,8 @@ def way_of(operation, kind, classes, gpu: Gpu) -> tuple[str, str]:
         return "blocks that meet", "registers"
     where = "registers" if way.kept == "registers" else ""
     if way.kept in ("shared", "partly"):
-        where = "shared memory" if way.kept == "shared" else "shared memory, the rest read again"
+        where = "registers and shared memory"
+        where += ", the rest read again" if way.kept == "partly" else ""
     elif way.kept == "no":
         where = "read again" if maps else "read once, in rounds"
     if way.gathers:
@@ -165,15 +166,17 @@ def ways_table(gpu: Gpu) -> str:
     not hold from the device's shared memory.
     """
     kinds = "f4", "bf", "f8"
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for operation, kind in itertools.product(("log_softmax", "cross_entropy"), kinds):
         step = 16 // codegen.size_of(kind)
         way = functools.partial(way_of, operation, kind, gpu=gpu)
         starts = [step, *_changes(way, step, step)]
         for first, end in zip(starts, [*starts[1:], 2**18 + step], strict=True):
             at = found.setdefault((operation, *way(first)), {})
-            at[kind] = f"{first} … {end - step}"
-    lines = [[*which, *(at.get(kind, "") for kind in kinds)] for which, at in found.items()]
+            at.setdefault(kind, []).append(f"{first} … {end - step}")
+    lines = [
+        [*which, *(", ".join(at.get(kind, [])) for kind in kinds)] for which, at in found.items()
+    ]
     names = (_NAMES[kind] for kind in kinds)
     return markdown(["call", "a row is taken by", "and stays in", *names], lines)
 

@@ -12,6 +12,7 @@ import operator
 from typing import NamedTuple
 
 from numbakern.cuda.device import (
+    all_lanes,
     barrier,
     cluster_rank,
     constant,
@@ -41,6 +42,7 @@ from numbakern.cuda.reduce import (
     team_fold,
 )
 from numbakern.cuda.softmax import (
+    Share,
     join,
     reduced_of,
     share_of,
@@ -64,6 +66,8 @@ CROWDED, LONE = 256, 40
 """Lanes of a row, groups of one in a lane, from which on few blocks find registers."""
 TEAM = 512
 """Lanes of a row that is held in registers at most; half of them for halves."""
+MANY = 64
+"""Halves of a part from which on their sum is taken without the maximum apart, if it can be."""
 UNPACKED = 64
 """Halves of a lane, of all arrays, that are not to be kept unpacked from reduction to map."""
 
@@ -173,9 +177,9 @@ class Way(NamedTuple):
     cluster : int
         Blocks of a cluster, which then have a row together.
     kept : {"registers", "shared", "partly", "no"}
-        Where the row is between reduction and map; "no": it is read again, if there is a map;
-        "partly": its first parts are in shared memory, the others are read again. In registers
-        there is but one part for each warp.
+        Where the row is between reduction and map; "no": it is read again, if there is a map. In
+        registers there is one part for each warp, that of the last round; "shared": the others are
+        in shared memory; "partly": the first of them are, and the rest is read again.
     gathers : int
         Rows of a block that are finished together (`gathered`): a power of two; 0 for none.
     abreast : int
@@ -221,6 +225,15 @@ class Rows:
     def walk(self, frame, op, turn):
         """One warp's or block's Walk, of those that it has one beside the other."""
         return Walk(self, frame, op, turn)
+
+    @staticmethod
+    def folded_unless(mask, compute, folded):
+        """The sums over lanes of what `compute` gives; 0 where the mask holds.
+
+        Skipped by the warps in which it holds for all.
+        """
+        zero = constant(mask, 0.0, "f8")
+        return either(all_lanes(mask), lambda: [zero, zero], lambda: [folded(v) for v in compute()])
 
 
 class Lane:
@@ -322,14 +335,15 @@ class Lane:
         return self._split(words, names, groups)
 
     def forget(self, names):
-        """Have what follows unpack the halves of these inputs anew, by a 0 unknown to the compiler.
+        """Have what follows unpack the halves of these inputs anew; of a row not read they are 0.
 
-        It would keep what was made of them, which fills twice the registers or more.
+        The compiler would keep what was made of them, which fills twice the registers or more: so
+        they pass a mask that it does not know.
         """
-        zero = narrow(self.row.width >> 62)
+        keep = where(self.row.classes > 0, constant(self.first, -1, "i4"), 0)
         for name in names:
             access = self.walker.inputs[name]
-            words = [w | zero for w in access.flat(self.words[name])]
+            words = [w & keep for w in access.flat(self.words[name])]
             self.words[name] = access.grouped(words, len(self.groups))
 
     def numbers(self):
@@ -357,14 +371,22 @@ class Lane:
         words = x.flat(self.words["x"])
         m = convert(fold(x.largest(words), lanes, larger), "f8")
 
-        def one_by_one():
-            return share_of(op, self.row, self.left, self.numbers(), m)
+        def folded(v):
+            return convert(fold(v, lanes, operator.add), "f8")
 
         if op.by_pairs:
-            share = share_of_halves(op, words, x.format.kind, m, one_by_one)
+            share = share_of_halves(
+                words,
+                x.format.kind,
+                m,
+                self.part.span >= MANY,
+                folded,
+                lambda mask, compute: self.walker.folded_unless(mask, compute, folded),
+            )
         else:
-            share = one_by_one()
-        return [m, *(convert(fold(v, lanes, operator.add), "f8") for v in share.known)]
+            share = share_of(op, self.row, self.left, self.numbers(), m)
+            share = Share(*map(folded, share.known))
+        return [m, *share.known]
 
     def map(self, op, params):
         """Write the result of every element."""
@@ -478,10 +500,8 @@ class Walk:
         if way.stage != "all" or not entries:
             return Board.of_row(self.frame, p, entries, self.count)
         if way.kept in ("shared", "partly"):
-            # A block alone has all parts, in their order; one of several a share with gaps.
-            parts = narrow(self.frame.rounds) * way.warps if way.cluster > 1 else self.count
-            if way.kept == "partly":
-                parts = narrow(self.frame.shelved)
+            whole = narrow(self.frame.rounds) * way.warps
+            parts = narrow(self.frame.shelved) if way.kept == "partly" else whole
             self.shelf = Shelf(self.lane, address, parts, self.walker, self.op.both)
             address = self.shelf.behind
         self.free = address + self.count * (8 * entries)
@@ -542,11 +562,17 @@ class Walk:
         return self.op.finish(self.row, reduced)
 
     def _each(self, visit, begin, back=False):
-        """Visit the parts of this warp, and begin: after the loads, if it has but one part."""
+        """Visit the parts of this warp, and begin: after the loads, if it has but one part.
+
+        That of the last round, `None`, is the first one on the way back: registers hold it.
+        """
         if self.way.kept == "registers":
             visit(self.own, None, begin)
             return
         begin()
+
+        def last():
+            visit(self.own + narrow(self.frame.rounds) * self.step, None, nothing)
 
         def in_round(i):
             if back:  # what was read last, L2 has still
@@ -556,11 +582,15 @@ class Walk:
             visit(self.own + narrow(i) * self.step, i, nothing)
             return ()
 
+        if self.shelf and back:
+            last()
         repeat(self.frame.rounds, in_round)
+        if self.shelf and not back:
+            last()
 
     def _reduce(self, part, i, begin):
-        span = self._read(part, None)
-        if self.way.kept == "registers":
+        span = self._read(part, i, anew=True)
+        if i is None:
             self.held = span
         elif self.shelf:
             self.shelf.put(self._own_number(i), span.words)
@@ -571,25 +601,31 @@ class Walk:
 
     def _map(self, part, i, params):
         span, m = self._read(part, i), None
-        if self.held and (names := self._unpacked_anew()):
+        if names := self._unpacked_anew(i is None and self.held):
             span.forget(names)
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
         span.map(self.op, self.op.in_part(params, m))
 
-    def _unpacked_anew(self):
-        """Inputs of halves of which the map is not to keep what the reduction has unpacked."""
-        part, inputs = self.part, self.walker.inputs
-        many = part.vectors * part.group * len(inputs) >= UNPACKED
-        names = set(inputs if part.crowded else self.op.twice if many else ())
-        if self.op.exponential and self.op.softmax and not part.crowded:
-            names -= {"x"}  # its exponentials are kept instead
+    def _unpacked_anew(self, held):
+        """Inputs of halves of which the map is not to keep what the reduction has unpacked.
+
+        And that whose exponentials it takes anew, for what is in place of a row that is not read.
+        """
+        part, inputs, names = self.part, self.walker.inputs, set()
+        if held:
+            many = part.vectors * part.group * len(inputs) >= UNPACKED
+            names = set(inputs if part.crowded else self.op.twice if many else ())
+            if self.op.exponential and self.op.softmax and not part.crowded:
+                names -= {"x"}  # its exponentials are kept instead
+        if self.op.anew:
+            names |= {"x"}
         return [n for n in inputs if n in names and inputs[n].wide and inputs[n].format.size == 2]
 
-    def _read(self, part, i):
+    def _read(self, part, i, anew=False):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
-        span = self.held or self._place(part)
-        if self.shelf and i is not None:
+        span = self._place(part) if i is not None or anew or not self.held else self.held
+        if self.shelf and not (i is None or anew):
             n = self._own_number(i)
             span.words = self.shelf.get(n)
             if self.way.kept == "partly":

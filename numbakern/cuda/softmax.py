@@ -16,13 +16,11 @@ from numbakern.cuda.device import (
     bits_of,
     constant,
     convert,
-    either,
     equal_halves,
     exp2,
     float_of,
     fma,
     larger,
-    larger_halves,
     one_below,
     pack_halves,
     polynomial,
@@ -108,12 +106,11 @@ def scaled_exp(x, base, magic, floor, halves=False):
     return _exp_of_half(h, magic) if halves else exp_scaled(h, magic)
 
 
-def rough_exp(x, base, magic, floor):
-    """As `scaled_exp`, for results that are halves themselves: off by 1e-5 of it at most."""
+def rough_exp(x, base, magic):
+    """exp(x − m) / factor, for results that are halves themselves: off by 1e-5 of it at most."""
     span = EXP_RANGE["f4"]
-    h = at_least(x - base, floor)
     # Rounded once, of at most 128; the rest of log2(e) is 2e-8 of an h of at most 700.
-    return exp2(fma(h, span.log2_e[0], magic - span.magic))
+    return exp2(fma(x - base, span.log2_e[0], magic - span.magic))
 
 
 def _exp_of_half(h, magic):
@@ -161,27 +158,58 @@ def share_of(op, row, left, numbers, m):
     return Share(k, convert(rest, "f8") * factor, *linear)
 
 
-def share_of_halves(op, words, kind, m, share):
-    """The Share of some halves (f2 or bf), two in each word, two at a time as far as that goes.
+ENOUGH = 3.0
+"""Σ exp(x − m) of a part from which on it need not be known apart from its largest terms: then its
+logarithm is as good as the sum."""
+
+
+def share_of_halves(words, kind, m, many, fold, unless):
+    """The Share of a part of halves (f2 or bf), two in each word of a lane.
+
+    Where the sum is `ENOUGH`, exponentials are taken of products that were rounded once, and the
+    maximum is one of the terms: k = 1, and the rest is the sum less 1. It is off by 5e-7 at most.
+    Elsewhere the rest is all that counts, and as exact as that of single numbers.
 
     Parameters
     ----------
-    share : function () -> Share
-        As `share_of` has it, for a large maximum: that has to be subtracted from each of them.
+    many : bool
+        Whether the sum of a part may well be `ENOUGH`.
+    fold : function (v) -> Value
+        The sum over the lanes of the part.
+    unless : function (mask, compute) -> list of Value
+        The sums over the lanes of what `compute` gives where the mask does not hold.
     """
-    near = _is_near(convert(m, "f4"))
-    return Share(*either(near, lambda: _near_halves(words, kind, m), lambda: share().known))
+    if not many:
+        return Share(*map(fold, _apart(words, kind, m)))
+    top = convert(m, "f4")
+    near = _is_near(top)
+    total = fold(_sum_of_halves(words, kind, top))
+    enough = near & (total >= ENOUGH)
+    k, rest = unless(enough, lambda: _apart(words, kind, m))
+    return Share(where(enough, 1.0, k), where(enough, total - 1.0, rest))
 
 
-_LEAST = -126.0
-"""As ExpRange.floor: as a half, it is −130 at least."""
+def _sum_of_halves(words, kind, top):
+    """Σ exp(x − top) over a lane, top a float32 that need not be subtracted; 0 for −inf."""
+    high = EXP_RANGE["f4"].log2_e[0]
+    start = -(top * high)
+
+    def terms():
+        for word in words:
+            low, upper = (unpack_half(word, part, kind) for part in (False, True))
+            yield exp2(fma(low, high, start)) + exp2(fma(upper, high, start))
+
+    # What the start was rounded by, all terms are off by.
+    off = convert(start, "f8") + convert(top, "f8") * high
+    return convert(sum_tree(terms()), "f8") * fma(off, -math.log(2.0), 1.0)
 
 
-def _near_halves(words, kind, m):
-    """How many of the halves are the maximum, and Σ exp(x − m) over the rest."""
-    m = convert(m, "f4")
-    magic, factor = _centre_near(m)
-    top, least = (pack_halves(v, v, kind) for v in (m, m + _LEAST))
+def _apart(words, kind, m):
+    """How many of a lane's halves are the maximum, and Σ exp(x − m) over the rest."""
+    (base, magic, floor), factor = exponentials(m, "f4")
+    top, lowest = (
+        pack_halves(v, v, kind) for v in (convert(m, "f4"), constant(m, -math.inf, "f4"))
+    )
     found = []
 
     def terms():
@@ -189,9 +217,9 @@ def _near_halves(words, kind, m):
             is_top = equal_halves(word, top, kind)
             found.append(is_top)
             # What is the maximum counts as −inf: nothing in the sum.
-            word = larger_halves((word & ~is_top) | (least & is_top), least, kind)
-            low, high = (unpack_half(word, part, kind) for part in (False, True))
-            yield _exp_of_half(low, magic) + _exp_of_half(high, magic)
+            word = (word & ~is_top) | (is_top & lowest)
+            halves = (unpack_half(word, part, kind) for part in (False, True))
+            yield sum_tree(_exp_of_half(at_least(x - base, floor), magic) for x in halves)
 
     rest = convert(sum_tree(terms()), "f8") * factor
     # Each low half that is one adds 2**16 − 1, each high one −2**16.

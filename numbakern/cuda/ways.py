@@ -7,13 +7,13 @@ block holds in registers are a block each. For longer ones there are
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
   registers would hold a warp each, if there are many: a block has several then, for one warp to
   finish (`gathered`);
-- a block each, which keeps in its shared memory what the map needs again: all of the row, or as
-  many of its parts as there is room for. The others are read again, the last ones first: those L2
-  still has;
+- a block each, which keeps what the map needs again: each warp its last part in registers, the
+  others in shared memory, or as many of them as there is room for. What there is none for is read
+  again, the last parts first: those L2 still has;
 - several blocks each, where there are too few rows to fill the machine: a launch that reduces and
   one that joins and maps, the parts' sums waiting in global memory in between;
-- a cluster of blocks each, which hold the row in registers or keep it in their shared memory and
-  tell each other the parts' sums (`Machine.cluster`);
+- a cluster of blocks each, which keep the row as one block would, and tell each other the parts'
+  sums (`Machine.cluster`): of many rows of which a multiprocessor could keep but one;
 - several blocks each that hold it in registers and meet in global memory (`Machine.together`).
 
 Blocks that meet have to be at work at the same time, and in which order blocks start is not known.
@@ -33,23 +33,26 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
-PATHS = "cluster", "together"
+PATHS = ("together",)
+CLUSTER = 8
+"""Blocks of a cluster, at most: as many as every device that has clusters can start."""
 FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
-WALKING, SMALL = 16, 8
-"""Warps of a block that takes long rows part by part, at most; where several find shared memory
-beside one another."""
+WALKING, KEEPING = 16, (4, 32)
+"""Warps of a block that takes long rows part by part, at most; of one that keeps all parts, at
+least and at most."""
 REDUCING = (3, 4, 5, 6, 8, 11)
 """The same of one that only reduces: a few numbers, for each is another kernel."""
 GATHERED_ROWS, GATHERED_THREADS = 4, 256
 """Rows of several parts that a block finishes together, a warp each; threads of one whose rows have
 one part."""
+BUSILY, ENOUGH = 0.75, 27
+"""Of the warps that find registers, the share that has to be busy for a cluster to be better; busy
+warps of a block that needs none beside it. As measured on an H200."""
 BUSY = 18
 """Warps of a multiprocessor, of all rows, from which on a warp for each row is enough."""
-EVEN = 8
-"""Warps of a block of a cluster are a multiple of this: each number is another kernel."""
 HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
@@ -117,17 +120,21 @@ def chosen():
 def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
-    cluster = 8 if "cluster" in names and capability >= (9, 0) else 1
+    cluster = CLUSTER if capability >= (9, 0) else 1
     return Machine(multiprocessors, shared, cluster, "together" in names)
 
 
 class Launch(NamedTuple):
-    """One launch: the Way, blocks, threads of each, bytes of shared memory."""
+    """One launch: the Way, blocks, threads of each, bytes of shared memory.
+
+    `beside`: blocks of a multiprocessor that are to find registers; 0 for as many as do.
+    """
 
     way: Way
     grid: int
     threads: int
     shared: int = 0
+    beside: int = 0
 
 
 def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine, staged=False):
@@ -140,10 +147,10 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
         What each part leaves, in float64 (`softmax.width`); 0 for a map alone.
     shelf : int
         Bytes that a warp needs to keep a part in shared memory; 0 if it cannot.
-    maps : bool
-        Whether there is a map.
+    maps : int
+        Arrays that a map reads; 0 if there is none.
     registers : int
-        Of a lane, about, if there is no map.
+        Of a lane, about.
     columns : bool
         Whether rows lie side by side, and a block has some of them, or of their parts.
     machine : Machine
@@ -170,7 +177,7 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
         return [Launch(Way(parts), count, parts * WARP, board)], {}
     found = None
     if numbers and maps:
-        found = _mapped(part, parts, count, numbers, shelf, machine)
+        found = _mapped(parts, count, numbers, shelf, registers, maps, machine)
     elif numbers and count >= 2 * machine.multiprocessors and board <= BOARD:
         warps = _filling(parts, count, registers, machine)
         found = _in_rounds(parts, count, "no", 1, warps, board)
@@ -193,32 +200,24 @@ def _gathered(part, count, threads, numbers):
     return [launch], {"rounds": part.parts(1)}
 
 
-def _mapped(part, parts, count, numbers, shelf, machine):
+def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     """`launches` that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
-    taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part has made of it
     many = count >= 2 * machine.multiprocessors and board <= BOARD
-    blocks = 1
-    while blocks <= machine.cluster:
-        if parts <= part.lanes // WARP * blocks:
-            warps = EVEN * _ceil(parts, EVEN * blocks)
-            way = Way(warps, cluster=blocks)
-            return [Launch(way, count * blocks, warps * WARP, board + taken)], {}
-        alone = blocks == 1
-        small = alone and machine.beside(board + shelf * parts) > 1
-        rounds = _ceil(parts, (SMALL if small else WALKING) * blocks)
-        places = parts if alone else rounds * _ceil(parts, rounds * blocks)
-        size = board + shelf * places
-        if shelf and (many or not alone) and size <= machine.shared:
-            warps = _ceil(parts, rounds * blocks)
-            return _in_rounds(parts, count, "shared", blocks, warps, size)
-        blocks *= 2
+    shelving, good = None, False
+    if shelf and many:
+        shelving, good = _shelved(parts, board, shelf, registers, inputs, machine)
+    if good:
+        return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
     room = min(WARP, machine.multiprocessors // ROOM)  # a thread of a block for each part
     if machine.together and blocks <= room:
         warps = _ceil(parts, blocks)
+        taken = 8 * WARP * _ceil(parts, WARP) * numbers  # what a thread for each part makes of it
         launch = Launch(Way(warps, spread=True), count * blocks, warps * WARP, taken)
         return [launch], {"blocks": blocks, "blocks_inverse": 1.0 / blocks}
+    if shelving:
+        return _in_rounds(parts, count, *shelving)
     if not many:
         return None
     warps = _ceil(parts, _ceil(parts, WALKING))
@@ -226,15 +225,81 @@ def _mapped(part, parts, count, numbers, shelf, machine):
     if places < 1:
         return _in_rounds(parts, count, "no", 1, warps, board)
     size = board + shelf * places
-    found, constants = _in_rounds(parts, count, "partly", 1, warps, size)
+    found, constants = _in_rounds(parts, count, "partly", 1, warps, size, 1)
     return found, constants | {"shelved": places}
 
 
-def _in_rounds(parts, count, kept, blocks, warps, size):
-    """Blocks of so many warps, which go through a row's parts in as many rounds as it takes."""
+def _shelved(parts, board, shelf, registers, inputs, machine):
+    """How `_in_rounds` keeps all of a row, None if it can't; whether nothing else is as good.
+
+    By a block, if another finds room beside it, or if it keeps a multiprocessor busy alone, which
+    takes that the map reads nothing else meanwhile. Else by the smallest cluster whose blocks are
+    beside others and busy.
+    """
+    alone, blocks = None, 1
+    while blocks <= machine.cluster:
+        found = _shelving(parts, blocks, board, shelf, registers, machine)
+        if found:
+            size = board + shelf * found.places
+            kept = "shared", blocks, found.warps, size, found.beside
+            if blocks == 1:
+                alone, good = kept, found.beside > 1 or (found.busy >= ENOUGH and inputs == 1)
+            else:
+                good = found.beside > 1 and found.busy >= BUSILY * REGISTERS / (registers * WARP)
+            if good:
+                return kept, True
+        blocks *= 2
+    return alone, False
+
+
+class _Shelving(NamedTuple):
+    """How a block keeps its parts of a row.
+
+    Attributes
+    ----------
+    warps : int
+    places : int
+        Parts in shared memory.
+    beside : int
+        Blocks of a multiprocessor.
+    busy : float
+        Their warps that have a part, in the mean of all rounds.
+    """
+
+    warps: int
+    places: int
+    beside: int
+    busy: float
+
+
+def _shelving(parts, blocks, board, shelf, registers, machine):
+    """The _Shelving of a row's parts in so many blocks; None if they are too many.
+
+    Each warp holds its last part in registers. Of two blocks beside one another one can load while
+    the other computes; then the busiest is best, of the fewest rounds.
+    """
+    found = []
+    for most in range(KEEPING[0], KEEPING[1] + 1):
+        rounds = _ceil(parts, most * blocks)
+        if rounds < 2:
+            break
+        warps = _ceil(parts, rounds * blocks)
+        places = (rounds - 1) * warps
+        size = board + shelf * places
+        beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
+        if size <= machine.shared and beside:
+            found.append(_Shelving(warps, places, beside, beside * parts / (rounds * blocks)))
+    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+
+
+def _in_rounds(parts, count, kept, blocks, warps, size, beside=0):
+    """Blocks of so many warps, which go through a row's parts in as many rounds as it takes.
+
+    The last round is one of its own where parts are kept: it stays in registers.
+    """
     way = Way(warps, cluster=blocks, kept=kept)
-    launch = Launch(way, count * blocks, warps * WARP, size)
-    return [launch], {"rounds": _ceil(parts, warps * blocks)}
+    launch = Launch(way, count * blocks, warps * WARP, size, beside)
+    return [launch], {"rounds": _ceil(parts, warps * blocks) - (kept != "no")}
 
 
 def _filling(parts, count, registers, machine):
