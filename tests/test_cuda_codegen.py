@@ -264,6 +264,17 @@ def test_machine_code_of_every_long_row(operation, kind, way, arch):
     check_way(operation, kind, way, arch)
 
 
+@pytest.mark.parametrize("kind", ["f4", "bf"])
+@pytest.mark.parametrize("classes", [1000, 4096, 10_000])
+def test_rows_are_asked_for_before_their_labels_have_come(classes, kind):
+    """The logit at a label, whose address waits for that, is asked for after the row."""
+    step = case("cross_entropy_value_and_grad", kind, classes).step
+    sass = compiler.sass(compiler.cubin(step.spec, "sm_90a", step.block, step.blocks))
+    size = r"\.U16" if kind == "bf" else ""
+    logit = re.search(rf"LDG\.E{size} ", sass)
+    assert logit and logit.start() > sass.index("LDG.E.128")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "one, arch", named((one, arch) for arch in ARCHITECTURES for one in codegen.cases())

@@ -624,7 +624,7 @@ class Walk:
 
     def _read(self, part, i, anew=False):
         """The elements of a part: held ones, those of round i on the shelf, or read now."""
-        span = self._place(part) if i is not None or anew or not self.held else self.held
+        span = self.held if i is None and self.held else self._place(part)
         if self.shelf and not (i is None or anew):
             n = self._own_number(i)
             span.words = self.shelf.get(n)
