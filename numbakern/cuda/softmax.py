@@ -167,7 +167,7 @@ def share_of_halves(words, kind, m, many, fold, unless):
     """The Share of a part of halves (f2 or bf), two in each word of a lane.
 
     Where the sum is `ENOUGH`, exponentials are taken of products that were rounded once, and the
-    maximum is one of the terms: k = 1, and the rest is the sum less 1. It is off by 5e-7 at most.
+    maximum is one of the terms: k = 1, and the rest is the sum less 1. It is off by 6e-7 at most.
     Elsewhere the rest is all that counts, and as exact as that of single numbers.
 
     Parameters
