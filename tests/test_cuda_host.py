@@ -911,20 +911,25 @@ def fake_driver(tmp_path_factory):
 # µs of our own on a quiet machine, beyond the launches and what the library does: what one launch
 # takes, and the training step with its three. JAX, and what we know nothing of, are exchanged by
 # DLPack or its like and held until the work is done.
+MUST = 25  # µs of a call, as of `benchmarks.bounds.HOST_COST`, here for what is ours alone
 OURS = {"torch": (6, 8.5), "cupy": (6, 8.5), "numba": (6, 9.5), "interface": (7, 10.5)}
 OURS |= {"jax": (8, 11.5), "dlpack": (8, 11.5)}
 
 
 @needs_cuda_core
 @pytest.mark.parametrize("family", host_cost.FAMILIES)
-def test_host_cost_of_a_call(python, fake_driver, family):
+@pytest.mark.parametrize("near", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_host_cost_of_a_call(python, fake_driver, family, near):
     """In the time of a fixed piece of Python, measured in turn with it; the best of three, if need
     be, for a busy machine makes the differences of large figures uncertain.
+
+    What it must be anywhere; or, by the slow test, as near the goal as it has been. CPUs differ in
+    how much longer than that small piece a call takes: by a half, of two that were tried.
     """
     if family == "numba" and not installed("numba_cuda"):
         pytest.skip("numba-cuda is not installed")
     script = "import sys; from tests import host_cost; host_cost.measure(sys.argv[1])"
-    one, step = OURS[family]
+    one, step = OURS[family] if near else (MUST, MUST)
     for _ in range(3):
         done = python(script, family, **host_cost.environment(fake_driver))
         print(done.stdout)
