@@ -524,15 +524,23 @@ def test_the_runner_saves(tmp_path, monkeypatch):
     assert str(ROOT) not in file.read_text()
 
 
-def test_a_library_is_left_out(monkeypatch, capsys):
+def test_a_library_is_left_out(monkeypatch):
+    """Neither measured beside the others, nor asked for a figure of its own, which is n/a."""
     from benchmarks import __main__ as command
+    from benchmarks import cpu
 
-    monkeypatch.setenv("NUMBAKERN_BENCH_SMALL", "1")
     monkeypatch.setenv(suite.WITHOUT_SETTING, "")  # given back as it was
-    options = ["-b", r"cpu.Call.*\('(numbakern|scipy)', 'log_softmax', '8x10'"]
-    assert command.main([*options, "--without", "jax", "--without", "scipy"]) == 0
-    told = capsys.readouterr().out
-    assert "cpu.Call: 1 n/a: left out" in told and "'numbakern'" in told
+    monkeypatch.setattr(command, "run", lambda *_: iter([]))
+    command.main(["--without", "jax", "--without", "scipy"])
+    sweep = cpu.SweepRows()
+    bench = sweep.bench(sweep.case("log_softmax", 1))
+    assert [peer.name for peer in bench.peers] == [
+        name for name in sweep.params[0][1:] if name not in ("jax", "scipy")
+    ]
+    with pytest.raises(NotImplementedError, match="left out"):
+        sweep.setup("scipy", "log_softmax", 1)
+    with pytest.raises(NotImplementedError, match="left out"):
+        cpu.Call().setup("jax", "log_softmax", "8x10")
 
 
 def test_what_cannot_run_is_told(monkeypatch, capsys):
