@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import digest, report, sources, suite
+from benchmarks.device import CUDA_PEERS
+from benchmarks.peers import CPU_PEERS
 from benchmarks.runner import MACHINE_NAME, Benchmark, discover, run
 
 LIBRARIES = (
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         "--without",
         action="append",
         default=[],
+        choices=sorted({*CPU_PEERS, *CUDA_PEERS}),
         metavar="LIBRARY",
         help="do not measure it, e.g. torch.compile, which compiles for each case (repeatable)",
     )

@@ -561,6 +561,7 @@ def test_what_cannot_run_is_told(monkeypatch, capsys):
     [
         (["-b", "("], "expected a regular expression"),
         (["-b", "nothing of this name"], "nothing matches"),
+        (["--without", "torch_compile"], "choose from"),
         (["--save", "x.json"], "expected --machine too"),
         (["--machine", "a/b"], "expected letters"),
         (["--machine", "a", "--save", "/nowhere/x.json", "-b", "startup.Import"], "/nowhere"),

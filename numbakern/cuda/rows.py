@@ -616,10 +616,10 @@ class Walk:
         if held:
             many = part.vectors * part.group * len(inputs) >= UNPACKED
             names = set(inputs if part.crowded else self.op.twice if many else ())
-            if self.op.exponential and self.op.softmax and not part.crowded:
-                names -= {"x"}  # its exponentials are kept instead
         if self.op.anew:
             names |= {"x"}
+        elif self.op.exponential and self.op.softmax and not part.crowded:
+            names -= {"x"}  # its exponentials are kept instead
         return [n for n in inputs if n in names and inputs[n].wide and inputs[n].format.size == 2]
 
     def _read(self, part, i, anew=False):
