@@ -16,8 +16,8 @@ from numbakern.cuda.memory import Format
 from numbakern.cuda.plan import SECTOR, kernel_of
 
 WARP = 32
-LINE, LINES = 128, 4
-"""Bytes of a cache line; how many of them L1 looks up in a cycle for a warp's access."""
+LINE = 128
+"""Bytes of a cache line, of which L1 looks up one a cycle."""
 POLLS = 2
 """How often a block asks whether those that it waits for have come."""
 SAMPLE, ROW = 4, 64
@@ -399,10 +399,9 @@ class _Tracer:
 
 
 def _lookups(lines):
-    """Cycles of L1 to look up the lines of some warps' accesses; −1 for a thread that has none."""
+    """Lines of some warps' accesses, which L1 looks up; −1 for a thread that has none."""
     lines = np.sort(lines, axis=1)
-    new = np.diff(lines, axis=1, prepend=-1) != 0
-    return int(np.sum(-(-np.count_nonzero(new, axis=1) // LINES)))
+    return np.count_nonzero(np.diff(lines, axis=1, prepend=-1))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,8 +7,8 @@ prints it.
 A call is its plan's launches, one after the other. Of each launch two things are known: its
 `footprint` (bytes, rounds of loops, warps that take a branch), and its machine code, which tells
 what a warp issues to which pipe, and, by the stalls and scoreboards in the instructions'
-encodings, how long a warp takes that is alone. The time is the largest of the bounds that follow,
-wave by wave.
+encodings, how long a warp takes that is alone. The time is more than the largest of the bounds that
+follow (`together`), wave by wave.
 """
 
 import functools
@@ -46,7 +46,7 @@ class Gpu(NamedTuple):
     latency, l2_latency : float
         Seconds from a load to its data under load: from DRAM, from L2.
     shared : int
-        Bytes of shared memory of a multiprocessor.
+        Bytes of a multiprocessor that shared memory can have at most, and L1 has `L1` beside it.
     cycles : dict of str to float
         Cycles that a warp's instruction keeps a scheduler's pipe busy.
     same : dict of str to str
@@ -72,11 +72,18 @@ class Gpu(NamedTuple):
     same: dict[str, str]
     threads: int = 2048
     blocks: int = 32
-    launch: float = 1e-6
+    launch: float = 2e-6
 
 
 FABRIC = 64
 """Bytes a cycle that L2 delivers to one multiprocessor (NVIDIA's A100 whitepaper)."""
+OVERLAP = 4.0
+"""Bounds come to the norm of this order: what two that are near each other take on an H200."""
+IN_STEP = 2.0
+"""How often the latency counts of blocks that wait for the others of their cluster; likewise."""
+L1 = 28 << 10
+"""Bytes that L1 has left at least. Shared memory takes its own in steps, one of `SHARES` KB."""
+SHARES = 0, 8, 16, 32, 64, 100, 132, 164, 196, 228
 
 # 32 lanes of a warp over the results of a scheduler a cycle, a quarter of what the table of
 # arithmetic throughput in NVIDIA's CUDA programming guide gives for a multiprocessor: 64 results
@@ -103,7 +110,7 @@ GPUS = {
             164 * _KB, *_AMPERE),
         Gpu("H100", "sm_90a", 132, 1.83e9, 3.02e12, 3.18e12, 50 * _MB, 5.6e12, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),
-        Gpu("H200", "sm_90a", 132, 1.94e9, 4.22e12, 4.25e12, 60 * _MB, 5.6e12, 8e-7, 3e-7,
+        Gpu("H200", "sm_90a", 132, 1.94e9, 4.22e12, 4.4e12, 60 * _MB, 5.6e12, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),
         Gpu("B200", "sm_100a", 148, 1.85e9, 6.9e12, 7.3e12, 126 * _MB, 1.13e13, 8e-7, 3e-7,
             228 * _KB, *_HOPPER),
@@ -272,6 +279,10 @@ _SHORT = 6
 """Instructions of a branch that the compiler made of a mask, which is counted as always taken."""
 
 
+_ODD = 100
+"""Instructions beyond which a branch may be all that is left of an `either`."""
+
+
 def _pair_branches(instructions, spans, scopes):
     """{Span: (share of the warps that take it, what holds its loads, Scope)} at one level."""
     pairs = dict.fromkeys(spans, (1.0, "", None))
@@ -287,21 +298,27 @@ def _pair_branches(instructions, spans, scopes):
 
 
 def _eithers(instructions, spans, scopes):
-    """As `_pair_branches`, of the two sides of each `device.either`: the odd one is the longer."""
-    pairs: list[tuple[codegen.Span, codegen.Span]] = []
+    """As `_pair_branches`, of the sides of each `device.either`: the odd one is the longer.
+
+    Or the only one, where the other computes nothing.
+    """
+    found: list[tuple[codegen.Span, ...]] = []
     for first, second in itertools.pairwise(spans):
         between = [i for i in instructions if first.last < i.address < second.first]
         branches = first.kind == second.kind == "branch"
-        if branches and not between and not (pairs and first is pairs[-1][1]):
-            pairs.append((first, second))
+        if branches and not between and not (found and first is found[-1][1]):
+            found.append((first, second))
+    paired = set(itertools.chain(*found))
     # Short ones more than were traced are the compiler's.
-    pairs.sort(key=lambda p: -sum(_length(instructions, span) for span in p))
-    pairs = sorted(pairs[: len(scopes)], key=lambda p: p[0].first)
-    found = {}
-    for (first, second), scope in zip(pairs, scopes, strict=False):
-        odd = max(first, second, key=lambda s: _length(instructions, s))
-        found |= {s: (scope.weight if s is odd else 1.0, "", None) for s in (first, second)}
-    return found
+    single = [s for s in spans if s.kind == "branch" and s not in paired]
+    found += [(s,) for s in single if _length(instructions, s) > _ODD]
+    found.sort(key=lambda sides: -sum(_length(instructions, span) for span in sides))
+    found = sorted(found[: len(scopes)], key=lambda sides: sides[0].first)
+    known = {}
+    for sides, scope in zip(found, scopes, strict=False):
+        odd = max(sides, key=lambda s: _length(instructions, s))
+        known |= {s: (scope.weight if s is odd else 1.0, "", None) for s in sides}
+    return known
 
 
 def _length(instructions, span):
@@ -400,7 +417,16 @@ class _Warp:
 # ---------------------------------------------------------------- the time of a step
 
 
-BOUNDS = ("dram", "l2", "issue", "pipe", "latency")
+BOUNDS = ("dram", "l2", "flight", "issue", "pipe", "latency")
+
+
+def together(wave):
+    """Seconds of a wave by {bound: seconds}: as if none overlapped another perfectly.
+
+    L2's rate is on the way to DRAM's: whichever is less.
+    """
+    others = (seconds for name, seconds in wave.items() if name != "l2")
+    return max(wave["l2"], sum(v**OVERLAP for v in others) ** (1 / OVERLAP))
 
 
 class Bounds(NamedTuple):
@@ -410,9 +436,10 @@ class Bounds(NamedTuple):
     ----------
     seconds : float
         Predicted.
-    dram, l2, issue, pipe, latency : float
-        Seconds by each of the bounds alone: bytes of DRAM and of L2, instructions, the busiest
-        pipe, and how long a block takes that is alone, times how many come one after the other.
+    dram, l2, flight, issue, pipe, latency : float
+        Seconds by each of the bounds alone: bytes of DRAM and of L2, loads in flight, instructions,
+        the busiest pipe, and how long a block takes that is alone, times how many come one after
+        the other.
     busiest : str
         That pipe.
     bytes : float
@@ -428,12 +455,14 @@ class Bounds(NamedTuple):
     waves : float
         Blocks over all that are resident at once.
     in_flight, needed : float
-        Bytes of loads in flight of a multiprocessor; those that keep DRAM busy (Little's law).
+        Bytes of loads in flight of a multiprocessor, which L1 has room for; those that keep DRAM
+        busy (Little's law).
     """
 
     seconds: float
     dram: float
     l2: float
+    flight: float
     issue: float
     pipe: float
     latency: float
@@ -459,10 +488,21 @@ class Bounds(NamedTuple):
 def resident(step, used, gpu):
     """Blocks of a step that a multiprocessor holds at once."""
     by_registers = compiler.blocks_of(step.block, used.registers)
+    by_shared = gpu.shared // _shared_of(step, used, gpu)
+    return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, by_shared))
+
+
+def _shared_of(step, used, gpu):
+    """Bytes of shared memory that a block takes."""
     # The driver keeps some of each block; from sm_90 on ptxas counts that where there is any.
     own = used.shared + OWN if gpu.arch == "sm_80" else max(OWN, used.shared)
-    each = step.shared + own
-    return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, gpu.shared // each))
+    return step.shared + own
+
+
+def l1_beside(step, used, gpu):
+    """Bytes of L1 beside the shared memory of as many blocks as a multiprocessor holds."""
+    taken = resident(step, used, gpu) * _shared_of(step, used, gpu)
+    return gpu.shared + L1 - min(share << 10 for share in SHARES if share << 10 >= taken)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -514,9 +554,13 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         "pipe": warps / SCHEDULERS * pipes[busiest] / gpu.clock,
     }
     life = max(single.cycles / gpu.clock, gpu.latency + max(block.values()))
+    if step.cluster > 1:
+        life *= IN_STEP
     if "meetings" in read and step.grid > at_once:
         # Those of a row start as others end, one after the other: the first waits for the last.
         life *= 1 + plan.constants["blocks"] / at_once
+    needed = rate / gpu.multiprocessors * gpu.latency
+    in_flight = min(held * warps * single.in_flight, l1_beside(step, used, gpu))
     totals = dict.fromkeys(("seconds", *BOUNDS), 0.0)
     full, last = divmod(step.grid, held * gpu.multiprocessors)
     for count, times in ((held * gpu.multiprocessors, full), (last, 1 if last else 0)):
@@ -525,18 +569,22 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         wave = {
             "dram": moved * share / rate,
             "l2": max(count * each / gpu.l2_rate, deep * each / FABRIC / gpu.clock),
+            "flight": 0.0,
             "issue": deep * block["issue"],
             "pipe": deep * block["pipe"],
             "latency": life,
         }
+        if in_flight:
+            wave["flight"] = wave["dram"] * needed / in_flight
         for name, seconds in wave.items():
             totals[name] += times * seconds
-        totals["seconds"] += times * max(wave.values())
+        totals["seconds"] += times * together(wave)
     lanes = step.grid * warps * WARP
     return Bounds(
         seconds=gpu.launch + totals["seconds"],
         dram=totals["dram"],
         l2=totals["l2"],
+        flight=totals["flight"],
         issue=totals["issue"],
         pipe=totals["pipe"],
         latency=totals["latency"],
@@ -549,8 +597,8 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         registers=used.registers,
         resident=held,
         waves=step.grid / (held * gpu.multiprocessors),
-        in_flight=held * warps * single.in_flight,
-        needed=rate / gpu.multiprocessors * gpu.latency,
+        in_flight=in_flight,
+        needed=needed,
     )
 
 
