@@ -113,14 +113,16 @@ class _Raw:
         self.accesses = []
         # _Raw of a branch or an either, or [(_Raw, rounds it stands for), …] of a loop
         self.parts = []
+        self.made = []  # what comes of it
 
     @property
     def live(self):
         """Whether the compiler leaves any of it."""
         rounds = [[(part, 1)] if isinstance(part, _Raw) else part for part in self.parts]
-        return any(what == "written" or of.live for what, _, _, of, _ in self.accesses) or any(
-            raw.live for part in rounds for raw, _ in part
-        )
+        reads = (of.live for what, _, _, of, _ in self.accesses if what != "written")
+        writes = any(what == "written" for what, *_ in self.accesses)
+        made = (value.live for value in self.made)
+        return writes or any(reads) or any(made) or any(raw.live for p in rounds for raw, _ in p)
 
     def taken(self):
         """Which share of the warps takes each branch in it."""
@@ -317,7 +319,8 @@ class _Tracer:
         computed = self._inside(raw, compute)
         self.active = before
         pairs = zip(computed, otherwise, strict=True)
-        return [o.like(_Unknown(mask.value, v.value, o.value)) for v, o in pairs]
+        raw.made = [_Unknown(mask.value, v.value, o.value) for v, o in pairs]
+        return [o.like(made) for o, made in zip(otherwise, raw.made, strict=True)]
 
     def either(self, mask, compute, seldom):
         before, sides = self.active, []

@@ -52,7 +52,14 @@ class Board:
         Numbers of a part, float64: a maximum and sums, or one sum.
     address : Value
         Of those of the row's first part.
+
+    Attributes
+    ----------
+    scattered : bool
+        Whether each thread can get but the part of its own number.
     """
+
+    scattered = False
 
     def __init__(self, width, address):
         self.width, self.address = width, address
@@ -87,6 +94,8 @@ class MeetingBoard(Board):
 
     Each thread has the numbers of but one part, that of its own number.
     """
+
+    scattered = True
 
     @classmethod
     def of_row(cls, frame, p, width, parts):

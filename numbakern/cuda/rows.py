@@ -641,11 +641,11 @@ class Walk:
         first = convert(part, "i8") * self.part.span
         return Lane(self.walker, self.row, first + convert(self.lane * self.part.group, "i8"))
 
-    def _over_parts(self, values, combine, start, count):
+    def _over_parts(self, values, combine, start, count, takes_long):
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
         start = [constant(self.own, start, "f8")] * count
         lane = self.lane
-        if self.part.chunks and self.way.kept == "registers":
+        if self.board.scattered or (takes_long and self.way.kept == "shared"):
             values = self._once_a_block(values, start)
         if not self.part.chunks:
             joiners, parts = joiners_of(self.part), self.part.lanes // WARP
@@ -664,7 +664,7 @@ class Walk:
         return [self.row.fold(v, joiners, combine) for v in found]
 
     def _once_a_block(self, values, nothing):
-        """The same `values`, taken by a thread for each part, for all to read: they take long."""
+        """The same `values`, taken by a thread for each part, for all to read."""
         places, part = narrow(self.frame.joins) * WARP, self.thread
         address, self.free = self.free, self.free + places * (8 * len(nothing))
         there = part < self.count

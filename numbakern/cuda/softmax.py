@@ -292,8 +292,9 @@ def join(op, board, over_parts):
     ----------
     board : reduce.Board
         Where they are.
-    over_parts : function (values, combine, start, count) -> list of Value
-        What ``values(part, there)``, lists of `count`, combine to.
+    over_parts : function (values, combine, start, count, takes_long) -> list of Value
+        What ``values(part, there)``, lists of `count`, combine to. Whether those take long: then
+        not all who join are to take all of them.
     """
 
     def sums(part, there):
@@ -306,8 +307,8 @@ def join(op, board, over_parts):
         def maximum(part, there):
             return board.get(part, there, 1)
 
-        (top,) = over_parts(maximum, larger, -math.inf, 1)
-    found = over_parts(sums, operator.add, 0.0, width(op) - (top is not None))
+        (top,) = over_parts(maximum, larger, -math.inf, 1, False)
+    found = over_parts(sums, operator.add, 0.0, width(op) - (top is not None), op.softmax)
     return reduced_of(op, [v for v in (top, *found) if v is not None])
 
 

@@ -206,7 +206,8 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     many = count >= 2 * machine.multiprocessors and board <= BOARD
     shelving, good = None, False
     if shelf and many:
-        shelving, good = _shelved(parts, board, shelf, registers, inputs, machine)
+        joined = 8 * WARP * _ceil(parts, WARP) * (numbers - 1)  # as threads find it, one a part
+        shelving, good = _shelved(parts, board + joined, shelf, registers, inputs, machine)
     if good:
         return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
@@ -283,6 +284,8 @@ def _shelving(parts, blocks, board, shelf, registers, machine):
         rounds = _ceil(parts, most * blocks)
         if rounds < 2:
             break
+        if rounds * blocks > WARP:  # a thread for each part is to join them
+            continue
         warps = _ceil(parts, rounds * blocks)
         places = (rounds - 1) * warps
         size = board + shelf * places
