@@ -187,6 +187,13 @@ class Emulator:
         low, high = np.broadcast_arrays(low, high)
         return low & 0xFFFF | high << 16
 
+    def funnel(self, low, high, bits):
+        if np.any((np.asarray(bits) < 0) | (np.asarray(bits) > 32)):
+            raise Fault("funnel by more than a word")
+        low, high, bits = np.broadcast_arrays(low, high, bits)
+        both = low.astype(np.int64) & 0xFFFFFFFF | high.astype(np.int64) << 32
+        return (both.view(np.uint64) >> bits.astype(np.uint64)).astype(np.uint32).view(np.int32)
+
     def larger_halves(self, a, b, kind):
         dtype = ml_dtypes.bfloat16 if kind == "bf" else np.float16
         low, high = (
@@ -249,6 +256,11 @@ class Emulator:
         if not 0 < offset < WARP:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
+
+    def shuffle_from(self, word, lane):
+        if np.any((np.asarray(lane) < 0) | (np.asarray(lane) >= WARP)):
+            raise Fault("shuffle from no lane")
+        return np.take_along_axis(self._by_lane(word), self._by_lane(lane), 2).reshape(self.shape)
 
     def ballot(self, mask):
         bits = self._by_lane(mask).astype(np.int64) << np.arange(WARP)

@@ -76,7 +76,7 @@ def check(one, arch):
     resident = REGISTERS // (-(-found.registers // 8) * 8) // threads * threads
     assert resident >= threads, found
     params = dict(one.step.spec.params)
-    lanes, vectors, group, chunks = params["part"]
+    lanes, vectors, group, chunks, _ = params["part"]
     inputs = sum(name in ("x", "y") for name, _ in params["modes"])
     if lanes * vectors * group >= 1000 and inputs and one.layout != "columns":
         asked = min(resident, 2048) * vectors * group * size * inputs

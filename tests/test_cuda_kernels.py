@@ -106,7 +106,7 @@ def bound(dtype, full):
 def small_chunks(monkeypatch):
     """Rows in parts of 128 float32 or 64 float64; a block holds four, or walks two at a time."""
 
-    def partition(classes, size, halved):
+    def partition(classes, size, halved, _halves):
         most = max(2, min(8, 16 // size))
         group = min(most, classes & -classes or most)
         return Partition(4 * WARP, most // group, group, True)

@@ -333,7 +333,7 @@ def figures(case: Case, arch: str) -> Figures:
     used = compiler.resources(cubin)
     found, spans = disassembled(cubin)
     params: dict[str, Any] = dict(case.step.spec.params)
-    lanes, vectors, group, chunks = params["part"]
+    lanes, vectors, group, chunks, _ = params["part"]
     elements = vectors * group
     bodies = [s for s in spans if s.kind == "loop"]
     body = [i for i in found if not bodies or any(s.first <= i.address <= s.last for s in bodies)]

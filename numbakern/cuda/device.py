@@ -317,6 +317,11 @@ def pair(low, high):
     return low.like(low.machine.pair(low.value, high.value), "i4")
 
 
+def funnel(low, high, bits):
+    """32 bits of two words, from this number of bits on: 0 to 32."""
+    return low.like(low.machine.funnel(low.value, high.value, bits.value))
+
+
 def larger_halves(a, b, kind):
     """The larger of the two halves (f2 or bf) each in two words; NaN if one is."""
     return a.like(a.machine.larger_halves(a.value, b.value, kind))
@@ -333,6 +338,11 @@ def equal_halves(a, b, kind):
 def shuffle_xor(v, offset):
     """The value of the lane whose number differs in these bits, in this warp."""
     return _by_words(v, lambda w: w.like(w.machine.shuffle_xor(w.value, offset)))
+
+
+def shuffle_from(v, lane):
+    """The value of the lane of this number, in this warp."""
+    return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
 
 
 def _by_words(v, move):

@@ -140,6 +140,11 @@ class LLVM:
         """See device.pair; by shifts the compiler would see through it and keep both words."""
         return self._ptx("prmt.b32 $0, $1, $2, 0x5410;", "i4", [(low, "i4"), (high, "i4")])
 
+    def funnel(self, low, high, bits):
+        """See device.funnel."""
+        operands = [(low, "i4"), (high, "i4"), (bits, "i4")]
+        return self._ptx("shf.r.clamp.b32 $0, $1, $2, $3;", "i4", operands)
+
     def larger_halves(self, a, b, kind):
         """See device.larger_halves."""
         name = "bf16x2" if kind == "bf" else "f16x2"
@@ -171,6 +176,10 @@ class LLVM:
     def shuffle_xor(self, word, offset):
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
+
+    def shuffle_from(self, word, lane):
+        """See device.shuffle_from."""
+        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
 
     def ballot(self, mask):
         """The lanes of the warp in which a mask holds, a bit each."""

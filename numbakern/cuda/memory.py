@@ -8,6 +8,7 @@ divide every row, 16 bytes at most (`rows.partition`). The ways to get at a grou
   bytes (of a wider type than the lead's) that start anywhere.
 - `Shifted`: rows are contiguous but start anywhere. Element by element as well: what a load leaves
   of a line the next ones find in L1, and before a store groups change lanes.
+- `realigned.Realigned`: long rows of halves that start anywhere, or do not end with a whole group.
 - `Strided`: any distance between the classes; element by element. Integers and class weights are
   `Numbers` at any distance.
 
@@ -159,11 +160,14 @@ class Place(NamedTuple):
         that is asked for is there.
     step : Value
         Bytes between elements.
+    first : Value
+        Its number in the row.
     """
 
     address: Any
     left: Any
     step: Any
+    first: Any = None
 
 
 class Team(NamedTuple):
@@ -206,8 +210,8 @@ class Whole:
     Parameters
     ----------
     fmt : Format
-    group : int
-        Elements of one.
+    part : rows.Partition
+        How many elements a group has, and whether a row may end within one.
     chunk : int
         Bytes of an access at most.
     """
@@ -216,10 +220,11 @@ class Whole:
     own = True  # a thread writes its own elements, and no others
     staged = False  # whether they are in shared memory by then
     room = 0  # bytes of shared memory that a warp takes to store
+    one_mask = True  # whether a lane that has all of its groups can read them without asking
 
-    def __init__(self, fmt, group, chunk=ACCESS):
-        self.format, self.group = fmt, group
-        self.bytes = group * fmt.size
+    def __init__(self, fmt, part, chunk=ACCESS):
+        self.format, self.group = fmt, part.group
+        self.bytes = self.group * fmt.size
         self.chunk = min(chunk, self.bytes)
         self.word = min(fmt.word, self.chunk)
         self.per_chunk = self.chunk // self.word
@@ -301,8 +306,8 @@ class Whole:
 class Single(Whole):
     """Rows of whole groups that start anywhere, element by element; halves are kept in pairs."""
 
-    def __init__(self, fmt, group, chunk=None):
-        super().__init__(fmt, group, chunk or fmt.size)
+    def __init__(self, fmt, part, chunk=None):
+        super().__init__(fmt, part, chunk or fmt.size)
         self.paired = self.chunk == 2
 
     def load(self, place, groups):
@@ -383,11 +388,13 @@ class Shifted(Single):
 class Strided(Single):
     """Elements at any distance."""
 
+    def __init__(self, fmt, part):
+        super().__init__(fmt, part)
+        self.ragged = part.ragged
+
     def _group(self, place, n):
-        # Groups divide every row: all of one is there, or nothing.
-        at, mask = place.address + place.step * n, None if place.left is None else place.left > n
-        words, fill = [], self.format.fill_word
-        for i in range(self.group):
+        at, words, fill = place.address + place.step * n, [], self.format.fill_word
+        for i, mask in enumerate(_masks(self, place, n)):
             words += load(at + place.step * i, self.word, 1, mask, fill)
         return words
 
@@ -398,27 +405,38 @@ class Strided(Single):
     def store(self, place, groups, numbers, ok, _team):
         """As Whole.store."""
         for n, group in zip(groups, numbers, strict=True):
-            at, mask = place.address + place.step * n, ok & is_there(place.left, n, ok)
-            for i, number in enumerate(group):
-                self.format.put(at + place.step * i, number, mask)
+            at, masks = place.address + place.step * n, _masks(self, place, n)
+            for i, (number, mask) in enumerate(zip(group, masks, strict=True)):
+                self.format.put(at + place.step * i, number, ok if mask is None else ok & mask)
+
+
+def _masks(access, place, n):
+    """Whether each element of group n is there: all or none, unless a row may end in a group."""
+    if place.left is None:
+        return [None] * access.group
+    if not access.ragged:
+        return [place.left > n] * access.group
+    return [place.left > n + i for i in range(access.group)]
 
 
 class Numbers:
     """Numbers of any type at any distance: integers, class weights. Not for results."""
 
     wide = staged = False
+    one_mask = True
 
-    def __init__(self, fmt, group):
-        self.format, self.group = fmt, group
-        self.accesses = group
+    def __init__(self, fmt, part):
+        self.format, self.group, self.ragged = fmt, part.group, part.ragged
+        self.accesses = self.group
 
     def load(self, place, groups):
         """As Whole.load; the numbers themselves."""
         return [self._group(place, n) for n in groups]
 
     def _group(self, place, n):
-        at, mask = place.address + place.step * n, None if place.left is None else place.left > n
-        return [self.format.get(at + place.step * i, mask) for i in range(self.group)]
+        at = place.address + place.step * n
+        masks = enumerate(_masks(self, place, n))
+        return [self.format.get(at + place.step * i, mask) for i, mask in masks]
 
     def distance(self, j, step):
         """As Whole.distance."""

@@ -14,6 +14,7 @@ from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.gathered import Gathered
 from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Strided, Whole
+from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
@@ -253,7 +254,8 @@ class _Planner:
         lead_size = _size(lead.kind)
         if self.elem == "f8" and lead.kind[0] in "iub":
             lead_size = 8
-        part = partition(self.classes, lead_size, self._halved())
+        halves = all(a.kind in ("f2", "bf") for a in layouts.values())
+        part = partition(self.classes, lead_size, self._halved(), halves)
         if self.operation == "nll":
             part = Partition(1, 1, 1, False)
         walker, modes = self._walk(layouts, part)
@@ -385,8 +387,10 @@ class _Planner:
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
         if part.group == 1:
             return "single"
-        if aligned:
+        if aligned and not part.ragged:
             return "whole"
+        if part.chunks and chunk == ACCESS and size == 2:
+            return "realigned"
         return "shifted" if part.group * size <= ACCESS else "single"
 
     def _in_tiles(self, name, layout, part, size):
@@ -472,6 +476,8 @@ _ACCESS = {
     "shifted": Shifted,
     "strided": Strided,
     "numbers": Numbers,
+    "staged": Staged,
+    "realigned": Realigned,
 }
 
 
@@ -482,10 +488,7 @@ def _made(operation, params):
     formats = {n: Format(kind, elem if n in modes else "f8") for n, kind in arrays.items() if kind}
     if params["weight"]:
         formats["weight"] = Format(params["weight"], "f8")
-    access = {
-        n: Staged(formats[n], part) if mode == "staged" else _ACCESS[mode](formats[n], part.group)
-        for n, mode in modes.items()
-    }
+    access = {n: _ACCESS[mode](formats[n], part) for n, mode in modes.items()}
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
     op.added, op.narrow = added, params["narrow"]
@@ -500,7 +503,7 @@ def _made(operation, params):
     if "x" in access and not (op.softmax or op.sums or "out" in access):
         del access["x"]
     if "weight" in formats and options.get("soft", options.get("smooth")):
-        access["w"] = Numbers(Format(params["weight"], elem), part.group)
+        access["w"] = Numbers(Format(params["weight"], elem), part)
     return op, access
 
 

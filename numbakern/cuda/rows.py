@@ -85,12 +85,15 @@ class Partition(NamedTuple):
         Neighbouring elements of a lane.
     chunks : bool
         Whether the row is longer than lanes·vectors·group, and has as many parts as it takes.
+    ragged : bool
+        Whether the row may end within a group.
     """
 
     lanes: int
     vectors: int
     group: int
     chunks: bool
+    ragged: bool = False
 
     @property
     def single(self):
@@ -132,18 +135,24 @@ class Partition(NamedTuple):
         return -(-classes // self.span) if self.chunks else max(1, self.lanes // WARP)
 
 
-def partition(classes, size, halved=False):
+def partition(classes, size, halved=False, halves=False):
     """The Partition of rows of `classes` elements of `size` bytes.
 
     `halved`: of half as many elements a lane, for an operation that holds more than the row.
+    `halves`: all arrays are of halves.
 
     Groups are of as many elements as divide every row and take 16 bytes: rows of an odd number are
     read element by element, neighbouring lanes side by side. Parts are of a warp, of so few lanes
     that what is done once a row is shared by several rows; then a warp; then 2 to 16 warps, with as
-    many groups a lane as it takes; then parts of full size.
+    many groups a lane as it takes; then parts of full size. These are of groups of 16 bytes where
+    `realigned` goes, whatever the number of classes.
     """
-    group = min(ACCESS // size, classes & -classes or ACCESS)
-    most = LANE // size // (2 if halved else 1) // group
+    group, held = min(ACCESS // size, classes & -classes or ACCESS), LANE // size
+    held //= 2 if halved else 1
+    ragged = halves and group * size < ACCESS and classes > TEAM // 2 * held
+    if ragged:
+        group = ACCESS // size
+    most = held // group
     lanes = 2 if size == 2 and classes * size > LONELY else 1
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
@@ -154,7 +163,8 @@ def partition(classes, size, halved=False):
     lanes *= max(1, parts + chunks * parts % 2)
     vectors = max(1, -(-classes // (lanes * group)))
     grain = _grain(vectors)
-    return Partition(team if chunks else lanes, -(-vectors // grain) * grain, group, chunks)
+    vectors = -(-vectors // grain) * grain
+    return Partition(team if chunks else lanes, vectors, group, chunks, ragged)
 
 
 def _grain(vectors):
@@ -262,7 +272,8 @@ class Lane:
         access = self.walker.accesses[name]
         if access.staged:
             start = self.row.tiles.start(name)
-        return Place(start + access.distance(self.first, step), left, step)
+        start = start + access.distance(self.first, step)
+        return Place(start, left, step, self.first)
 
     def _left(self, count):
         """As a Place has it, of a row of which so many are read or written."""
@@ -286,7 +297,8 @@ class Lane:
     def _loaded(self, names):
         """What is read of these inputs."""
         inputs = self.walker.inputs
-        sure, direct = self.groups[: self.part.sure], [n for n in names if not inputs[n].staged]
+        direct = [n for n in names if inputs[n].one_mask and not inputs[n].staged]
+        sure = self.groups[: self.part.sure]
         found = self._load_full(direct, sure) if self._asks_once(direct, sure) else {}
         for name in names:
             words = found.get(name, [])
@@ -326,7 +338,7 @@ class Lane:
 
         if self.part.single and self.row.width is self.row.classes:
             return self._split(read(None), names, groups)
-        full = self.left > groups[-1]
+        full = self.left > groups[-1] + (self.part.group - 1 if self.part.ragged else 0)
         if self.part.single:
             unread = [w for n in names for w in inputs[n].unread(full, len(groups))]
             words = when(full, lambda: read(None), unread)

@@ -41,7 +41,7 @@ class Staged(Single):
     staged = True
 
     def __init__(self, fmt, part):
-        super().__init__(fmt, part.group, part.group * fmt.size)
+        super().__init__(fmt, part, part.group * fmt.size)
         groups = part.vectors if part.exact else part.sure
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
