@@ -38,6 +38,9 @@ _COMPARE: dict[str, Any] = {
 class Scope:
     """A kernel, a loop or a branch, as it was traced.
 
+    Of an "either" the parts are its two sides, the one for odd rows behind the other; what they
+    touch belongs to what is around.
+
     Attributes
     ----------
     kind : {"kernel", "loop", "branch", "either"}
@@ -156,7 +159,7 @@ class _Raw:
             scope.again = "l1"
         for part in self.parts:
             if isinstance(part, _Raw):
-                if part.live or part.kind == "either":
+                if part.live or part.kind in ("either", "side"):
                     scope.parts.append(part.settled(blocks, self))
             else:
                 scope.parts.append(_merged([(r.settled(blocks), n) for r, n in part]))
@@ -323,16 +326,17 @@ class _Tracer:
         return [o.like(made) for o, made in zip(otherwise, raw.made, strict=True)]
 
     def either(self, mask, compute, seldom):
-        before, sides = self.active, []
-        for value, side in (
-            (mask.value, compute),
-            (self.binary("xor", mask.value, np.True_, "b1"), seldom),
-        ):
+        before, either, sides = self.active, _Raw("either"), []
+        otherwise = self.binary("xor", mask.value, np.True_, "b1")
+        for value, unknown, side in ((mask.value, 1.0, compute), (otherwise, 0.0, seldom)):
             self.active = self.binary("and", before, value, "b1")
-            share = 0.0 if _is_unknown(self.active) else self._taken(WARP)
-            sides.append(side())  # what it reads is in the code around
+            raw = _Raw("side", unknown if _is_unknown(self.active) else self._taken(WARP))
+            sides.append(self._inside(raw, side))
+            self.scope.accesses += raw.accesses
+            raw.accesses = []
+            either.parts.append(raw)
         self.active = before
-        self.scope.parts.append(_Raw("either", share))
+        self.scope.parts.append(either)
         return [v.like(_Unknown(mask.value, v.value, o.value)) for v, o in zip(*sides, strict=True)]
 
     def _taken(self, threads):

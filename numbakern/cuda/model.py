@@ -317,7 +317,10 @@ def _eithers(instructions, spans, scopes):
     known = {}
     for sides, scope in zip(found, scopes, strict=False):
         odd = max(sides, key=lambda s: _length(instructions, s))
-        known |= {s: (scope.weight if s is odd else 1.0, "", None) for s in sides}
+        often, seldom = scope.parts
+        for side in sides:
+            of = seldom if side is odd else often
+            known[side] = of.weight, "", of
     return known
 
 

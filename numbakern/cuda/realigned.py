@@ -50,7 +50,7 @@ class Realigned(Whole):
         # Nearly every lane has all of its groups, and the word behind them.
         words = either(
             at.has(groups[-1]),
-            lambda: at.words(groups, lambda n: at.start + 2 * n),
+            lambda: at.words_by_twos(groups),
             lambda: self._ending(at, groups, at.words(groups, at.within_row)),
         )
         return self.grouped(words, len(groups))
@@ -159,16 +159,36 @@ class _Words:
         row = self.address - self.first * 2 + 2
         return where(self.has(n), self.start + 2 * n, row & -4)
 
-    def words(self, groups, place_of):
-        """The groups' words, flat."""
+    def _beginning(self, words, start):
+        """The first words of a row, which may begin within the first of them."""
+        (half,) = load(self.address, 2, 1, self.begins, None)
+        alone = [half << 16]
+        alone += [load(start + 4 * k, 4, 1, self.begins, None)[0] for k in range(1, len(words))]
+        return [where(self.begins, a, w) for a, w in zip(alone, words, strict=True)]
+
+    def words_by_twos(self, groups):
+        """The groups' words, flat, which are all there: those at 8 bytes by twos."""
+
+        def read(pairs):
+            return self.words(groups, lambda n: self.start + 2 * n, pairs)
+
+        return either(
+            (narrow(self.start) & 4) == 0,
+            lambda: read(((0, 2), (2, 2), (4, 1))),
+            lambda: read(((0, 1), (1, 2), (3, 2))),
+        )
+
+    def words(self, groups, place_of, reads=((0, 1), (1, 1), (2, 1), (3, 1), (4, 1))):
+        """The groups' words, flat, from places; so many words from word number k on at once."""
         found = []
         for n in groups:
-            start = place_of(n)
-            words = [load(start + 4 * k, 4, 1)[0] for k in range(n == 0, WORDS + 1)]
+            start, words = place_of(n), []
+            for k, count in reads:
+                # Before the row's first half lies what is not the row's.
+                mask = ~self.begins if n == k == 0 else None
+                words += load(start + 4 * k, 4, count, mask, None)
             if n == 0:
-                (half,) = load(self.address, 2, 1, self.begins, None)
-                (word,) = load(start, 4, 1, ~self.begins, None)
-                words.insert(0, where(self.begins, half << 16, word))
+                words[: reads[0][1]] = self._beginning(words[: reads[0][1]], start)
             found += [funnel(a, b, self.bits) for a, b in zip(words, words[1:], strict=False)]
         return found
 
