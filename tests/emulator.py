@@ -257,11 +257,6 @@ class Emulator:
             raise Fault(f"shuffle by {offset}")
         return self._by_lane(word)[:, :, np.arange(WARP) ^ offset].reshape(self.shape)
 
-    def shuffle_from(self, word, lane):
-        if np.any((np.asarray(lane) < 0) | (np.asarray(lane) >= WARP)):
-            raise Fault("shuffle from no lane")
-        return np.take_along_axis(self._by_lane(word), self._by_lane(lane), 2).reshape(self.shape)
-
     def ballot(self, mask):
         bits = self._by_lane(mask).astype(np.int64) << np.arange(WARP)
         words = np.sum(bits, axis=-1, keepdims=True).astype(np.uint32).view(np.int32)
@@ -363,9 +358,15 @@ class Emulator:
             if np.any(other):
                 same_block = (wrote - 1) // self.threads == (numbers - 1) // self.threads
                 earlier = self.memory.phase[k][at + byte] < self.time
-                told = self._have_met(wrote, self.memory.phase[k][at + byte], numbers)
+                when = self.memory.phase[k][at + byte]
+                told = self._have_met(wrote, when, numbers)
+                told |= self._in_warp_before(wrote, when, numbers)
                 if np.any(other & ~(same_block & earlier) & ~told):
                     raise Fault("reads what another thread wrote, no barrier between")
+
+    def _in_warp_before(self, wrote, when, numbers):
+        """Whether a thread of the same warp has written, before a barrier for the warp."""
+        return ((wrote - 1) // WARP == (numbers - 1) // WARP) & (when < self.warp_time)
 
     def store(self, address, size, words, mask):
         width = size * len(words)
@@ -378,8 +379,8 @@ class Emulator:
             bytes_at = at[:, None] + np.arange(width)
             self.memory.views[k][bytes_at] = raw[inside]
             writer, mine = self.memory.writer[k], numbers[inside, None]
-            before = writer[bytes_at]
-            if np.any((before > 0) & (before != mine)):
+            before, when = writer[bytes_at], self.memory.phase[k][bytes_at]
+            if np.any((before > 0) & (before != mine) & ~self._in_warp_before(before, when, mine)):
                 raise Fault("two threads write to the same place")
             writer[bytes_at] = mine
             if np.any(writer[bytes_at] != mine):

@@ -340,11 +340,6 @@ def shuffle_xor(v, offset):
     return _by_words(v, lambda w: w.like(w.machine.shuffle_xor(w.value, offset)))
 
 
-def shuffle_from(v, lane):
-    """The value of the lane of this number, in this warp."""
-    return _by_words(v, lambda w: w.like(w.machine.shuffle_from(w.value, lane.value)))
-
-
 def _by_words(v, move):
     if v.elem == "i4":
         return move(v)

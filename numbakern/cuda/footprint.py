@@ -248,7 +248,7 @@ class _Tracer:
 
     fma = maximum = at_least = join = half_to_single = pack_halves = pair = _unknown
     one_below = exp2 = reciprocal = larger_halves = equal_halves = _unknown
-    shuffle_xor = shuffle_from = funnel = ballot = ones = dynamic_shared = _unknown
+    shuffle_xor = funnel = ballot = ones = dynamic_shared = _unknown
 
     def split(self, bits):
         return _Unknown(bits), _Unknown(bits)

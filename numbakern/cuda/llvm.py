@@ -177,10 +177,6 @@ class LLVM:
         """See device.shuffle_xor."""
         return self._call("nvvm.shfl.sync.bfly.i32", _i32, _i32(_ALL), word, _i32(offset), _i32(31))
 
-    def shuffle_from(self, word, lane):
-        """See device.shuffle_from."""
-        return self._call("nvvm.shfl.sync.idx.i32", _i32, _i32(_ALL), word, lane, _i32(31))
-
     def ballot(self, mask):
         """The lanes of the warp in which a mask holds, a bit each."""
         return self._call("nvvm.vote.ballot.sync", _i32, _i32(_ALL), mask)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.columns import Columns, side_by_side
+from numbakern.cuda.compile import LEAN
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.gathered import Gathered
 from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Strided, Whole
@@ -70,7 +71,7 @@ class Step(NamedTuple):
         Of a multiprocessor that the compiler is told of: as many as are to keep rows beside one
         another (`Launch.beside`); with another map those that it has shared memory for, of a
         crowded Partition or long rows of halves read one by one; without one those that it has
-        registers for, of halves read one by one; 0 of others.
+        registers for, of halves read one by one or put into place; 0 of others.
     """
 
     spec: Spec
@@ -309,6 +310,7 @@ class _Planner:
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
+        realigned = any(isinstance(a, Realigned) for a in accesses.values())
         found, constants = launches(
             part,
             self.classes,
@@ -343,6 +345,8 @@ class _Planner:
                 blocks = self.machine.beside(shared + maps.room * (threads // WARP))
             elif maps is None and single and not columns:
                 blocks = _roomy(part, threads)
+            elif maps is None and realigned:  # ptxas takes a few registers more than it needs
+                blocks = REGISTERS // (LEAN * threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return added
 

@@ -7,7 +7,10 @@ leave parts of sectors. So groups pass through shared memory, from where each la
 16 aligned bytes, the *chunk*, in which its group begins, with the end of the group before.
 """
 
+import functools
+
 from numbakern.cuda.device import (
+    anything,
     constant,
     convert,
     either,
@@ -50,8 +53,8 @@ class Realigned(Whole):
         # Nearly every lane has all of its groups, and the word behind them.
         words = either(
             at.has(groups[-1]),
-            lambda: at.words_by_twos(groups),
-            lambda: self._ending(at, groups, at.words(groups, at.within_row)),
+            lambda: at.by_twos(groups),
+            lambda: self._ending(at, groups, at.one_by_one(groups)),
         )
         return self.grouped(words, len(groups))
 
@@ -135,7 +138,10 @@ class Realigned(Whole):
 
 
 class _Words:
-    """The words that a lane's groups lie in, as they are read.
+    """The words that a lane's groups lie in, as they are read: none that has nothing of the part.
+
+    Nor is the other half read of a word in which a part begins or ends, for that is another part's,
+    which may be written meanwhile.
 
     Parameters
     ----------
@@ -143,34 +149,21 @@ class _Words:
     """
 
     def __init__(self, place):
-        self.address, self.left, self.first = place.address, place.left, place.first
+        self.address, self.left = place.address, place.left
         self.odd = narrow(self.address) & 2  # bytes to a whole word
         self.start = self.address - convert(self.odd, "i8")
         self.bits = self.odd << 3
-        # Before the row's first half lies what is not the row's.
-        self.begins = (place.first == 0) & (self.odd > 0)
+        self.begins = (self.odd > 0) & ((narrow(place.first) & (WARP * HALVES - 1)) == 0)
 
     def has(self, n):
         """Whether there are all of group n and the word behind it."""
         return self.left > n + HALVES + 1
 
-    def within_row(self, n):
-        """The address of a group's words, or of others in the row where it has not all of them."""
-        row = self.address - self.first * 2 + 2
-        return where(self.has(n), self.start + 2 * n, row & -4)
-
-    def _beginning(self, words, start):
-        """The first words of a row, which may begin within the first of them."""
-        (half,) = load(self.address, 2, 1, self.begins, None)
-        alone = [half << 16]
-        alone += [load(start + 4 * k, 4, 1, self.begins, None)[0] for k in range(1, len(words))]
-        return [where(self.begins, a, w) for a, w in zip(alone, words, strict=True)]
-
-    def words_by_twos(self, groups):
+    def by_twos(self, groups):
         """The groups' words, flat, which are all there: those at 8 bytes by twos."""
 
-        def read(pairs):
-            return self.words(groups, lambda n: self.start + 2 * n, pairs)
+        def read(reads):
+            return self._moved(self.read(n, groups, reads) for n in groups)
 
         return either(
             (narrow(self.start) & 4) == 0,
@@ -178,18 +171,41 @@ class _Words:
             lambda: read(((0, 1), (1, 2), (3, 2))),
         )
 
-    def words(self, groups, place_of, reads=((0, 1), (1, 1), (2, 1), (3, 1), (4, 1))):
-        """The groups' words, flat, from places; so many words from word number k on at once."""
+    def one_by_one(self, groups):
+        """The same of those that the lane `has`, for others whatever is in a register."""
+        nothing = [anything(self.odd, "i4")] * (WORDS + 1)
+        reads = [(k, 1) for k in range(WORDS + 1)]
+        return self._moved(
+            when(self.has(n), functools.partial(self.read, n, groups, reads), nothing)
+            for n in groups
+        )
+
+    def read(self, n, groups, reads):
+        """The words of group n and the one behind; so many from word number k on at once."""
+        start, words = self.start + 2 * n, []
+        for k, count in reads:
+            if n == groups[0] and k == 0:
+                words += self._beginning(start, count)
+            elif n == groups[-1] and k + count > WORDS:
+                words += load(start + 4 * k, 4, 1) if count > 1 else ()
+                words += load(start + ACCESS, 2, 1, self.odd > 0, None)
+            else:
+                words += load(start + 4 * k, 4, count)
+        return words
+
+    def _beginning(self, start, count):
+        """The part's first words; where it begins within one, that is read from there on."""
+        whole = load(start, 4, count, ~self.begins, None)
+        (half,) = load(self.address, 2, 1, self.begins, None)
+        apart = [half << 16]
+        apart += [load(start + 4 * k, 4, 1, self.begins, None)[0] for k in range(1, count)]
+        return [where(self.begins, a, w) for a, w in zip(apart, whole, strict=True)]
+
+    def _moved(self, words):
+        """The groups' words, flat, from those that each lies in."""
         found = []
-        for n in groups:
-            start, words = place_of(n), []
-            for k, count in reads:
-                # Before the row's first half lies what is not the row's.
-                mask = ~self.begins if n == k == 0 else None
-                words += load(start + 4 * k, 4, count, mask, None)
-            if n == 0:
-                words[: reads[0][1]] = self._beginning(words[: reads[0][1]], start)
-            found += [funnel(a, b, self.bits) for a, b in zip(words, words[1:], strict=False)]
+        for each in words:
+            found += [funnel(a, b, self.bits) for a, b in zip(each, each[1:], strict=False)]
         return found
 
 
