@@ -33,7 +33,7 @@ from numbakern.cuda.softmax import (
     safe,
     scaled_exp,
 )
-from numbakern.cuda.totals import put_row, quotient
+from numbakern.cuda.totals import Counted, node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
     exp,
@@ -55,6 +55,8 @@ class Row:
         Address of the first class and bytes between classes, of x, y, w and out.
     classes, width : Value
         Classes that are read, and that are written.
+    rows : Value
+        Of the batch.
     ok, leader : Value
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
@@ -73,11 +75,13 @@ class Row:
         Where its block has the rows that it copies.
     narrow : bool
         Whether numbers of classes and distances between them fit into 32 bits.
+    batch : totals.Counted or None
+        What `Operation.of_batch` gave.
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
 
-    x_label = fold = team = tiles = None
+    x_label = fold = team = tiles = batch = None
 
     def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes
@@ -106,11 +110,15 @@ class Operation:
     ----------
     added : totals.Sums or None
         How the rows' losses are added up, if they are.
+    result : (kind, division) or None
+        Of what they add up to, if a warp has all of them: nothing is left to a step behind it.
+    counted : tuple or None
+        Parameters of the `Counted` that the gradients' scale comes from, if it does.
     narrow : bool
         Whether the numbers of rows and classes, and distances between them, fit into 32 bits.
     """
 
-    added = None
+    added = result = counted = None
     narrow = False
     softmax = sums = linear = False
     both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
@@ -137,7 +145,9 @@ class Operation:
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
         p = at.pop("number", p)
-        if self.added:
+        if self.result:
+            at["loss"] = constant(p, 0, "i8")
+        elif self.added:
             node = convert(p >> (self.added.rows.bit_length() - 1), "i8")
             at["row_loss"] = node * self.added.size
         at = {name: getattr(frame, name) + offset for name, offset in at.items()}
@@ -146,6 +156,7 @@ class Operation:
             places["w"] = frame.weight, frame.weight_class
         lane = frame.thread & (WARP - 1)
         row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
+        row.rows = frame.rows
         self.begin(frame, row, at)
         return row
 
@@ -166,16 +177,32 @@ class Operation:
 
         `weight`: a mask says whether it is 1 or 0.
         """
-        if self.added:
-            values = [loss, weight][: self.added.terms]
-            put_row(self.added, at["row_loss"], row, values)
-        else:
+        if not self.added:
             formats["loss"].put(at["loss"], loss, row.leader)
+            return
+        node, leader = node_of(self.added, row, [loss, weight][: self.added.terms])
+        if not self.result:
+            self.added.store(at["row_loss"], node, leader)
+            return
+        kind, division = self.result
+        divisor = convert(row.rows, "f8") if division == "rows" else None
+        # As behind rows that there are not: no sum is −0.
+        node = [(numbers[0] + 0.0, *numbers[1:]) for numbers in node]
+        put_result(node, at["loss"], kind, divisor, leader)
+
+    def of_batch(self, frame):
+        """What the block is to know of the whole batch; None for nothing. Reads, does not wait."""
+        return self.counted and Counted(frame, dict(self.counted))
 
     def scale(self, frame):
-        """What gradients are scaled by beside a row's own `row_scale`."""
-        known = "divisor" in frame  # and behind it the scale by it
-        return float_of(load(frame.divisor + 8, 8, 1)[0]) if known else frame.scale
+        """What gradients are scaled by beside a row's own `row_scale`; None if a Counted says."""
+        if "divisor" in frame:  # behind it is the scale by it
+            return float_of(load(frame.divisor + 8, 8, 1)[0])
+        return None if self.counted else frame.scale
+
+    def scale_of(self, row):
+        """What it is in the end, once all that the row is made of has been read."""
+        return row.batch.scale() if self.counted else row.scale
 
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
@@ -481,7 +508,7 @@ class CrossEntropy(Operation):
             self._put_loss(row, m, log_sum, q, nll)
         if not self.grad:
             return None
-        scale = row.or_void(where(log_sum == log_sum, row.scale, math.nan))
+        scale = row.or_void(where(log_sum == log_sum, self.scale_of(row), math.nan))
         total = None if self.given else k + rest
         if self.given:  # a row that is skipped has not been read
             m = where(row.skip, math.inf, m)
@@ -652,13 +679,15 @@ class NllBackward(Operation):
         """As Operation.settle: a bad label is recorded."""
         self.labels.record(frame, row)
         if "weight" in self.formats:
-            w = self.labels.weight_of(row, self.formats["weight"])
-            row.scale = row.scale * convert(w, "f8")
+            row.w_label = self.labels.weight_of(row, self.formats["weight"])
 
     def finish(self, row, reduced):
         """The gradient at the label, and elsewhere."""
-        grad = convert(row.or_void(-row.scale), self.elem)
-        zero = constant(row.scale, 0.0, "f8")
+        scale = self.scale_of(row)
+        if "weight" in self.formats:
+            scale = scale * convert(row.w_label, "f8")
+        grad = convert(row.or_void(-scale), self.elem)
+        zero = constant(scale, 0.0, "f8")
         elsewhere = convert(where(row.counts, zero, row.or_void(zero)), self.elem)
         return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 

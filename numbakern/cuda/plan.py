@@ -142,6 +142,7 @@ class _Planner:
         self.rows = math.prod(self.batch)
         self.reduction = options.get("reduction", "none")
         self.steps, self.temporaries = [], []
+        self.counted = None  # what a block needs that adds the labels' weights up itself
         self.constants = {"rows": self.rows, "classes": self.classes}
 
     def plan(self):
@@ -149,7 +150,7 @@ class _Planner:
             self._divisor()
         added = None
         if "loss" in self.layouts and self.reduction != "none":
-            weighs = self._counts and "out" not in self.layouts
+            weighs = self._counts and "divisor" not in dict(self.temporaries)
             added = Sums(2 if weighs else 1, self.elem == "f8")
         if self.rows and (self.classes or self.operation == "nll"):
             added = self._rows(added)
@@ -165,29 +166,38 @@ class _Planner:
         return self.reduction == "mean" and not self.options.get("soft")
 
     def _divisor(self):
-        """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it."""
-        self.temporaries.append(("divisor", 16))
-        weight = self.layouts.get("weight")
+        """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it.
+
+        Of few rows whoever needs it finds it himself.
+        """
+        weight, upstream = (self.layouts.get(name) for name in ("weight", "row_scale"))
         if weight:
             self.constants["weight_class"] = weight.strides[0]
         params = (
             ("labels", self.layouts["labels"].kind),
             ("ignores", bool(self.options.get("ignores"))),
             ("weight", weight and weight.kind),
-            ("dimensions", self._batch_constants(("labels",), "count_")),
+            ("dimensions", self._batch_constants(("number", "labels"), "count_")),
         )
-        upstream = self.layouts.get("row_scale")
-        last = ("result", "divisor"), ("kind", "f8"), ("upstream", upstream and upstream.kind)
-        self._sum("count", params, Sums(1, self.elem == "f8"), self.rows, last)
+        sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
+        if self.rows <= totals.COUNTED:
+            self.counted = *params, ("sums", tuple(sums)), scale
+            return
+        self.temporaries.append(("divisor", 16))
+        last = ("result", "divisor"), ("kind", "f8"), scale
+        self._sum("count", params, sums, self.rows, last)
+
+    def _division(self, added):
+        """What the sum of the losses is divided by."""
+        if self.reduction != "mean":
+            return "none"
+        return "second" if added.terms > 1 else "divisor" if self._counts else "rows"
 
     def _total(self, added):
         """The loss, of what the rows' launches have left in `row_loss`."""
-        nodes = -(-self.rows // added.rows)
+        nodes, division = -(-self.rows // added.rows), self._division(added)
         self.temporaries.append(("row_loss", added.size * max(1, nodes)))
         self.constants["row_loss_count"] = nodes
-        division = "none"
-        if self.reduction == "mean":
-            division = "second" if added.terms > 1 else "divisor" if self._counts else "rows"
         last = ("result", "loss"), ("kind", self.layouts["loss"].kind), ("division", division)
         self._sum("total", (("source", "row_loss"),), added, nodes, last)
 
@@ -231,7 +241,7 @@ class _Planner:
         return len(sizes)
 
     def _rows(self, added):
-        """The steps of the rows; how what is added up (None for nothing) lies in `row_loss`."""
+        """The steps of the rows; how what is added up lies in `row_loss`, None for nothing there."""
         names = [n for n in _OF_A_ROW if n in self.layouts]
         if added:
             names.remove("loss")
@@ -268,6 +278,8 @@ class _Planner:
             ("modes", modes),
             ("part", tuple(part)),
             ("added", added and tuple(added)),
+            ("result", None),
+            ("counted", self.counted),
         )
         return self._launches(params, part)
 
@@ -303,7 +315,9 @@ class _Planner:
         columns = dict(params)["walker"] == "columns"
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
-        room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
+        # What stores may take of it, and sums of the warps.
+        room = 0 if maps is None else maps.room * (TEAM // WARP)
+        room += totals.ROOM if self.counted else 0
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
@@ -326,14 +340,18 @@ class _Planner:
         if meets:
             self.temporaries.append(("meetings", 4 * (self.rows + 1)))
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
-        added = op.added
+        added, result, params = op.added, None, dict(params)
         if added:
             added = added._replace(rows=self._neighbours(part, found[-1].way, columns, tiles > 0))
-            params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
+            if added.rows >= self.rows:  # who has a node has all there is
+                result = self.layouts["loss"].kind, self._division(added)
+            params |= {"added": tuple(added), "result": result}
         for way, grid, threads, shared, beside in found:
             shared += tiles * threads
             name = self.operation + "_parts" * (way.stage == "reduce")
-            spec = Spec(name, (*params, ("way", tuple(way))))
+            if self.counted:
+                params["counted"] = totals.counted(self.counted, threads)
+            spec = Spec(name, (*params.items(), ("way", tuple(way))))
             blocks = 0
             if beside:
                 blocks = beside
@@ -342,7 +360,7 @@ class _Planner:
             elif maps is None and single and not columns:
                 blocks = _roomy(part, threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
-        return added
+        return None if result else added
 
     @staticmethod
     def _lane_registers(part, single, shelf, maps):
@@ -488,7 +506,8 @@ def _made(operation, params):
     }
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
-    op.added, op.narrow = added, params["narrow"]
+    op.added, op.result, op.narrow = added, params["result"], params["narrow"]
+    op.counted = params["counted"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew
@@ -525,7 +544,7 @@ def _row_kernel(operation, params):
         args |= {"weight": "i8", "weight_class": "i8"}
     args |= {"rows": "i8", "classes": "i8"}
     if op.added:
-        args["row_loss"] = "i8"
+        args["loss" if op.result else "row_loss"] = "i8"
     if options.get("ignores"):
         args["ignore_index"] = "i8"
     if "labels" in arrays:
@@ -534,7 +553,10 @@ def _row_kernel(operation, params):
         args |= {"keep": "f8", "spread": "f8"}
     if isinstance(op, (kernels.CrossEntropy, kernels.NllBackward)) and "out" in arrays:
         counts = options.get("reduction") == "mean" and not options.get("soft")
-        args |= {"divisor": "i8"} if counts else {"scale": "f8"}
+        if op.counted:
+            args |= totals.counted_args(dict(op.counted))
+        else:
+            args |= {"divisor": "i8"} if counts else {"scale": "f8"}
     if way.stage != "all" or way.meets(width(op)):
         args["shares"] = "i8"
     if way.meets(width(op)):

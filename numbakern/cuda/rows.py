@@ -217,10 +217,16 @@ class Rows:
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
+        batch = None if self.way.stage == "reduce" else op.of_batch(frame)
         walks = [self.walk(frame, op, turn) for turn in range(self.way.abreast)]
-        for step in (Walk.begin, Walk.settle, Walk.run):
+        for step in (Walk.begin, Walk.settle):
             for walk in walks:
                 step(walk)
+        if batch:
+            batch.add_up()
+        for walk in walks:
+            walk.row.batch = batch
+            walk.run()
 
     def walk(self, frame, op, turn):
         """One warp's or block's Walk, of those that it has one beside the other."""

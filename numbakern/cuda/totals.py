@@ -4,6 +4,10 @@ Rows are added in a binary tree over their numbers, neighbours first. So who has
 add it up: the warp that has made their losses (`put_row`), or a step of its own, whose blocks leave
 a sum each to the next step. The bits are the same. Sums are float64; where the losses are float64
 themselves, what additions round away is kept beside them, so that a sum is right to an ulp.
+
+A launch behind another takes longer than adding up a few hundred numbers. So of few rows every
+block that needs the divisor adds it up itself (`Counted`), and a warp that has all rows of the
+batch makes of their sum what a last step would (`put_result`).
 """
 
 import math
@@ -36,6 +40,11 @@ EACH = 8
 """Items of a thread in a step."""
 SPAN = BLOCK * EACH
 KERNELS = ("total", "count")
+COUNTED = 1024
+"""Rows of a batch, at most, of which each block adds up the labels' weights itself: so many that few
+threads read a few labels each."""
+ROOM = 512
+"""Bytes of shared memory that it takes for that: two numbers of each warp, at most."""
 
 
 def quotient(a, b):
@@ -113,20 +122,25 @@ class Sums(NamedTuple):
         return node
 
 
-def put_row(sums, address, row, values):
-    """Write what a warp's rows come to, `sums.rows` of them side by side in its lanes.
+def node_of(sums, row, values):
+    """What a warp's rows come to, `sums.rows` of them side by side in its lanes; who writes it.
 
     Parameters
     ----------
-    address : Value
-        Of the node, for the first lane of its rows, or for the leader of a row that is one.
     values : list of Value
         The row's, as many as there are sums; every lane of the row has them. A mask is 1 or 0.
+
+    Returns
+    -------
+    node
+        As the first lane of its rows has it, or the leader of a row that is one.
+    leader : Value
+        Whether the lane is that.
     """
     end = row.lanes * sums.rows
     node = [_of_rows(sums, row, v, end) for v in values]
     leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
-    sums.store(address, node, leader)
+    return node, leader
 
 
 def _of_rows(sums, row, v, end):
@@ -140,6 +154,20 @@ def _of_rows(sums, row, v, end):
     return (count, zero) if sums.exact else (count,)
 
 
+def put_result(node, address, kind, divisor, leader):
+    """Write what all rows come to, over the second sum or else such a number, if there is one."""
+    value, *others = map(_whole, node)
+    for number in others or [divisor]:
+        value = value if number is None else quotient(value, number)
+    Format(kind, "f8").put(address, value, leader)
+    return value
+
+
+def _whole(numbers):
+    """A sum of a node."""
+    return whole_sum(*numbers) if numbers[1:] else numbers[0]
+
+
 # ---------------------------------------------------------------- steps
 
 
@@ -148,8 +176,7 @@ def kernel(name, params):
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
     what it is divided by: nothing, the "second" sum, the number of "rows", or an array of one.
-    A divisor has behind it what it makes of the gradients' scale, times the array `upstream` of
-    that kind if there is one.
+    A divisor has behind it what it makes of the gradients' scale.
     """
     sums = Sums(*params["sums"])
     args = _count_args(params) if name == "count" else {params["source"]: "i8"}
@@ -163,9 +190,7 @@ def kernel(name, params):
     else:
         args[params["target"]] = "i8"
     if result == "divisor":
-        args["scale"] = "f8"
-        if params["upstream"]:
-            args["row_scale"] = "i8"
+        args |= _scale_args(params)
 
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
@@ -174,21 +199,15 @@ def kernel(name, params):
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
             return
-        found = [whole_sum(*numbers) if sums.exact else numbers[0] for numbers in node]
-        value = found[0]
-        if division == "second":
-            value = quotient(value, found[1])
-        elif division == "rows":
-            value = quotient(value, convert(frame.rows, "f8"))
-        elif division != "none":
-            value = quotient(value, float_of(load(getattr(frame, division), 8, 1)[0]))
-        at = getattr(frame, result)
-        Format(params["kind"], "f8").put(at, value, leader)
+        at, divisor = getattr(frame, result), None
+        if division == "rows":
+            divisor = convert(frame.rows, "f8")
+        elif division not in ("none", "second"):
+            divisor = float_of(load(getattr(frame, division), 8, 1)[0])
+        value = put_result(node, at, params["kind"], divisor, leader)
         if result == "divisor":
-            scale = frame.scale
-            if params["upstream"]:
-                scale = scale * Format(params["upstream"], "f8").get(frame.row_scale)
-            store(at + 8, 8, [bits_of(quotient(scale, value))], leader)
+            scale = quotient(_scale(frame, params), value)
+            store(at + 8, 8, [bits_of(scale)], leader)
 
     return Kernel(name, body, args)
 
@@ -218,6 +237,17 @@ def _count_args(params):
     return args | {"rows": "i8", "classes": "i8"}
 
 
+def _scale_args(params):
+    return {"scale": "f8"} | ({"row_scale": "i8"} if params["upstream"] else {})
+
+
+def _scale(frame, params):
+    """The gradients' scale, times the array `upstream` of such a kind if there is one."""
+    if not params["upstream"]:
+        return frame.scale
+    return frame.scale * Format(params["upstream"], "f8").get(frame.row_scale)
+
+
 class _Weights:
     """The weight of row i's label: 0 for one that is ignored or no class."""
 
@@ -226,11 +256,18 @@ class _Weights:
         self.weight = params["weight"] and Format(params["weight"], "f8")
 
     def __call__(self, i):
-        frame = self.frame
-        counts, there = _Prefixed(frame, "count_"), i < frame.rows
+        return self.of(i, self.read(i))
+
+    def read(self, i):
+        """The label as it lies in memory."""
+        counts, there = _Prefixed(self.frame, "count_"), i < self.frame.rows
         (at,) = offsets(counts, where(there, i, 0), self.params["dimensions"], ("labels",))
-        t = self.labels.integer(load(frame.labels + at, self.labels.size, 1, there)[0])
-        counted = there & (t >= 0) & (t < frame.classes)
+        return load(self.frame.labels + at, self.labels.size, 1, there)[0]
+
+    def of(self, i, raw):
+        """The node of such a label."""
+        frame, t = self.frame, self.labels.integer(raw)
+        counted = (i < frame.rows) & (t >= 0) & (t < frame.classes)
         if self.params["ignores"]:
             counted = counted & (t != frame.ignore_index)
         one = constant(frame.rows, 1.0, "f8")
@@ -252,16 +289,79 @@ class _Prefixed:
 
 def _of_block(frame, sums, items):
     """The node of the block's SPAN items, which all lanes of the first warp have."""
-    thread = frame.thread
-    first = (frame.block * BLOCK + convert(thread, "i8")) * EACH
+    first = (frame.block * BLOCK + convert(frame.thread, "i8")) * EACH
     node = tree((items(first + n) for n in range(EACH)), sums.joined)
+    places = _put_warps(frame, sums, node, BLOCK // WARP)
+    barrier(frame.thread)
+    return _of_warps(frame, sums, places, BLOCK // WARP)
+
+
+def _put_warps(frame, sums, node, warps):
+    """Leave the nodes of so many warps, of a node in each lane, to all of the block: the places."""
+    thread = frame.thread
     node = sums.over_lanes(node, 1, WARP)
-    warps, lane = BLOCK // WARP, thread & (WARP - 1)
     places = [[shared(thread, 8 * warps) for _ in numbers] for numbers in node]
+    warp, mask = thread >> 5, (thread & (WARP - 1)) == 0
     for numbers, where_to in zip(node, places, strict=True):
         for v, place in zip(numbers, where_to, strict=True):
-            shared_store(place + ((thread >> 5) << 3), v, lane == 0)
-    barrier(thread)
-    at = (lane & (warps - 1)) << 3
+            shared_store(place + (warp << 3), v, mask & (warp < warps))
+    return places
+
+
+def _of_warps(frame, sums, places, warps):
+    """The node of the warps, a power of two, which all lanes have."""
+    at = (frame.thread & (warps - 1)) << 3
     node = [tuple(shared_load(place + at) for place in where_to) for where_to in places]
     return sums.over_lanes(node, 1, warps)
+
+
+# ---------------------------------------------------------------- in the rows' own launch
+
+
+def counted(params, threads):
+    """The parameters of a `Counted` for blocks of so many threads: with the labels of each."""
+    each = 1
+    while each * threads < COUNTED:
+        each *= 2
+    return *params, ("each", each)
+
+
+def counted_args(params):
+    """The arguments that a kernel with a `Counted` has for it."""
+    return _count_args(params) | _scale_args(params)
+
+
+class Counted:
+    """The scale of a block's gradients, over the weights of all labels of the batch.
+
+    The bits are those of the steps that leave it in memory: it is the same tree. Each thread takes
+    a few neighbouring labels; the warps' sums wait in shared memory, not in registers.
+
+    Parameters
+    ----------
+    frame : device.Frame
+    params : dict
+        Those of the kernel "count", and `upstream` and `each`.
+    """
+
+    def __init__(self, frame, params):
+        self.frame, self.params, self.sums = frame, params, Sums(*params["sums"])
+        self.warps, self.made = COUNTED // (WARP * params["each"]), None
+        self.weights = _Weights(frame, params)
+        first = convert(frame.thread, "i8") * params["each"]
+        self.items = [first + n for n in range(params["each"])]
+        self.labels = [self.weights.read(i) for i in self.items]
+
+    def add_up(self):
+        """Have what the labels come to, warp by warp: this waits for them."""
+        nodes = map(self.weights.of, self.items, self.labels)
+        node = tree(nodes, self.sums.joined)
+        self.places = _put_warps(self.frame, self.sums, node, self.warps)
+
+    def scale(self):
+        """The scale; all threads of the block wait for one another."""
+        if self.made is None:
+            barrier(self.frame.thread)
+            (numbers,) = _of_warps(self.frame, self.sums, self.places, self.warps)
+            self.made = quotient(_scale(self.frame, self.params), _whole(numbers))
+        return self.made
