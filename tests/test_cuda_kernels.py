@@ -386,7 +386,7 @@ def test_nll(dtype, weighted, reduction):
 
 @pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
 def test_sums_over_many_rows(rows):
-    """Sums in one step and in two, to an ulp."""
+    """Sums by a warp that has all rows, in one step and in two, to an ulp."""
     x = cases.logits((rows, 2), float64, scale=30.0)
     labels = cases.class_labels(rows, 2, np.int32)
     labels[::3] = 1
@@ -394,7 +394,7 @@ def test_sums_over_many_rows(rows):
     for reduction in ("sum", "mean"):
         loss = np.full((), np.nan)
         made = run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
-        assert len(made.steps) == (3 if rows == 70_000 else 2)
+        assert len(made.steps) == (3 if rows == 70_000 else 1 if rows <= WARP else 2)
         want = losses.sum() if reduction == "sum" else losses.mean()
         size = abs(losses).sum() / (1 if reduction == "sum" else rows)
         assert abs(loss - want) <= size * 2.0**-52

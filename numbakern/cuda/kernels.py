@@ -33,7 +33,7 @@ from numbakern.cuda.softmax import (
     safe,
     scaled_exp,
 )
-from numbakern.cuda.totals import Counted, node_of, put_result, quotient
+from numbakern.cuda.totals import node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
     exp,
@@ -75,13 +75,11 @@ class Row:
         Where its block has the rows that it copies.
     narrow : bool
         Whether numbers of classes and distances between them fit into 32 bits.
-    batch : totals.Counted or None
-        What `Operation.of_batch` gave.
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
 
-    x_label = fold = team = tiles = batch = None
+    x_label = fold = team = tiles = None
 
     def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes
@@ -190,19 +188,11 @@ class Operation:
         node = [(numbers[0] + 0.0, *numbers[1:]) for numbers in node]
         put_result(node, at["loss"], kind, divisor, leader)
 
-    def of_batch(self, frame):
-        """What the block is to know of the whole batch; None for nothing. Reads, does not wait."""
-        return self.counted and Counted(frame, dict(self.counted))
-
     def scale(self, frame):
         """What gradients are scaled by beside a row's own `row_scale`; None if a Counted says."""
         if "divisor" in frame:  # behind it is the scale by it
             return float_of(load(frame.divisor + 8, 8, 1)[0])
         return None if self.counted else frame.scale
-
-    def scale_of(self, row):
-        """What it is in the end, once all that the row is made of has been read."""
-        return row.batch.scale() if self.counted else row.scale
 
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""
@@ -508,7 +498,7 @@ class CrossEntropy(Operation):
             self._put_loss(row, m, log_sum, q, nll)
         if not self.grad:
             return None
-        scale = row.or_void(where(log_sum == log_sum, self.scale_of(row), math.nan))
+        scale = row.or_void(where(log_sum == log_sum, row.scale, math.nan))
         total = None if self.given else k + rest
         if self.given:  # a row that is skipped has not been read
             m = where(row.skip, math.inf, m)
@@ -679,15 +669,13 @@ class NllBackward(Operation):
         """As Operation.settle: a bad label is recorded."""
         self.labels.record(frame, row)
         if "weight" in self.formats:
-            row.w_label = self.labels.weight_of(row, self.formats["weight"])
+            w = self.labels.weight_of(row, self.formats["weight"])
+            row.scale = row.scale * convert(w, "f8")
 
     def finish(self, row, reduced):
         """The gradient at the label, and elsewhere."""
-        scale = self.scale_of(row)
-        if "weight" in self.formats:
-            scale = scale * convert(row.w_label, "f8")
-        grad = convert(row.or_void(-scale), self.elem)
-        zero = constant(scale, 0.0, "f8")
+        grad = convert(row.or_void(-row.scale), self.elem)
+        zero = constant(row.scale, 0.0, "f8")
         elsewhere = convert(where(row.counts, zero, row.or_void(zero)), self.elem)
         return narrow(where(row.skip, -1, row.label)), grad, elsewhere
 

@@ -142,16 +142,12 @@ class _Planner:
         self.rows = math.prod(self.batch)
         self.reduction = options.get("reduction", "none")
         self.steps, self.temporaries = [], []
-        self.counted = None  # what a block needs that adds the labels' weights up itself
         self.constants = {"rows": self.rows, "classes": self.classes}
 
     def plan(self):
-        if self._counts and "out" in self.layouts:
-            self._divisor()
         added = None
         if "loss" in self.layouts and self.reduction != "none":
-            weighs = self._counts and "divisor" not in dict(self.temporaries)
-            added = Sums(2 if weighs else 1, self.elem == "f8")
+            added = Sums(2 if self._counts else 1, self.elem == "f8")
         if self.rows and (self.classes or self.operation == "nll"):
             added = self._rows(added)
         if added:
@@ -161,18 +157,22 @@ class _Planner:
     # -- one value a row
 
     @property
+    def _few(self):
+        """Whether there are so few rows that a block can count all labels."""
+        return self.rows <= totals.COUNTED
+
+    @property
     def _counts(self):
         """Whether a mean is over labels, so that their weights are counted."""
         return self.reduction == "mean" and not self.options.get("soft")
 
-    def _divisor(self):
+    def _divisor(self, found):
         """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it.
 
-        Of few rows whoever needs it finds it himself.
+        Or what these launches need to find that themselves: a launch of its own takes longer than
+        what few rows come to.
         """
         weight, upstream = (self.layouts.get(name) for name in ("weight", "row_scale"))
-        if weight:
-            self.constants["weight_class"] = weight.strides[0]
         params = (
             ("labels", self.layouts["labels"].kind),
             ("ignores", bool(self.options.get("ignores"))),
@@ -180,12 +180,12 @@ class _Planner:
             ("dimensions", self._batch_constants(("number", "labels"), "count_")),
         )
         sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
-        if self.rows <= totals.COUNTED:
-            self.counted = *params, ("sums", tuple(sums)), scale
-            return
+        if self._few and self.machine.is_quick(sum(s.grid * s.threads for s in found)):
+            return *params, ("sums", tuple(sums)), scale
         self.temporaries.append(("divisor", 16))
         last = ("result", "divisor"), ("kind", "f8"), scale
         self._sum("count", params, sums, self.rows, last)
+        return None
 
     def _division(self, added):
         """What the sum of the losses is divided by."""
@@ -279,7 +279,7 @@ class _Planner:
             ("part", tuple(part)),
             ("added", added and tuple(added)),
             ("result", None),
-            ("counted", self.counted),
+            ("counted", None),
         )
         return self._launches(params, part)
 
@@ -317,7 +317,8 @@ class _Planner:
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         # What stores may take of it, and sums of the warps.
         room = 0 if maps is None else maps.room * (TEAM // WARP)
-        room += totals.ROOM if self.counted else 0
+        scales = self._counts and maps is not None  # by what all labels come to
+        room += totals.ROOM if scales and self._few else 0
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
@@ -341,16 +342,19 @@ class _Planner:
             self.temporaries.append(("meetings", 4 * (self.rows + 1)))
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
         added, result, params = op.added, None, dict(params)
+        counted = self._divisor(found) if scales else None
         if added:
-            added = added._replace(rows=self._neighbours(part, found[-1].way, columns, tiles > 0))
+            added = added._replace(
+                terms=1 if scales and not counted else added.terms,
+                rows=self._neighbours(part, found[-1].way, columns, tiles > 0),
+            )
             if added.rows >= self.rows:  # who has a node has all there is
                 result = self.layouts["loss"].kind, self._division(added)
             params |= {"added": tuple(added), "result": result}
         for way, grid, threads, shared, beside in found:
             shared += tiles * threads
             name = self.operation + "_parts" * (way.stage == "reduce")
-            if self.counted:
-                params["counted"] = totals.counted(self.counted, threads)
+            params["counted"] = counted and totals.counted(counted, threads)
             spec = Spec(name, (*params.items(), ("way", tuple(way))))
             blocks = 0
             if beside:

@@ -51,6 +51,7 @@ from numbakern.cuda.softmax import (
     width,
 )
 from numbakern.cuda.tiles import Tiles, run_of
+from numbakern.cuda.totals import Counted
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
@@ -217,16 +218,17 @@ class Rows:
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
-        batch = None if self.way.stage == "reduce" else op.of_batch(frame)
+        counted = op.counted and self.way.stage != "reduce" and Counted(frame, dict(op.counted))
         walks = [self.walk(frame, op, turn) for turn in range(self.way.abreast)]
-        for step in (Walk.begin, Walk.settle):
+        for walk in walks:
+            walk.begin()
+        if counted:  # here the least registers are taken
+            scale = counted.scale()
+            for walk in walks:
+                walk.row.scale = scale
+        for step in (Walk.settle, Walk.run):
             for walk in walks:
                 step(walk)
-        if batch:
-            batch.add_up()
-        for walk in walks:
-            walk.row.batch = batch
-            walk.run()
 
     def walk(self, frame, op, turn):
         """One warp's or block's Walk, of those that it has one beside the other."""

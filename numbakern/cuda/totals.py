@@ -1,7 +1,7 @@
 """Sums over the rows of a batch: the sum and mean of losses, the mean's divisor.
 
 Rows are added in a binary tree over their numbers, neighbours first. So who has a run of rows may
-add it up: the warp that has made their losses (`put_row`), or a step of its own, whose blocks leave
+add it up: the warp that has made their losses (`node_of`), or a step of its own, whose blocks leave
 a sum each to the next step. The bits are the same. Sums are float64; where the losses are float64
 themselves, what additions round away is kept beside them, so that a sum is right to an ulp.
 
@@ -27,9 +27,12 @@ from numbakern.cuda.device import (
     shared_load,
     shared_store,
     shuffle_xor,
+    smaller_integer,
     store,
     tree,
+    when,
     where,
+    within,
 )
 from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import WARP, offsets
@@ -194,7 +197,9 @@ def kernel(name, params):
 
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
-        node, leader = _of_block(frame, sums, items), frame.thread == 0
+        first = (frame.block * BLOCK + convert(frame.thread, "i8")) * EACH
+        node, leader = _of_warp(sums, items(first, EACH)), frame.thread == 0
+        node = _of_block(frame, sums, node, BLOCK // WARP)
         if not result:
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
@@ -213,14 +218,17 @@ def kernel(name, params):
 
 
 class _Nodes:
-    """The nodes that a step before this one has left."""
+    """The nodes that a step before this one has left: so many, from the first one on."""
 
     def __init__(self, frame, params, sums):
         self.first = getattr(frame, params["source"])
         self.count = getattr(frame, f"{params['source']}_count")
         self.sums = sums
 
-    def __call__(self, i):
+    def __call__(self, first, count):
+        return (self._node(first + n) for n in range(count))
+
+    def _node(self, i):
         return self.sums.load(self.first + i * self.sums.size, i < self.count)
 
 
@@ -249,25 +257,32 @@ def _scale(frame, params):
 
 
 class _Weights:
-    """The weight of row i's label: 0 for one that is ignored or no class."""
+    """The weights of so many rows' labels as nodes: 0 for one that is ignored or no class."""
 
     def __init__(self, frame, params):
         self.frame, self.labels, self.params = frame, Format(params["labels"], "f8"), params
         self.weight = params["weight"] and Format(params["weight"], "f8")
 
-    def __call__(self, i):
-        return self.of(i, self.read(i))
+    def __call__(self, first, count):
+        return self.of(first, self.read(first, count))
 
-    def read(self, i):
-        """The label as it lies in memory."""
-        counts, there = _Prefixed(self.frame, "count_"), i < self.frame.rows
-        (at,) = offsets(counts, where(there, i, 0), self.params["dimensions"], ("labels",))
-        return load(self.frame.labels + at, self.labels.size, 1, there)[0]
+    def read(self, first, count):
+        """The labels as they lie in memory; of a row that there is not, the last one's."""
+        return [self._read(first + n) for n in range(count)]
 
-    def of(self, i, raw):
-        """The node of such a label."""
+    def _read(self, i):
+        frame = self.frame
+        row = smaller_integer(i, frame.rows - 1)
+        (at,) = offsets(_Prefixed(frame, "count_"), row, self.params["dimensions"], ("labels",))
+        return load(frame.labels + at, self.labels.size, 1)[0]
+
+    def of(self, first, labels):
+        """The nodes of such labels."""
+        return (self._of(first + n, raw) for n, raw in enumerate(labels))
+
+    def _of(self, i, raw):
         frame, t = self.frame, self.labels.integer(raw)
-        counted = (i < frame.rows) & (t >= 0) & (t < frame.classes)
+        counted = (i < frame.rows) & within(t, frame.classes)
         if self.params["ignores"]:
             counted = counted & (t != frame.ignore_index)
         one = constant(frame.rows, 1.0, "f8")
@@ -287,30 +302,21 @@ class _Prefixed:
         return getattr(self._frame, self._prefix + name)
 
 
-def _of_block(frame, sums, items):
-    """The node of the block's SPAN items, which all lanes of the first warp have."""
-    first = (frame.block * BLOCK + convert(frame.thread, "i8")) * EACH
-    node = tree((items(first + n) for n in range(EACH)), sums.joined)
-    places = _put_warps(frame, sums, node, BLOCK // WARP)
-    barrier(frame.thread)
-    return _of_warps(frame, sums, places, BLOCK // WARP)
+def _of_warp(sums, nodes):
+    """The node of a warp, each lane of which has some nodes: neighbours."""
+    return sums.over_lanes(tree(nodes, sums.joined), 1, WARP)
 
 
-def _put_warps(frame, sums, node, warps):
-    """Leave the nodes of so many warps, of a node in each lane, to all of the block: the places."""
+def _of_block(frame, sums, node, warps):
+    """The node of a block's first warps, a power of two, which all lanes have."""
     thread = frame.thread
-    node = sums.over_lanes(node, 1, WARP)
+    warp, lane = thread >> 5, thread & (WARP - 1)
     places = [[shared(thread, 8 * warps) for _ in numbers] for numbers in node]
-    warp, mask = thread >> 5, (thread & (WARP - 1)) == 0
     for numbers, where_to in zip(node, places, strict=True):
         for v, place in zip(numbers, where_to, strict=True):
-            shared_store(place + (warp << 3), v, mask & (warp < warps))
-    return places
-
-
-def _of_warps(frame, sums, places, warps):
-    """The node of the warps, a power of two, which all lanes have."""
-    at = (frame.thread & (warps - 1)) << 3
+            shared_store(place + (warp << 3), v, (lane == 0) & (warp < warps))
+    barrier(thread)
+    at = (lane & (warps - 1)) << 3
     node = [tuple(shared_load(place + at) for place in where_to) for where_to in places]
     return sums.over_lanes(node, 1, warps)
 
@@ -334,8 +340,8 @@ def counted_args(params):
 class Counted:
     """The scale of a block's gradients, over the weights of all labels of the batch.
 
-    The bits are those of the steps that leave it in memory: it is the same tree. Each thread takes
-    a few neighbouring labels; the warps' sums wait in shared memory, not in registers.
+    The bits are those of the steps that leave it in memory: it is the same tree. Each thread reads
+    a few neighbouring labels, and waits for none of them before `scale`.
 
     Parameters
     ----------
@@ -345,23 +351,20 @@ class Counted:
     """
 
     def __init__(self, frame, params):
-        self.frame, self.params, self.sums = frame, params, Sums(*params["sums"])
-        self.warps, self.made = COUNTED // (WARP * params["each"]), None
-        self.weights = _Weights(frame, params)
-        first = convert(frame.thread, "i8") * params["each"]
-        self.items = [first + n for n in range(params["each"])]
-        self.labels = [self.weights.read(i) for i in self.items]
-
-    def add_up(self):
-        """Have what the labels come to, warp by warp: this waits for them."""
-        nodes = map(self.weights.of, self.items, self.labels)
-        node = tree(nodes, self.sums.joined)
-        self.places = _put_warps(self.frame, self.sums, node, self.warps)
+        self.frame, self.params = frame, params
+        thread, each = convert(frame.thread, "i8"), params["each"]
+        self.weights, self.first = _Weights(frame, params), thread * each
+        self.there = (thread & -WARP) * each < frame.rows  # of any lane of the warp
+        self.labels = self.weights.read(self.first, each)
 
     def scale(self):
         """The scale; all threads of the block wait for one another."""
-        if self.made is None:
-            barrier(self.frame.thread)
-            (numbers,) = _of_warps(self.frame, self.sums, self.places, self.warps)
-            self.made = quotient(_scale(self.frame, self.params), _whole(numbers))
-        return self.made
+        sums, warps = Sums(*self.params["sums"]), COUNTED // (WARP * self.params["each"])
+
+        def compute():
+            return _of_warp(sums, self.weights.of(self.first, self.labels))[0]
+
+        nothing = [constant(self.first, 0.0, "f8")] * (2 if sums.exact else 1)
+        node = [tuple(when(self.there, compute, nothing))]
+        (numbers,) = _of_block(self.frame, sums, node, warps)
+        return quotient(_scale(self.frame, self.params), _whole(numbers))
