@@ -173,11 +173,12 @@ class _Planner:
         what few rows come to.
         """
         weight, upstream = (self.layouts.get(name) for name in ("weight", "row_scale"))
+        sizes, _ = self._batch_constants(("number", "labels"), "count_")
         params = (
             ("labels", self.layouts["labels"].kind),
             ("ignores", bool(self.options.get("ignores"))),
             ("weight", weight and weight.kind),
-            ("dimensions", self._batch_constants(("number", "labels"), "count_")),
+            ("dimensions", len(sizes)),
         )
         sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
         if self._few and self.machine.is_quick(sum(s.grid * s.threads for s in found)):
@@ -221,7 +222,10 @@ class _Planner:
     # -- rows
 
     def _batch_constants(self, names, prefix=""):
-        """Put the batch's axes as these arrays have them into the constants; how many there are."""
+        """Put the batch's axes as these arrays have them into the constants.
+
+        Returns their sizes, and the steps of each array along them.
+        """
         strides = []
         for name in names:
             if name == "number":
@@ -237,11 +241,10 @@ class _Planner:
                 self.constants[f"{prefix}inverse{d}"] = 1.0 / max(size, 1)
             for name, step in zip(names, steps, strict=True):
                 self.constants[f"{prefix}{name}_step{d}"] = step[d]
-        self.sizes, self.along = sizes, dict(zip(names, steps, strict=True))
-        return len(sizes)
+        return sizes, dict(zip(names, steps, strict=True))
 
     def _rows(self, added):
-        """The steps of the rows; how what is added up lies in `row_loss`, None for nothing there."""
+        """The steps of the rows; how what they add up lies in `row_loss`, None for nothing."""
         names = [n for n in _OF_A_ROW if n in self.layouts]
         if added:
             names.remove("loss")
@@ -249,7 +252,7 @@ class _Planner:
             names.remove("row_scale")
         if added or "labels" in names:
             names.append("number")
-        dimensions = self._batch_constants(names)
+        self.sizes, self.along = self._batch_constants(names)
         if self._in_order(names):  # then that of a row is known
             names.remove("number")
             del self.constants["number_step0"]
@@ -270,7 +273,7 @@ class _Planner:
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
-            ("dimensions", dimensions),
+            ("dimensions", len(self.sizes)),
             ("narrow", self._narrow(names)),
             ("arrays", tuple((n, self._kind(n)) for n in names)),
             ("weight", "weight" in self.layouts and self.layouts["weight"].kind),

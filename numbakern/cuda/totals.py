@@ -44,8 +44,8 @@ EACH = 8
 SPAN = BLOCK * EACH
 KERNELS = ("total", "count")
 COUNTED = 1024
-"""Rows of a batch, at most, of which each block adds up the labels' weights itself: so many that few
-threads read a few labels each."""
+"""Rows of a batch, at most, of which each block adds up the labels' weights itself: a small block's
+threads read eight each."""
 ROOM = 512
 """Bytes of shared memory that it takes for that: two numbers of each warp, at most."""
 
