@@ -33,7 +33,7 @@ from numbakern.cuda.softmax import (
     safe,
     scaled_exp,
 )
-from numbakern.cuda.totals import node_of, put_result, quotient
+from numbakern.cuda.totals import divisor_of, node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
     exp,
@@ -55,8 +55,8 @@ class Row:
         Address of the first class and bytes between classes, of x, y, w and out.
     classes, width : Value
         Classes that are read, and that are written.
-    rows : Value
-        Of the batch.
+    divisor : Value or None
+        What the sum of all rows' losses is divided by, where a warp has them all.
     ok, leader : Value
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
@@ -154,7 +154,7 @@ class Operation:
             places["w"] = frame.weight, frame.weight_class
         lane = frame.thread & (WARP - 1)
         row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
-        row.rows = frame.rows
+        row.divisor = self.result and divisor_of(frame, self.result[1])
         self.begin(frame, row, at)
         return row
 
@@ -182,11 +182,9 @@ class Operation:
         if not self.result:
             self.added.store(at["row_loss"], node, leader)
             return
-        kind, division = self.result
-        divisor = convert(row.rows, "f8") if division == "rows" else None
         # As behind rows that there are not: no sum is −0.
         node = [(numbers[0] + 0.0, *numbers[1:]) for numbers in node]
-        put_result(node, at["loss"], kind, divisor, leader)
+        put_result(node, at["loss"], self.result[0], row.divisor, leader)
 
     def scale(self, frame):
         """What gradients are scaled by beside a row's own `row_scale`; None if a Counted says."""

@@ -157,6 +157,13 @@ def _of_rows(sums, row, v, end):
     return (count, zero) if sums.exact else (count,)
 
 
+def divisor_of(frame, division):
+    """What a sum is divided by: the number of "rows", or the "divisor"; None for nothing else."""
+    if division == "rows":
+        return convert(frame.rows, "f8")
+    return float_of(load(frame.divisor, 8, 1)[0]) if division == "divisor" else None
+
+
 def put_result(node, address, kind, divisor, leader):
     """Write what all rows come to, over the second sum or else such a number, if there is one."""
     value, *others = map(_whole, node)
@@ -178,7 +185,7 @@ def kernel(name, params):
     """The kernel `name` of a step: "count" adds up labels' weights, "total" nodes in memory.
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
-    what it is divided by: nothing, the "second" sum, the number of "rows", or an array of one.
+    what it is divided by: nothing, the "second" sum, or `divisor_of` it.
     A divisor has behind it what it makes of the gradients' scale.
     """
     sums = Sums(*params["sums"])
@@ -204,11 +211,7 @@ def kernel(name, params):
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
             return
-        at, divisor = getattr(frame, result), None
-        if division == "rows":
-            divisor = convert(frame.rows, "f8")
-        elif division not in ("none", "second"):
-            divisor = float_of(load(getattr(frame, division), 8, 1)[0])
+        at, divisor = getattr(frame, result), divisor_of(frame, division)
         value = put_result(node, at, params["kind"], divisor, leader)
         if result == "divisor":
             scale = quotient(_scale(frame, params), value)
