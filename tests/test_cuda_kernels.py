@@ -543,7 +543,8 @@ def test_many_blocks_leave_counting_to_a_launch():
         x, labels = Layout("f4", (classes * 4, 4), True), Layout("i8", (8,), True)
         layouts = ("x", x), ("labels", labels), ("loss", Layout("f4", (), True)), ("out", x)
         options = (("reduction", "mean"),)
-        made = plan("cross_entropy", options, (rows, classes), 1, "f4", layouts)
+        clusters = Machine(cluster=8)
+        made = plan("cross_entropy", options, (rows, classes), 1, "f4", layouts, clusters)
         assert ("count" in kernels_of(made)) == counts
 
 
