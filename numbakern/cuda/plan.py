@@ -166,11 +166,11 @@ class _Planner:
         """Whether a mean is over labels, so that their weights are counted."""
         return self.reduction == "mean" and not self.options.get("soft")
 
-    def _divisor(self, found):
+    def _divisor(self, launch):
         """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it.
 
-        Or what these launches need to find that themselves: a launch of its own takes longer than
-        what few rows come to.
+        Or what the blocks of such a launch need to find that themselves, where this takes less time
+        than a launch of its own.
         """
         weight, upstream = (self.layouts.get(name) for name in ("weight", "row_scale"))
         sizes, _ = self._batch_constants(("number", "labels"), "count_")
@@ -181,7 +181,7 @@ class _Planner:
             ("dimensions", len(sizes)),
         )
         sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
-        if self._few and self.machine.is_quick(sum(s.grid * s.threads for s in found)):
+        if self._few and self.machine.is_quick(launch.grid * launch.threads):
             return *params, ("sums", tuple(sums)), scale
         self.temporaries.append(("divisor", 16))
         last = ("result", "divisor"), ("kind", "f8"), scale
@@ -345,7 +345,7 @@ class _Planner:
             self.temporaries.append(("meetings", 4 * (self.rows + 1)))
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
         added, result, params = op.added, None, dict(params)
-        counted = self._divisor(found) if scales else None
+        counted = self._divisor(found[-1]) if scales else None
         if added:
             added = added._replace(
                 terms=1 if scales and not counted else added.terms,

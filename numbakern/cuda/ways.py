@@ -330,7 +330,9 @@ def _spread(groups, parts, warps, threads, numbers, maps, machine):
         reduce = Way(warps, "reduce", True, kept="no")
         found = [Launch(reduce, groups * blocks, threads)]
         if maps:
-            beside = FULL // threads  # for so many there are blocks
+            # Just as many as can be at work at once are to find registers, or some come late.
+            full = groups * blocks * threads / (machine.multiprocessors * FULL)
+            beside = FULL // threads if 0.5 < full <= 1 else 0
             found.append(Launch(reduce._replace(stage="map"), groups * blocks, threads, 0, beside))
         else:
             found.append(Launch(reduce._replace(stage="map", spread=False), groups, threads))
