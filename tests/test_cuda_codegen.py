@@ -149,6 +149,24 @@ def test_machine_code_of_tiles(operation, kind, classes, arch):
     assert one.step.shared <= 32 << 10
 
 
+FEW = [
+    ("cross_entropy_value_and_grad", "f4", 64, 1000), ("cross_entropy_value_and_grad", "bf", 1, 21),
+    ("cross_entropy_value_and_grad", "f8", 500, 4096), ("cross_entropy_backward", "f4", 1000, 5),
+    ("cross_entropy_value_and_grad", "f4", 64, 65536), ("nll_loss_backward", "f4", 64, 1000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation, kind, rows, classes", FEW)
+def test_machine_code_of_few_rows(operation, kind, rows, classes):
+    """What blocks count beside their rows takes neither a stack nor a subroutine."""
+    made, _ = codegen.call(operation, kind, rows, classes)
+    *_, step = (s for s in made.steps if s.spec.kernel != "total")
+    assert dict(step.spec.params)["counted"] and step.spec.kernel != "count"
+    found = figures(codegen.Case(operation, kind, classes, "whole", step), "sm_90a")
+    assert found.calls == 0, found
+    assert found.local <= (compiler.LITTLE if step.block >= compiler.LARGE else 0), found
+
+
 LONG = {
     "reduce": Way(4, "reduce", True, kept="no"),
     "map": Way(4, "map", True, kept="no"),

@@ -386,7 +386,7 @@ def test_nll(dtype, weighted, reduction):
 
 @pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
 def test_sums_over_many_rows(rows):
-    """Sums in one step and in two, to an ulp."""
+    """Sums by a warp that has all rows, in one step and in two, to an ulp."""
     x = cases.logits((rows, 2), float64, scale=30.0)
     labels = cases.class_labels(rows, 2, np.int32)
     labels[::3] = 1
@@ -394,7 +394,7 @@ def test_sums_over_many_rows(rows):
     for reduction in ("sum", "mean"):
         loss = np.full((), np.nan)
         made = run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
-        assert len(made.steps) == (3 if rows == 70_000 else 2)
+        assert len(made.steps) == (3 if rows == 70_000 else 1 if rows <= WARP else 2)
         want = losses.sum() if reduction == "sum" else losses.mean()
         size = abs(losses).sum() / (1 if reduction == "sum" else rows)
         assert abs(loss - want) <= size * 2.0**-52
@@ -428,6 +428,173 @@ def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
     assert len(found) == 1
     for cached in plan, plans.kernel_of:
         cached.cache_clear()
+
+
+@pytest.fixture
+def counted_apart(monkeypatch):
+    """What has calls of few rows add up the labels' weights in a launch of its own, as many do."""
+
+    def change():
+        monkeypatch.setattr(totals, "COUNTED", 0)
+        plan.cache_clear()
+
+    yield change
+    plan.cache_clear()
+
+
+def kernels_of(made):
+    return [step.spec.kernel for step in made.steps]
+
+
+def training_calls(x, labels, weight, axis, **call):
+    """Results of all that is scaled by the labels' weights: loss, gradients; their plans."""
+    upstream, lse = np.float32(1.7), np.zeros(labels.shape)
+    arrays = {"x": x, "labels": labels, "weight": weight}
+    loss, out = np.full((), 7, compute_of_loss(x.dtype)), empty_like(x)
+    run("cross_entropy", {**arrays, "row_lse": lse, "loss": loss.copy()}, axis, **call)
+    scale = {"row_scale": np.broadcast_to(upstream, labels.shape)}
+    results, plans_of = [loss, out], []
+    plans_of.append(run("cross_entropy", {**arrays, "loss": loss, "out": out}, axis, **call))
+    for given in ({}, {"row_lse": lse}):
+        out = empty_like(x)
+        named = {**arrays, **scale, **given, "out": out}
+        plans_of.append(run("cross_entropy", named, axis, given=bool(given), **call))
+        results.append(out)
+    out = empty_like(x)
+    call = {n: v for n, v in call.items() if n not in ("smooth", "keep", "spread")}
+    named = {**arrays, **scale, "out": out}
+    del named["x"]
+    plans_of.append(run("nll_backward", named, axis, of="out", **call))
+    return [*results, out], plans_of
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 300, 1024, 1025])
+@cases.dtypes(float32, float64, bfloat16)
+def test_few_rows_count_their_labels_themselves(dtype, rows, weighted, smoothing, counted_apart):
+    """The bits of a launch that counts, which more rows have; and what the reference says."""
+    classes = 6
+    x = cases.logits((rows, classes), dtype, scale=4.0)
+    labels = cases.class_labels(rows, classes)
+    labels[3::7] = -100
+    weight = cases.class_weights(classes, np.float32 if dtype == bfloat16 else dtype)
+    weight = weight if weighted else None
+    call = {"ignores": True, "ignore_index": -100, "reduction": "mean", "smooth": smoothing > 0}
+    call |= smoothing_values(smoothing, classes)
+    results, made = training_calls(x, labels, weight, 1, **call)
+    for one in made:
+        assert ("count" in kernels_of(one)) == ("divisor" in dict(one.temporaries)) == (rows > 1024)
+    assert len(made[0].steps) == (1 if rows <= WARP else 2 if rows <= 1024 else 3)
+    counted_apart()
+    want, made = training_calls(x, labels, weight, 1, **call)
+    assert all("count" in kernels_of(one) for one in made)
+    assert all(map(cases.same_bits, results, want))
+    options = {"weight": weight, "label_smoothing": smoothing, "work": WORK}
+    loss, grad, scaled, given, _ = results
+    close(loss, reference.cross_entropy(x, labels, **options), compute_of_loss(dtype))
+    one, upstream = (np.float64(g) for g in (1, np.float32(1.7)))
+    close(grad, reference.cross_entropy_backward(one, x, labels, **options), dtype)
+    for found in scaled, given:
+        close(found, reference.cross_entropy_backward(upstream, x, labels, **options), dtype)
+
+
+# Lanes of a row from 1 to a block's, rows that stay and that are read again, or by several blocks.
+OF_EACH_WAY = [
+    (float32, 3), (float32, 21), (float32, 70), (float32, 1001), (float32, 2100), (float32, 16500),
+    (float64, 9), (float64, 1100), (float64, 9000), (bfloat16, 33), (bfloat16, 5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", [MACHINE, Machine(multiprocessors=2)], ids=["large", "small"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype, classes", OF_EACH_WAY)
+def test_few_rows_in_every_way(dtype, classes, axis, machine, counted_apart):
+    """Whoever takes the rows: the bits of a launch that counts, with bad labels among them."""
+    rows = 6
+    x = cases.logits((rows, classes), dtype, scale=4.0)
+    x = x if axis else np.ascontiguousarray(x.T)
+    labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, float32)
+    arrays = {"x": x, "labels": labels, "weight": weight}
+    call = {"reduction": "mean", "machine": machine}
+    found = []
+    for bad in 3, classes:
+        given, record = labels.copy(), np.full(1, NONE)
+        given[4] = min(bad, classes)
+        results = {"loss": np.full((), 7, compute_of_loss(dtype)), "out": empty_like(x)}
+        named = {**arrays, "labels": given, **results}
+        made = run("cross_entropy", named, axis, record=record, **call)
+        assert "count" not in kernels_of(made)
+        found.append((results, given, record))
+    counted_apart()
+    for results, given, record in found:
+        want = {n: np.full_like(a, 7) for n, a in results.items()}
+        again = np.full(1, NONE)
+        made = run("cross_entropy", {**arrays, "labels": given, **want}, axis, record=again, **call)
+        assert "count" in kernels_of(made)
+        assert all(cases.same_bits(results[n], want[n]) for n in want)
+        assert record[0] == again[0]
+        assert np.isnan(results["loss"]) == (given[4] == classes)
+
+
+def test_many_blocks_leave_counting_to_a_launch():
+    """Of a row for each of many blocks: what each does once more takes longer than a launch."""
+    for rows, classes, counts in [(1000, 1000, False), (1024, 262144, True), (1025, 10, True)]:
+        x, labels = Layout("f4", (classes * 4, 4), True), Layout("i8", (8,), True)
+        layouts = ("x", x), ("labels", labels), ("loss", Layout("f4", (), True)), ("out", x)
+        options = (("reduction", "mean"),)
+        clusters = Machine(cluster=8)
+        made = plan("cross_entropy", options, (rows, classes), 1, "f4", layouts, clusters)
+        assert ("count" in kernels_of(made)) == counts
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@cases.dtypes(float32, float64)
+def test_means_of_nothing(dtype, rows, ignored, counted_apart):
+    """0 / 0 where all labels are ignored, or all weights are 0, of either sign."""
+    x, labels = cases.logits((rows, 5), dtype), np.full(rows, -100 if ignored else 2)
+    call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
+    found = []
+    for zero in 0.0, -0.0:
+        weight = np.full(5, zero, dtype)
+        found.append(training_calls(x, labels, weight, 1, **call)[0])
+    counted_apart()
+    found.append(training_calls(x, labels, weight, 1, **call)[0])
+    for one in found:
+        assert np.isnan(one[0])
+        assert all(map(cases.same_bits, one, found[0]))
+        for grad in one[1:]:
+            assert np.isnan(grad).any() or ignored
+
+
+@pytest.mark.parametrize("operation", ["cross_entropy", "nll"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [1, 3, 21, 70, 1001, 2100, 16500])
+@cases.dtypes(float32, float64)
+def test_a_warp_that_has_all_rows(dtype, classes, axis, reduction, operation):
+    """It leaves nothing to add up, and has the bits of more rows, which are ignored."""
+    few = (1, 2) if classes < 100 else (1,)
+    for rows, with_grad in itertools.product(few, (False, True)):
+        call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
+        found = []
+        for more in 0, 140:
+            x = cases.logits((rows, classes), dtype, scale=4.0)
+            x[0, :] = 0.0 if operation == "nll" else x[0]  # a loss of −0
+            x = np.concatenate([x, np.zeros((more, classes), dtype)])
+            labels = np.concatenate([cases.class_labels(rows, classes), np.full(more, -100)])
+            x = x if axis else np.ascontiguousarray(x.T)
+            weight = cases.class_weights(classes, dtype)
+            loss = np.full((), 7, compute_of_loss(dtype))
+            arrays = {"x": x, "labels": labels, "weight": weight, "loss": loss}
+            if with_grad and operation == "cross_entropy":
+                arrays["out"] = empty_like(x)
+            made = run(operation, arrays, axis, **call)
+            assert ("total" in kernels_of(made)) == bool(more)
+            assert ("row_loss" in dict(made.temporaries)) == bool(more)
+            found.append(loss)
+        assert cases.same_bits(*found)
 
 
 FEW_OF_MANY = Machine(multiprocessors=1)
@@ -1464,9 +1631,11 @@ def test_long_rows_that_are_only_reduced_fill_the_machine(classes, registers):
 @pytest.mark.parametrize("count", [1, 2, 8, 64])
 def test_few_long_rows_find_many_blocks(count):
     """1 to 64 rows of 128256: as many threads as there are elements for, or the machine is full."""
-    for way, grid, threads, *_ in ways_of(128256, count):
+    for way, grid, threads, _, beside in ways_of(128256, count):
         elements = count * 128256
         assert grid * threads >= min(elements // 64, 132 * 1024), way
+        # Those that map are to find registers where the machine just has room for all.
+        assert beside == (1024 // threads if way.stage == "map" and count == 64 else 0)
 
 
 def test_who_takes_columns():

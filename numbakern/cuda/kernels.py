@@ -33,7 +33,7 @@ from numbakern.cuda.softmax import (
     safe,
     scaled_exp,
 )
-from numbakern.cuda.totals import put_row, quotient
+from numbakern.cuda.totals import divisor_of, node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
     exp,
@@ -55,6 +55,8 @@ class Row:
         Address of the first class and bytes between classes, of x, y, w and out.
     classes, width : Value
         Classes that are read, and that are written.
+    divisor : Value or None
+        What the sum of all rows' losses is divided by, where a warp has them all.
     ok, leader : Value
         Whether there is such a row; whether this lane writes what there is one of a row.
     number : Value
@@ -106,11 +108,15 @@ class Operation:
     ----------
     added : totals.Sums or None
         How the rows' losses are added up, if they are.
+    result : (kind, division) or None
+        Of what they add up to, if a warp has all of them: nothing is left to a step behind it.
+    counted : tuple or None
+        Parameters of the `Counted` that the gradients' scale comes from, if it does.
     narrow : bool
         Whether the numbers of rows and classes, and distances between them, fit into 32 bits.
     """
 
-    added = None
+    added = result = counted = None
     narrow = False
     softmax = sums = linear = False
     both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
@@ -137,7 +143,9 @@ class Operation:
         starts = offsets(frame, p, self.dimensions, self.arrays)
         at = dict(zip(self.arrays, starts, strict=True))
         p = at.pop("number", p)
-        if self.added:
+        if self.result:
+            at["loss"] = constant(p, 0, "i8")
+        elif self.added:
             node = convert(p >> (self.added.rows.bit_length() - 1), "i8")
             at["row_loss"] = node * self.added.size
         at = {name: getattr(frame, name) + offset for name, offset in at.items()}
@@ -146,6 +154,7 @@ class Operation:
             places["w"] = frame.weight, frame.weight_class
         lane = frame.thread & (WARP - 1)
         row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
+        row.divisor = self.result and divisor_of(frame, self.result[1])
         self.begin(frame, row, at)
         return row
 
@@ -166,16 +175,22 @@ class Operation:
 
         `weight`: a mask says whether it is 1 or 0.
         """
-        if self.added:
-            values = [loss, weight][: self.added.terms]
-            put_row(self.added, at["row_loss"], row, values)
-        else:
+        if not self.added:
             formats["loss"].put(at["loss"], loss, row.leader)
+            return
+        node, leader = node_of(self.added, row, [loss, weight][: self.added.terms])
+        if not self.result:
+            self.added.store(at["row_loss"], node, leader)
+            return
+        # As behind rows that there are not: no sum is −0.
+        node = [(numbers[0] + 0.0, *numbers[1:]) for numbers in node]
+        put_result(node, at["loss"], self.result[0], row.divisor, leader)
 
     def scale(self, frame):
-        """What gradients are scaled by beside a row's own `row_scale`."""
-        known = "divisor" in frame  # and behind it the scale by it
-        return float_of(load(frame.divisor + 8, 8, 1)[0]) if known else frame.scale
+        """What gradients are scaled by beside a row's own `row_scale`; None if a Counted says."""
+        if "divisor" in frame:  # behind it is the scale by it
+            return float_of(load(frame.divisor + 8, 8, 1)[0])
+        return None if self.counted else frame.scale
 
     def in_part(self, params, _m):
         """What `finish` gave, for the map of a part with maximum m; None if it is the row's."""

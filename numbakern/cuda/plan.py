@@ -147,12 +147,9 @@ class _Planner:
         self.constants = {"rows": self.rows, "classes": self.classes}
 
     def plan(self):
-        if self._counts and "out" in self.layouts:
-            self._divisor()
         added = None
         if "loss" in self.layouts and self.reduction != "none":
-            weighs = self._counts and "out" not in self.layouts
-            added = Sums(2 if weighs else 1, self.elem == "f8")
+            added = Sums(2 if self._counts else 1, self.elem == "f8")
         if self.rows and (self.classes or self.operation == "nll"):
             added = self._rows(added)
         if added:
@@ -162,34 +159,48 @@ class _Planner:
     # -- one value a row
 
     @property
+    def _few(self):
+        """Whether there are so few rows that a block can count all labels."""
+        return self.rows <= totals.COUNTED
+
+    @property
     def _counts(self):
         """Whether a mean is over labels, so that their weights are counted."""
         return self.reduction == "mean" and not self.options.get("soft")
 
-    def _divisor(self):
-        """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it."""
-        self.temporaries.append(("divisor", 16))
-        weight = self.layouts.get("weight")
-        if weight:
-            self.constants["weight_class"] = weight.strides[0]
+    def _divisor(self, launch):
+        """Σ w[t] over the labels that count, into `divisor`, and a gradient's scale by it.
+
+        Or what the blocks of such a launch need to find that themselves, where this takes less time
+        than a launch of its own.
+        """
+        weight, upstream = (self.layouts.get(name) for name in ("weight", "row_scale"))
+        sizes, _ = self._batch_constants(("number", "labels"), "count_")
         params = (
             ("labels", self.layouts["labels"].kind),
             ("ignores", bool(self.options.get("ignores"))),
             ("weight", weight and weight.kind),
-            ("dimensions", self._batch_constants(("labels",), "count_")),
+            ("dimensions", len(sizes)),
         )
-        upstream = self.layouts.get("row_scale")
-        last = ("result", "divisor"), ("kind", "f8"), ("upstream", upstream and upstream.kind)
-        self._sum("count", params, Sums(1, self.elem == "f8"), self.rows, last)
+        sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
+        if self._few and self.machine.is_quick(launch.grid * launch.threads):
+            return *params, ("sums", tuple(sums)), scale
+        self.temporaries.append(("divisor", 16))
+        last = ("result", "divisor"), ("kind", "f8"), scale
+        self._sum("count", params, sums, self.rows, last)
+        return None
+
+    def _division(self, added):
+        """What the sum of the losses is divided by."""
+        if self.reduction != "mean":
+            return "none"
+        return "second" if added.terms > 1 else "divisor" if self._counts else "rows"
 
     def _total(self, added):
         """The loss, of what the rows' launches have left in `row_loss`."""
-        nodes = -(-self.rows // added.rows)
+        nodes, division = -(-self.rows // added.rows), self._division(added)
         self.temporaries.append(("row_loss", added.size * max(1, nodes)))
         self.constants["row_loss_count"] = nodes
-        division = "none"
-        if self.reduction == "mean":
-            division = "second" if added.terms > 1 else "divisor" if self._counts else "rows"
         last = ("result", "loss"), ("kind", self.layouts["loss"].kind), ("division", division)
         self._sum("total", (("source", "row_loss"),), added, nodes, last)
 
@@ -213,7 +224,10 @@ class _Planner:
     # -- rows
 
     def _batch_constants(self, names, prefix=""):
-        """Put the batch's axes as these arrays have them into the constants; how many there are."""
+        """Put the batch's axes as these arrays have them into the constants.
+
+        Returns their sizes, and the steps of each array along them.
+        """
         strides = []
         for name in names:
             if name == "number":
@@ -229,11 +243,10 @@ class _Planner:
                 self.constants[f"{prefix}inverse{d}"] = 1.0 / max(size, 1)
             for name, step in zip(names, steps, strict=True):
                 self.constants[f"{prefix}{name}_step{d}"] = step[d]
-        self.sizes, self.along = sizes, dict(zip(names, steps, strict=True))
-        return len(sizes)
+        return sizes, dict(zip(names, steps, strict=True))
 
     def _rows(self, added):
-        """The steps of the rows; how what is added up (None for nothing) lies in `row_loss`."""
+        """The steps of the rows; how what they add up lies in `row_loss`, None for nothing."""
         names = [n for n in _OF_A_ROW if n in self.layouts]
         if added:
             names.remove("loss")
@@ -241,7 +254,7 @@ class _Planner:
             names.remove("row_scale")
         if added or "labels" in names:
             names.append("number")
-        dimensions = self._batch_constants(names)
+        self.sizes, self.along = self._batch_constants(names)
         if self._in_order(names):  # then that of a row is known
             names.remove("number")
             del self.constants["number_step0"]
@@ -263,7 +276,7 @@ class _Planner:
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
-            ("dimensions", dimensions),
+            ("dimensions", len(self.sizes)),
             ("narrow", self._narrow(names)),
             ("arrays", tuple((n, self._kind(n)) for n in names)),
             ("weight", "weight" in self.layouts and self.layouts["weight"].kind),
@@ -271,6 +284,8 @@ class _Planner:
             ("modes", modes),
             ("part", tuple(part)),
             ("added", added and tuple(added)),
+            ("result", None),
+            ("counted", None),
         )
         return self._launches(params, part)
 
@@ -306,7 +321,10 @@ class _Planner:
         columns = dict(params)["walker"] == "columns"
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
-        room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
+        # What stores may take of it, and sums of the warps.
+        room = 0 if maps is None else maps.room * (TEAM // WARP)
+        scales = self._counts and maps is not None  # by what all labels come to
+        room += totals.ROOM if scales and self._few else 0
         machine = self.machine._replace(shared=self.machine.shared - room)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
@@ -330,14 +348,21 @@ class _Planner:
         if meets:
             self.temporaries.append(("meetings", 4 * (self.rows + 1)))
             self._step(Spec("clear", ()), -(-(self.rows + 1) // copies.BLOCK), copies.BLOCK)
-        added = op.added
+        added, result, params = op.added, None, dict(params)
+        counted = self._divisor(found[-1]) if scales else None
         if added:
-            added = added._replace(rows=self._neighbours(part, found[-1].way, columns, tiles > 0))
-            params = tuple((n, tuple(added) if n == "added" else v) for n, v in params)
+            added = added._replace(
+                terms=1 if scales and not counted else added.terms,
+                rows=self._neighbours(part, found[-1].way, columns, tiles > 0),
+            )
+            if added.rows >= self.rows:  # who has a node has all there is
+                result = self.layouts["loss"].kind, self._division(added)
+            params |= {"added": tuple(added), "result": result}
         for way, grid, threads, shared, beside in found:
             shared += tiles * threads
             name = self.operation + "_parts" * (way.stage == "reduce")
-            spec = Spec(name, (*params, ("way", tuple(way))))
+            params["counted"] = counted and totals.counted(counted, threads)
+            spec = Spec(name, (*params.items(), ("way", tuple(way))))
             blocks = 0
             if beside:
                 blocks = beside
@@ -348,7 +373,7 @@ class _Planner:
             elif maps is None and realigned:  # ptxas takes a few registers more than it needs
                 blocks = REGISTERS // (LEAN * threads)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
-        return added
+        return None if result else added
 
     @staticmethod
     def _lane_registers(part, single, shelf, maps):
@@ -495,7 +520,8 @@ def _made(operation, params):
     access = {n: _ACCESS[mode](formats[n], part) for n, mode in modes.items()}
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
-    op.added, op.narrow = added, params["narrow"]
+    op.added, op.result, op.narrow = added, params["result"], params["narrow"]
+    op.counted = params["counted"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew
@@ -532,7 +558,7 @@ def _row_kernel(operation, params):
         args |= {"weight": "i8", "weight_class": "i8"}
     args |= {"rows": "i8", "classes": "i8"}
     if op.added:
-        args["row_loss"] = "i8"
+        args["loss" if op.result else "row_loss"] = "i8"
     if options.get("ignores"):
         args["ignore_index"] = "i8"
     if "labels" in arrays:
@@ -541,7 +567,10 @@ def _row_kernel(operation, params):
         args |= {"keep": "f8", "spread": "f8"}
     if isinstance(op, (kernels.CrossEntropy, kernels.NllBackward)) and "out" in arrays:
         counts = options.get("reduction") == "mean" and not options.get("soft")
-        args |= {"divisor": "i8"} if counts else {"scale": "f8"}
+        if op.counted:
+            args |= totals.counted_args(dict(op.counted))
+        else:
+            args |= {"divisor": "i8"} if counts else {"scale": "f8"}
     if way.stage != "all" or way.meets(width(op)):
         args["shares"] = "i8"
     if way.meets(width(op)):

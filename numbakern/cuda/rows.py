@@ -51,6 +51,7 @@ from numbakern.cuda.softmax import (
     width,
 )
 from numbakern.cuda.tiles import Tiles, run_of
+from numbakern.cuda.totals import Counted
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
@@ -227,8 +228,15 @@ class Rows:
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
+        counted = op.counted and self.way.stage != "reduce" and Counted(frame, dict(op.counted))
         walks = [self.walk(frame, op, turn) for turn in range(self.way.abreast)]
-        for step in (Walk.begin, Walk.settle, Walk.run):
+        for walk in walks:
+            walk.begin()
+        if counted:  # here the least registers are taken
+            scale = counted.scale()
+            for walk in walks:
+                walk.row.scale = scale
+        for step in (Walk.settle, Walk.run):
             for walk in walks:
                 step(walk)
 

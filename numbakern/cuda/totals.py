@@ -1,9 +1,13 @@
 """Sums over the rows of a batch: the sum and mean of losses, the mean's divisor.
 
 Rows are added in a binary tree over their numbers, neighbours first. So who has a run of rows may
-add it up: the warp that has made their losses (`put_row`), or a step of its own, whose blocks leave
+add it up: the warp that has made their losses (`node_of`), or a step of its own, whose blocks leave
 a sum each to the next step. The bits are the same. Sums are float64; where the losses are float64
 themselves, what additions round away is kept beside them, so that a sum is right to an ulp.
+
+A launch behind another takes longer than adding up a few hundred numbers. So of few rows every
+block that needs the divisor adds it up itself (`Counted`), and a warp that has all rows of the
+batch makes of their sum what a last step would (`put_result`).
 """
 
 import math
@@ -23,9 +27,12 @@ from numbakern.cuda.device import (
     shared_load,
     shared_store,
     shuffle_xor,
+    smaller_integer,
     store,
     tree,
+    when,
     where,
+    within,
 )
 from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import WARP, offsets
@@ -36,6 +43,11 @@ EACH = 8
 """Items of a thread in a step."""
 SPAN = BLOCK * EACH
 KERNELS = ("total", "count")
+COUNTED = 1024
+"""Rows of a batch, at most, of which each block adds up the labels' weights itself: a small block's
+threads read eight each."""
+ROOM = 512
+"""Bytes of shared memory that it takes for that: two numbers of each warp, at most."""
 
 
 def quotient(a, b):
@@ -113,20 +125,25 @@ class Sums(NamedTuple):
         return node
 
 
-def put_row(sums, address, row, values):
-    """Write what a warp's rows come to, `sums.rows` of them side by side in its lanes.
+def node_of(sums, row, values):
+    """What a warp's rows come to, `sums.rows` of them side by side in its lanes; who writes it.
 
     Parameters
     ----------
-    address : Value
-        Of the node, for the first lane of its rows, or for the leader of a row that is one.
     values : list of Value
         The row's, as many as there are sums; every lane of the row has them. A mask is 1 or 0.
+
+    Returns
+    -------
+    node
+        As the first lane of its rows has it, or the leader of a row that is one.
+    leader : Value
+        Whether the lane is that.
     """
     end = row.lanes * sums.rows
     node = [_of_rows(sums, row, v, end) for v in values]
     leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
-    sums.store(address, node, leader)
+    return node, leader
 
 
 def _of_rows(sums, row, v, end):
@@ -140,6 +157,27 @@ def _of_rows(sums, row, v, end):
     return (count, zero) if sums.exact else (count,)
 
 
+def divisor_of(frame, division):
+    """What a sum is divided by: the number of "rows", or the "divisor"; None for nothing else."""
+    if division == "rows":
+        return convert(frame.rows, "f8")
+    return float_of(load(frame.divisor, 8, 1)[0]) if division == "divisor" else None
+
+
+def put_result(node, address, kind, divisor, leader):
+    """Write what all rows come to, over the second sum or else such a number, if there is one."""
+    value, *others = map(_whole, node)
+    for number in others or [divisor]:
+        value = value if number is None else quotient(value, number)
+    Format(kind, "f8").put(address, value, leader)
+    return value
+
+
+def _whole(numbers):
+    """A sum of a node."""
+    return whole_sum(*numbers) if numbers[1:] else numbers[0]
+
+
 # ---------------------------------------------------------------- steps
 
 
@@ -147,9 +185,8 @@ def kernel(name, params):
     """The kernel `name` of a step: "count" adds up labels' weights, "total" nodes in memory.
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
-    what it is divided by: nothing, the "second" sum, the number of "rows", or an array of one.
-    A divisor has behind it what it makes of the gradients' scale, times the array `upstream` of
-    that kind if there is one.
+    what it is divided by: nothing, the "second" sum, or `divisor_of` it.
+    A divisor has behind it what it makes of the gradients' scale.
     """
     sums = Sums(*params["sums"])
     args = _count_args(params) if name == "count" else {params["source"]: "i8"}
@@ -163,45 +200,38 @@ def kernel(name, params):
     else:
         args[params["target"]] = "i8"
     if result == "divisor":
-        args["scale"] = "f8"
-        if params["upstream"]:
-            args["row_scale"] = "i8"
+        args |= _scale_args(params)
 
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
-        node, leader = _of_block(frame, sums, items), frame.thread == 0
+        first = (frame.block * BLOCK + convert(frame.thread, "i8")) * EACH
+        node, leader = _of_warp(sums, items(first, EACH)), frame.thread == 0
+        node = _of_block(frame, sums, node, BLOCK // WARP)
         if not result:
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
             return
-        found = [whole_sum(*numbers) if sums.exact else numbers[0] for numbers in node]
-        value = found[0]
-        if division == "second":
-            value = quotient(value, found[1])
-        elif division == "rows":
-            value = quotient(value, convert(frame.rows, "f8"))
-        elif division != "none":
-            value = quotient(value, float_of(load(getattr(frame, division), 8, 1)[0]))
-        at = getattr(frame, result)
-        Format(params["kind"], "f8").put(at, value, leader)
+        at, divisor = getattr(frame, result), divisor_of(frame, division)
+        value = put_result(node, at, params["kind"], divisor, leader)
         if result == "divisor":
-            scale = frame.scale
-            if params["upstream"]:
-                scale = scale * Format(params["upstream"], "f8").get(frame.row_scale)
-            store(at + 8, 8, [bits_of(quotient(scale, value))], leader)
+            scale = quotient(_scale(frame, params), value)
+            store(at + 8, 8, [bits_of(scale)], leader)
 
     return Kernel(name, body, args)
 
 
 class _Nodes:
-    """The nodes that a step before this one has left."""
+    """The nodes that a step before this one has left: so many, from the first one on."""
 
     def __init__(self, frame, params, sums):
         self.first = getattr(frame, params["source"])
         self.count = getattr(frame, f"{params['source']}_count")
         self.sums = sums
 
-    def __call__(self, i):
+    def __call__(self, first, count):
+        return (self._node(first + n) for n in range(count))
+
+    def _node(self, i):
         return self.sums.load(self.first + i * self.sums.size, i < self.count)
 
 
@@ -218,19 +248,44 @@ def _count_args(params):
     return args | {"rows": "i8", "classes": "i8"}
 
 
+def _scale_args(params):
+    return {"scale": "f8"} | ({"row_scale": "i8"} if params["upstream"] else {})
+
+
+def _scale(frame, params):
+    """The gradients' scale, times the array `upstream` of such a kind if there is one."""
+    if not params["upstream"]:
+        return frame.scale
+    return frame.scale * Format(params["upstream"], "f8").get(frame.row_scale)
+
+
 class _Weights:
-    """The weight of row i's label: 0 for one that is ignored or no class."""
+    """The weights of so many rows' labels as nodes: 0 for one that is ignored or no class."""
 
     def __init__(self, frame, params):
         self.frame, self.labels, self.params = frame, Format(params["labels"], "f8"), params
         self.weight = params["weight"] and Format(params["weight"], "f8")
 
-    def __call__(self, i):
+    def __call__(self, first, count):
+        return self.of(first, self.read(first, count))
+
+    def read(self, first, count):
+        """The labels as they lie in memory; of a row that there is not, the last one's."""
+        return [self._read(first + n) for n in range(count)]
+
+    def _read(self, i):
         frame = self.frame
-        counts, there = _Prefixed(frame, "count_"), i < frame.rows
-        (at,) = offsets(counts, where(there, i, 0), self.params["dimensions"], ("labels",))
-        t = self.labels.integer(load(frame.labels + at, self.labels.size, 1, there)[0])
-        counted = there & (t >= 0) & (t < frame.classes)
+        row = smaller_integer(i, frame.rows - 1)
+        (at,) = offsets(_Prefixed(frame, "count_"), row, self.params["dimensions"], ("labels",))
+        return load(frame.labels + at, self.labels.size, 1)[0]
+
+    def of(self, first, labels):
+        """The nodes of such labels."""
+        return (self._of(first + n, raw) for n, raw in enumerate(labels))
+
+    def _of(self, i, raw):
+        frame, t = self.frame, self.labels.integer(raw)
+        counted = (i < frame.rows) & within(t, frame.classes)
         if self.params["ignores"]:
             counted = counted & (t != frame.ignore_index)
         one = constant(frame.rows, 1.0, "f8")
@@ -250,18 +305,69 @@ class _Prefixed:
         return getattr(self._frame, self._prefix + name)
 
 
-def _of_block(frame, sums, items):
-    """The node of the block's SPAN items, which all lanes of the first warp have."""
+def _of_warp(sums, nodes):
+    """The node of a warp, each lane of which has some nodes: neighbours."""
+    return sums.over_lanes(tree(nodes, sums.joined), 1, WARP)
+
+
+def _of_block(frame, sums, node, warps):
+    """The node of a block's first warps, a power of two, which all lanes have."""
     thread = frame.thread
-    first = (frame.block * BLOCK + convert(thread, "i8")) * EACH
-    node = tree((items(first + n) for n in range(EACH)), sums.joined)
-    node = sums.over_lanes(node, 1, WARP)
-    warps, lane = BLOCK // WARP, thread & (WARP - 1)
+    warp, lane = thread >> 5, thread & (WARP - 1)
     places = [[shared(thread, 8 * warps) for _ in numbers] for numbers in node]
     for numbers, where_to in zip(node, places, strict=True):
         for v, place in zip(numbers, where_to, strict=True):
-            shared_store(place + ((thread >> 5) << 3), v, lane == 0)
+            shared_store(place + (warp << 3), v, (lane == 0) & (warp < warps))
     barrier(thread)
     at = (lane & (warps - 1)) << 3
     node = [tuple(shared_load(place + at) for place in where_to) for where_to in places]
     return sums.over_lanes(node, 1, warps)
+
+
+# ---------------------------------------------------------------- in the rows' own launch
+
+
+def counted(params, threads):
+    """The parameters of a `Counted` for blocks of so many threads: with the labels of each."""
+    each = 1
+    while each * threads < COUNTED:
+        each *= 2
+    return *params, ("each", each)
+
+
+def counted_args(params):
+    """The arguments that a kernel with a `Counted` has for it."""
+    return _count_args(params) | _scale_args(params)
+
+
+class Counted:
+    """The scale of a block's gradients, over the weights of all labels of the batch.
+
+    The bits are those of the steps that leave it in memory: it is the same tree. Each thread reads
+    a few neighbouring labels, and waits for none of them before `scale`.
+
+    Parameters
+    ----------
+    frame : device.Frame
+    params : dict
+        Those of the kernel "count", and `upstream` and `each`.
+    """
+
+    def __init__(self, frame, params):
+        self.frame, self.params = frame, params
+        thread, each = convert(frame.thread, "i8"), params["each"]
+        self.weights, self.first = _Weights(frame, params), thread * each
+        self.there = (thread & -WARP) * each < frame.rows  # of any lane of the warp
+        self.labels = self.weights.read(self.first, each)
+
+    def scale(self):
+        """The scale; all threads of the block wait for one another."""
+        sums, warps = Sums(*self.params["sums"]), COUNTED // (WARP * self.params["each"])
+
+        def compute():
+            return _of_warp(sums, self.weights.of(self.first, self.labels))[0]
+
+        nothing = [constant(self.first, 0.0, "f8")] * (2 if sums.exact else 1)
+        node = [tuple(when(self.there, compute, nothing))]
+        (numbers,) = _of_block(self.frame, sums, node, warps)
+        return quotient(_scale(self.frame, self.params), _whole(numbers))

@@ -40,6 +40,8 @@ FEW = 4
 """Warps of a block where several blocks have a row."""
 FULL = 1024
 """Threads that keep a multiprocessor busy."""
+QUICK = 4
+"""How often so many have started and ended in the time of a launch, with about 100 instructions."""
 WALKING, KEEPING = 16, (4, 32)
 """Warps of a block that takes long rows part by part, at most; of one that keeps all parts, at
 least and at most."""
@@ -93,6 +95,10 @@ class Machine(NamedTuple):
     def is_busy(self, warps):
         """Whether there are so many in all that each multiprocessor has BUSY of them."""
         return warps >= BUSY * self.multiprocessors
+
+    def is_quick(self, threads):
+        """Whether what each of so many threads does beside its row is done sooner than a launch."""
+        return threads <= QUICK * FULL * self.multiprocessors
 
     def waves(self, blocks, warps, registers):
         """How often all multiprocessors are filled with blocks of so many warps."""
@@ -327,7 +333,10 @@ def _spread(groups, parts, warps, threads, numbers, maps, machine):
         reduce = Way(warps, "reduce", True, kept="no")
         found = [Launch(reduce, groups * blocks, threads)]
         if maps:
-            found.append(Launch(reduce._replace(stage="map"), groups * blocks, threads))
+            # Just as many as can be at work at once are to find registers, or some come late.
+            full = groups * blocks * threads / (machine.multiprocessors * FULL)
+            beside = FULL // threads if 0.5 < full <= 1 else 0
+            found.append(Launch(reduce._replace(stage="map"), groups * blocks, threads, 0, beside))
         else:
             found.append(Launch(reduce._replace(stage="map", spread=False), groups, threads))
     return found, {"blocks": blocks, "blocks_inverse": 1.0 / blocks, "rounds": rounds}
