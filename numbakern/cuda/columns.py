@@ -11,6 +11,7 @@ from numbakern.cuda.device import (
     barrier,
     bits_of,
     constant,
+    convert,
     divmod_positive,
     either,
     float_of,
@@ -19,6 +20,7 @@ from numbakern.cuda.device import (
     shared,
     shared_words,
     tree,
+    when,
 )
 from numbakern.cuda.reduce import WARP, Board, team_fold
 from numbakern.cuda.rows import Rows, Walk
@@ -42,7 +44,28 @@ def threads_of(part):
 
 
 class Columns(Rows):
-    """Walks rows, or parts of them, in the order of a Partition: `rows.Rows` of strided classes."""
+    """Walks rows, or parts of them, in the order of a Partition: `rows.Rows` of strided classes.
+
+    With arrays that are `memory.Abreast` a lane has neighbouring rows, of one part each, which are
+    read and written together.
+    """
+
+    def __init__(self, part, way, accesses):
+        super().__init__(part, way, accesses)
+        self.together = max((a.rows for a in accesses.values()), default=1)
+
+    def run(self, frame, op):
+        """As Rows.run."""
+        if self.together == 1:
+            super().run(frame, op)
+            return
+        walks = [self.walk(frame, op, turn) for turn in range(self.together)]
+        _load([walk.hold() for walk in walks])
+        beside = []
+        for walk in walks:
+            walk.row.beside = beside
+            walk.settle()
+        _run(walks, op)
 
     def walk(self, frame, op, turn):
         """As Rows.walk."""
@@ -53,6 +76,42 @@ class Columns(Rows):
         """As Rows.folded_unless; to fold, lanes meet in shared memory: all of them have to come."""
         nothing = [constant(mask, 0.0, elem) for elem in ("f4", "f8")]
         return [folded(v) for v in either(mask, lambda: nothing, compute)]
+
+
+def _load(lanes):
+    """Read what the lanes of neighbouring rows have."""
+    first = lanes[0]
+    sure = first.part.sure
+    for name, access in first.walker.inputs.items():
+        place, load = first.places[name], access.load if access.rows == 1 else access.load_rows
+        found = load(place._replace(left=None), first.groups[:sure])
+        found += load(place, first.groups[sure:])
+        for turn, lane in enumerate(lanes):
+            lane.words[name] = found if access.rows == 1 else access.of_row(turn, found)
+
+
+def _run(walks, op):
+    """Reduce and map neighbouring rows."""
+    first, reduced = walks[0], [None] * len(walks)
+    if op.softmax or op.sums:
+        reduced = [walk._reduced() for walk in walks]
+
+    def finish():
+        return [walk._finish(r) for walk, r in zip(walks, reduced, strict=True)]
+
+    out = first.walker.out
+    if out is not None:
+        pairs = zip(walks, finish(), strict=True)
+        found = [walk._to_map(walk.own, None, params) for walk, params in pairs]
+        lane, _ = found[0]
+        rows = zip(*(lane.results(op, params) for lane, params in found), strict=True)
+        out.store_rows(lane.places["out"], lane.groups, rows, lane.row.ok)
+        for lane, params in found:
+            lane.put_exception(op, params)
+    elif first.finishing is None:
+        finish()
+    else:
+        when(first.finishing, lambda: finish() and [], [])
 
 
 class _Columns(Walk):
@@ -72,14 +131,25 @@ class _Columns(Walk):
             low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
-        p = self._in_turn(p, rows, self.column)
+        together, behind = self.walker.together, 0
+        if together > 1:
+            first = (p * rows + convert(self.column, "i8")) * together
+            p, behind = self._known(first, together), self.turn
+        else:
+            p = self._in_turn(p, rows, self.column)
         if not self.part.single:
             self.board = Board.of_row(frame, p, width(op), self.count)
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
         leader = (self.lane == 0) & (block == 0)
-        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek)
+        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek, behind)
         self.row.fold = self._fold
+        self.row.together = together
+
+    def hold(self):
+        """The elements that this row's lane is to have, not read yet."""
+        self.held = self._place(self.own)
+        return self.held
 
     def _fold(self, v, lanes, combine):
         """As `reduce.team_fold`."""

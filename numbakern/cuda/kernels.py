@@ -73,17 +73,23 @@ class Row:
         Where its block has the rows that it copies.
     narrow : bool
         Whether numbers of classes and distances between them fit into 32 bits.
+    together : int
+        Neighbouring rows that a lane has, this one among them.
+    beside : list
+        What is to be known of these before it can be added up (`totals.put_row`).
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
 
     x_label = fold = team = tiles = None
+    together = 1
 
     def __init__(self, places, classes, ok, leader, number, lane, lanes, peek):
         self.places, self.classes, self.width = places, classes, classes
         self.ok, self.leader, self.peek = ok, leader & ok, peek
         self.number, self.narrow = convert(number, "i8"), number.elem == "i4"
         self.lane, self.lanes = lane, lanes
+        self.beside = []
 
     def or_void(self, v):
         """A float64 result where the label counts; 0 where it is ignored, NaN where it is bad."""
@@ -132,11 +138,14 @@ class Operation:
         """
         return self.exponential and self.softmax and self.elem == "f4" and not self.anew
 
-    def row(self, frame, p, ok, leader, lanes, peek):
-        """Row number p of the batch; an int32 if distances between rows and classes are, too."""
-        starts = offsets(frame, p, self.dimensions, self.arrays)
+    def row(self, frame, p, ok, leader, lanes, peek, behind=0):
+        """The row that lies so many behind number p of the batch, on the same last axis.
+
+        An int32 if distances between rows and classes are, too.
+        """
+        starts = offsets(frame, p, self.dimensions, self.arrays, behind)
         at = dict(zip(self.arrays, starts, strict=True))
-        p = at.pop("number", p)
+        p = at.pop("number", p + behind)
         if self.added:
             node = convert(p >> (self.added.rows.bit_length() - 1), "i8")
             at["row_loss"] = node * self.added.size

@@ -58,8 +58,6 @@ LANE = 128
 """Bytes of a lane at most."""
 LONELY = 80
 """The same of one that has a row of halves for itself: one by one, each is of another line."""
-APART = 4
-"""Elements of a lane from which on the exception among them is better written once more."""
 FULL = 4
 """Accesses of a lane from which on it asks once whether all it reads is there."""
 CROWDED, LONE = 256, 40
@@ -390,23 +388,34 @@ class Lane:
 
     def map(self, op, params):
         """Write the result of every element."""
-        out = self.walker.out
-        if out is None:
-            return
-        found, apart = op.exception(params), False
+        out, numbers = self.walker.out, self.results(op, params)
+        out.store(self.places["out"], self.groups, numbers, self.row.ok, self.row.team)
+        self.put_exception(op, params)
+
+    def results(self, op, params):
+        """Those of each group, one after the other; but for what `put_exception` writes."""
+        found, apart = op.exception(params), self._apart
         if found:
             label, exception = found
             behind = label - narrow(self.first)
-            apart = out.own and self.part.vectors * self.part.group > APART
 
         def value(i, *values):
             v = op.value(params, *values)
             return v if apart or not found else where(behind == i, exception, v)
 
-        numbers = ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
-        place = self.places["out"]
-        out.store(place, self.groups, numbers, self.row.ok, self.row.team)
-        if apart:
+        return ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
+
+    @property
+    def _apart(self):
+        """Whether an exception among the results is written once more."""
+        return self.part.held > self.walker.out.apart
+
+    def put_exception(self, op, params):
+        """Write the exception among the results, where it is not among them."""
+        found, out = op.exception(params), self.walker.out
+        if found and self._apart:
+            label, exception = found
+            behind, place = label - narrow(self.first), self.places["out"]
             step = min(self.part.lanes, WARP) * self.part.group
             mine = (behind >= 0) & (behind < self.part.vectors * step)
             mine = self.row.ok & mine & ((behind & (step - 1)) < self.part.group)
@@ -476,13 +485,16 @@ class Walk:
         first = (block * self.way.abreast + self.turn) * rows
         return self._known(first + convert(number, "i8"))
 
-    def _known(self, p):
-        """A row's number, or the last one's if there is none: then this one is not `ok`."""
+    def _known(self, p, count=1):
+        """The number of the first of so many rows, or of the last ones if there are none.
+
+        Then these are not `ok`.
+        """
         rows = self.frame.rows
         if self.op.narrow:
             p, rows = narrow(p), narrow(rows)
         self.ok = p < rows
-        return smaller_integer(p, rows - 1)
+        return smaller_integer(p, rows - count)
 
     def _room(self):
         """The warp's shared memory for what it writes; None if that takes none."""
@@ -536,8 +548,7 @@ class Walk:
         self.tiles.put()
         if op.softmax or op.sums:
             if self.part.single:
-                self.held = self._read(self.own, None)
-                reduced = reduced_of(op, self.held.reduce(op))
+                reduced = self._reduced()
             else:
                 if stage != "map":
                     self._each(self._reduce, self.board.begin)
@@ -554,6 +565,11 @@ class Walk:
             self._finish(reduced)
         else:
             when(self.finishing, lambda: self._finish(reduced) or [], [])
+
+    def _reduced(self):
+        """What the row's only part comes to."""
+        self.held = self._read(self.own, None)
+        return reduced_of(self.op, self.held.reduce(self.op))
 
     def _finish(self, reduced):
         """What the operation makes of the row, whose parts are joined before."""
@@ -600,12 +616,17 @@ class Walk:
         self.maximum = numbers[0]
 
     def _map(self, part, i, params):
+        span, params = self._to_map(part, i, params)
+        span.map(self.op, params)
+
+    def _to_map(self, part, i, params):
+        """A part's elements, and what its map needs."""
         span, m = self._read(part, i), None
         if names := self._unpacked_anew(i is None and self.held):
             span.forget(names)
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
-        span.map(self.op, self.op.in_part(params, m))
+        return span, self.op.in_part(params, m)
 
     def _unpacked_anew(self, held):
         """Inputs of halves of which the map is not to keep what the reduction has unpacked.

@@ -24,6 +24,7 @@ from numbakern.cuda.device import (
     shared_store,
     shuffle_xor,
     store,
+    sum_tree,
     tree,
     where,
 )
@@ -116,6 +117,8 @@ class Sums(NamedTuple):
 def put_row(sums, address, row, values):
     """Write what a warp's rows come to, `sums.rows` of them side by side in its lanes.
 
+    Of neighbouring ones that a lane has, once the last of them is given.
+
     Parameters
     ----------
     address : Value
@@ -123,20 +126,25 @@ def put_row(sums, address, row, values):
     values : list of Value
         The row's, as many as there are sums; every lane of the row has them. A mask is 1 or 0.
     """
-    end = row.lanes * sums.rows
-    node = [_of_rows(sums, row, v, end) for v in values]
-    leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
-    sums.store(address, node, leader)
+    if sums.rows == 1:
+        sums.store(address, [_of_rows(sums, row, [v], 1) for v in values], row.leader)
+        return
+    row.beside.append(values)
+    if len(row.beside) == row.together:
+        end = row.lanes * sums.rows // row.together
+        node = [_of_rows(sums, row, list(v), end) for v in zip(*row.beside, strict=True)]
+        sums.store(address, node, row.leader & ((row.lane & (end - 1)) == 0))
 
 
-def _of_rows(sums, row, v, end):
-    """The sum of a node, for the rows of so many lanes."""
-    if v.elem != "b1":
-        return sums.over_lanes([(where(row.ok, v, 0.0),)], row.lanes, end)[0]
+def _of_rows(sums, row, values, end):
+    """The sum of a node, of the rows of so many lanes: what each lane has, neighbours first."""
+    if values[0].elem != "b1":
+        of_lane = tree(([(where(row.ok, v, 0.0),)] for v in values), sums.joined)
+        return sums.over_lanes(of_lane, row.lanes, end)[0]
     zero = constant(row.number, 0.0, "f8")
     if sums.rows == 1:
-        return (where(v & row.ok, constant(zero, 1.0, "f8"), 0.0),)
-    count = convert(count_lanes(v & row.leader, end), "f8")
+        return (where(values[0] & row.ok, constant(zero, 1.0, "f8"), 0.0),)
+    count = convert(sum_tree(count_lanes(v & row.leader, end) for v in values), "f8")
     return (count, zero) if sums.exact else (count,)
 
 

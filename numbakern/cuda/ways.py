@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from numbakern.cuda.columns import side_by_side, threads_of
 from numbakern.cuda.gathered import numbers_of
+from numbakern.cuda.memory import ACCESS
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
@@ -67,6 +68,9 @@ BOARD = 16 << 10
 TINY, SMALL_ROW = 4, 8
 """Elements of a row of which a lane has four, and of which it has two where they are only reduced:
 one alone leaves it too little to read."""
+ABREAST, ABREAST_BYTES, ABREAST_ELEMENTS = 4, 256, 96
+"""Neighbouring rows of a lane at most; bytes of an array, and elements of all that are read, that
+it may have of them: registers, and a code that is not too long."""
 NEIGHBOURS = 8
 """Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
@@ -137,6 +141,29 @@ class Launch(NamedTuple):
     beside: int = 0
 
 
+def abreast(part, count, sizes, inputs, machine):
+    """Neighbouring rows that a lane had better have, of rows side by side: a power of two.
+
+    As many as there is one access for and registers, while lanes keep the machine busy.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Bytes of an element, of each array.
+    inputs : int
+        How many of them are read.
+    """
+    rows = ABREAST
+    while rows > 1 and not (
+        rows * max(sizes) <= ACCESS
+        and rows * part.held * max(sizes) <= ABREAST_BYTES
+        and rows * part.held * max(1, inputs) <= ABREAST_ELEMENTS
+        and count * part.lanes >= rows * FULL * machine.multiprocessors
+    ):
+        rows //= 2
+    return rows if part.single else 1
+
+
 def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine, staged=False):
     """The launches for `count` rows of so many classes, and constants that they need.
 
@@ -151,8 +178,9 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
         Arrays that a map reads; 0 if there is none.
     registers : int
         Of a lane, about.
-    columns : bool
-        Whether rows lie side by side, and a block has some of them, or of their parts.
+    columns : int
+        Rows of a lane that are read at once, where rows lie side by side and a block has some of
+        them, or of their parts; 0 elsewhere.
     machine : Machine
     staged : bool
         Whether a block copies its rows to shared memory: a lane has but one then.
@@ -161,7 +189,7 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     if columns:
         groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
         if part.single:
-            return _alone(part, groups, threads, maps, staged)
+            return _alone(part, groups, threads, maps, staged, columns)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     gathers = numbers and not (maps or part.chunks)
     if part.single:
@@ -184,10 +212,10 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _alone(part, groups, threads, maps, staged):
-    """`launches` of lanes that have their rows' only parts."""
-    abreast = 1
-    if part.exact and not staged:
+def _alone(part, groups, threads, maps, staged, together=1):
+    """`launches` of lanes that have their rows' only parts, so many `together` at least."""
+    abreast = together
+    if abreast == 1 and part.exact and not staged:
         abreast = 4 if part.held <= TINY else 2 if part.held <= SMALL_ROW and not maps else 1
     return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
 
