@@ -29,18 +29,19 @@ from numbakern.cuda.softmax import width
 BLOCK = 128
 """Threads of a block, at least."""
 MOST = 512
-"""The same, at most: of the longest parts half as many rows lie side by side in a warp."""
+"""The same, at most: of the longest parts half as many rows lie side by side in a warp. Half of
+that where a lane has several rows, and so many more registers."""
 
 
-def side_by_side(part):
-    """Rows of a block: a power of two."""
-    lanes = min(part.lanes, WARP)
-    return min(MOST // lanes, max(WARP, BLOCK // lanes))
+def side_by_side(part, together=1):
+    """Lanes of a block that have the same classes, of so many rows each: a power of two."""
+    lanes, most = min(part.lanes, WARP), MOST if together == 1 else MOST // 2
+    return min(most // lanes, max(WARP, BLOCK // lanes))
 
 
-def threads_of(part):
+def threads_of(part, together=1):
     """Threads of a block."""
-    return side_by_side(part) * min(part.lanes, WARP)
+    return side_by_side(part, together) * min(part.lanes, WARP)
 
 
 class Columns(Rows):
@@ -92,26 +93,25 @@ def _load(lanes):
 
 def _run(walks, op):
     """Reduce and map neighbouring rows."""
-    first, reduced = walks[0], [None] * len(walks)
-    if op.softmax or op.sums:
-        reduced = [walk._reduced() for walk in walks]
-
-    def finish():
-        return [walk._finish(r) for walk, r in zip(walks, reduced, strict=True)]
-
-    out = first.walker.out
+    first, reduces = walks[0], op.softmax or op.sums
+    out, finishing = first.walker.out, first.finishing
+    # Each is finished before the next one is reduced: what that takes in between need not be kept.
+    reduced = (walk._reduced() if reduces else None for walk in walks)
+    if out is None and finishing is not None:
+        reduced = list(reduced)  # all threads have to come to it
+    finished = (walk._finish(r) for walk, r in zip(walks, reduced, strict=True))
     if out is not None:
-        pairs = zip(walks, finish(), strict=True)
+        pairs = zip(walks, finished, strict=True)
         found = [walk._to_map(walk.own, None, params) for walk, params in pairs]
         lane, _ = found[0]
         rows = zip(*(lane.results(op, params) for lane, params in found), strict=True)
         out.store_rows(lane.places["out"], lane.groups, rows, lane.row.ok)
         for lane, params in found:
             lane.put_exception(op, params)
-    elif first.finishing is None:
-        finish()
+    elif finishing is None:
+        list(finished)
     else:
-        when(first.finishing, lambda: finish() and [], [])
+        when(finishing, lambda: list(finished) and [], [])
 
 
 class _Columns(Walk):
@@ -123,7 +123,8 @@ class _Columns(Walk):
             blocks = frame.blocks
             p, block = divmod_positive(p, blocks, frame.blocks_inverse)
         self.own, self.step = narrow(block), narrow(constant(p, 1, "i8") * blocks)
-        rows = self.rows = side_by_side(self.part)
+        together, behind = self.walker.together, 0
+        rows = self.rows = side_by_side(self.part, together)
         self.near = max(1, WARP // rows)  # neighbouring lanes of a row in a warp
         if self.part.lanes == 1:
             self.column, self.lane = self.thread, self.thread & 0
@@ -131,7 +132,6 @@ class _Columns(Walk):
             low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
-        together, behind = self.walker.together, 0
         if together > 1:
             first = (p * rows + convert(self.column, "i8")) * together
             p, behind = self._known(first, together), self.turn
@@ -158,7 +158,8 @@ class _Columns(Walk):
         if others <= 1:
             return v
         size = SIZE[v.elem]
-        places = shared(self.thread, size * threads_of(self.part) // self.near)
+        threads = threads_of(self.part, self.walker.together)
+        places = shared(self.thread, size * threads // self.near)
         lane = self.lane >> (self.near.bit_length() - 1)
         if self.way.kept == "no" and width(self.op) == 1:
             # All have read what the round before left. Of several folds a round each sees to that.

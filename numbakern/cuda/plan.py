@@ -298,7 +298,7 @@ class _Planner:
         if not self._in_order(self.along):
             return 1
         if columns:
-            return min(WARP, side_by_side(part)) * columns
+            return min(WARP, side_by_side(part, columns)) * columns
         if way.gathers:
             return min(way.gathers, WARP // joiners_of(part))
         if staged and part.lanes > 1:
@@ -390,7 +390,9 @@ class _Planner:
         ):
             return 1
         inputs = sum(n != "out" for n in layouts)
-        rows = abreast(part, self.rows, tuple(sizes.values()), inputs, self.machine)
+        labels, maps = (n in self.layouts for n in ("labels", "out"))
+        size = max(sizes.values())
+        rows = abreast(part, self.rows, size, inputs, labels, maps, self.machine)
 
         def fits(name):
             steps = (*self.along[name][:-1], self.constants[f"{name}_class"])

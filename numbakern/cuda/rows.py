@@ -635,7 +635,7 @@ class Walk:
         """
         part, inputs, names = self.part, self.walker.inputs, set()
         if held:
-            many = part.vectors * part.group * len(inputs) >= UNPACKED
+            many = part.held * len(inputs) * self.row.together >= UNPACKED
             names = set(inputs if part.crowded else self.op.twice if many else ())
         if self.op.anew:
             names |= {"x"}

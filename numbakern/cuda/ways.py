@@ -68,9 +68,12 @@ BOARD = 16 << 10
 TINY, SMALL_ROW = 4, 8
 """Elements of a row of which a lane has four, and of which it has two where they are only reduced:
 one alone leaves it too little to read."""
-ABREAST, ABREAST_BYTES, ABREAST_ELEMENTS = 4, 256, 96
-"""Neighbouring rows of a lane at most; bytes of an array, and elements of all that are read, that
-it may have of them: registers, and a code that is not too long."""
+ABREAST, ABREAST_BYTES = 4, 256
+"""Neighbouring rows of a lane at most, and bytes of them that it has in registers at most; where
+much else is known of a row, half as many rows and three quarters of that."""
+MANY, MOST_REGISTERS = 64, 128
+"""Elements of neighbouring rows in a lane of a large block from which on the compiler is told how
+many registers it may take: it would take them all."""
 NEIGHBOURS = 8
 """Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
@@ -141,23 +144,25 @@ class Launch(NamedTuple):
     beside: int = 0
 
 
-def abreast(part, count, sizes, inputs, machine):
+def abreast(part, count, size, inputs, labels, maps, machine):
     """Neighbouring rows that a lane had better have, of rows side by side: a power of two.
 
-    As many as there is one access for and registers, while lanes keep the machine busy.
+    As many as there are registers for, while lanes keep the machine busy.
 
     Parameters
     ----------
-    sizes : sequence of int
-        Bytes of an element, of each array.
-    inputs : int
-        How many of them are read.
+    size, inputs : int
+        Bytes of the largest array's elements; arrays that are read.
+    labels, maps : bool
+        Whether rows have labels, of which there is much to know; whether results are elements.
     """
-    rows = ABREAST
+    tiny = part.held <= TINY
+    rows = ABREAST // 2 if labels and not tiny else ABREAST
+    access = ACCESS if tiny else ACCESS // 2
+    room = ABREAST_BYTES // 4 * (3 if labels and maps else 4)
     while rows > 1 and not (
-        rows * max(sizes) <= ACCESS
-        and rows * part.held * max(sizes) <= ABREAST_BYTES
-        and rows * part.held * max(1, inputs) <= ABREAST_ELEMENTS
+        rows * size <= access
+        and rows * part.held * size * max(1, inputs) <= room
         and count * part.lanes >= rows * FULL * machine.multiprocessors
     ):
         rows //= 2
@@ -187,7 +192,8 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     """
     parts = part.parts(classes)
     if columns:
-        groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
+        groups = _ceil(count, side_by_side(part, columns))
+        threads = threads_of(part, columns)
         if part.single:
             return _alone(part, groups, threads, maps, staged, columns)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
@@ -214,10 +220,13 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
 
 def _alone(part, groups, threads, maps, staged, together=1):
     """`launches` of lanes that have their rows' only parts, so many `together` at least."""
-    abreast = together
+    abreast, beside = max(1, together), 0
     if abreast == 1 and part.exact and not staged:
         abreast = 4 if part.held <= TINY else 2 if part.held <= SMALL_ROW and not maps else 1
-    return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
+    if together > 1 and threads > BLOCK and part.held * together >= MANY:
+        beside = REGISTERS // (threads * MOST_REGISTERS)
+    launch = Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads, 0, beside)
+    return [launch], {}
 
 
 def _gathered(part, count, threads, numbers):
