@@ -1050,8 +1050,8 @@ def test_losses_of_neighbouring_rows(dtype, classes, reduction, many_rows):
             call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
             made = run("cross_entropy", arrays, axis, **call)
             found.append((got["loss"], np.moveaxis(got["out"], axis, 1)))
-        if axis == 1 and dtype != float64:
-            assert together_of(made) == {4 if classes == 2 else 2}
+            if axis == 1 and dtype != float64 and (classes < 100 or results == ("loss",)):
+                assert together_of(made) == {4 if classes == 2 else 2}
     for loss, _ in found[1:]:
         assert cases.same_bits(loss, found[0][0])
     assert cases.same_bits(found[3][1], found[1][1])
