@@ -1057,6 +1057,41 @@ def test_losses_of_neighbouring_rows(dtype, classes, reduction, many_rows):
     assert cases.same_bits(found[3][1], found[1][1])
 
 
+@pytest.mark.parametrize("classes", [2, 21, 40])
+@cases.dtypes(float32, bfloat16)
+def test_one_value_of_neighbouring_rows(dtype, classes, many_rows):
+    """Labels, gradients, losses of any type, that may be read at once or not."""
+    x = placed(cases.logits((classes, 520), dtype, scale=4.0), 0)
+
+    def lie(n, values):
+        """So many as are wanted: aligned, not aligned, every other one, backwards."""
+        if n < 2:
+            return placed(values, n)
+        return placed(np.repeat(values, 2), 0)[::2] if n == 2 else placed(values[::-1], 0)[::-1]
+
+    found = []
+    for n, label in itertools.product(range(4), (np.int8, np.int32, np.int64)):
+        labels, scale = cases.class_labels(520, classes, label), cases.logits((520,), float32)
+        labels, scale = lie(n, labels), lie(n, scale)
+        got = {"loss": lie(n, np.full(520, 7.0, float32)), "out": empty_like(x)}
+        if label == np.int32:
+            got["row_lse"] = lie(n, np.full(520, 7.0, float64))
+        made = run("cross_entropy", {"x": x, "labels": labels, **got}, 0)
+        dense = {"loss", "labels", "row_lse"} & {*got, *(["labels"] if label != np.int8 else [])}
+        params = dict(made.steps[-1].spec.params)
+        assert set(params["dense"]) == (dense if n == 0 else set())
+        again = empty_like(x)
+        lse = {"row_lse": lie(n, np.full(520, 7.0, float64))}
+        run("logsumexp", {"x": x, **lse}, 0)
+        given = {"x": x, "labels": labels, **lse, "row_scale": scale, "out": again}
+        run("cross_entropy", given, 0, given=True)
+        if label == np.int32:
+            assert cases.same_bits(got.pop("row_lse"), lse["row_lse"])
+        found.append([*got.values(), *lse.values(), again])
+    for other in found[1:]:
+        assert all(map(cases.same_bits, other, found[0]))
+
+
 def test_bad_labels_of_neighbouring_rows(many_rows):
     """The first of them is recorded, by its number in the batch; its results are NaN."""
     x = cases.logits((3, 8, 16, 24), bfloat16)

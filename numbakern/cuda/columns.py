@@ -22,7 +22,7 @@ from numbakern.cuda.device import (
     tree,
     when,
 )
-from numbakern.cuda.reduce import WARP, Board, team_fold
+from numbakern.cuda.reduce import WARP, Beside, Board, team_fold
 from numbakern.cuda.rows import Rows, Walk
 from numbakern.cuda.softmax import width
 
@@ -60,11 +60,10 @@ class Columns(Rows):
         if self.together == 1:
             super().run(frame, op)
             return
-        walks = [self.walk(frame, op, turn) for turn in range(self.together)]
+        beside = Beside(self.together)
+        walks = [_Columns(self, frame, op, turn, beside) for turn in range(self.together)]
         _load([walk.hold() for walk in walks])
-        beside = []
         for walk in walks:
-            walk.row.beside = beside
             walk.settle()
         _run(walks, op)
 
@@ -123,7 +122,7 @@ class _Columns(Walk):
             blocks = frame.blocks
             p, block = divmod_positive(p, blocks, frame.blocks_inverse)
         self.own, self.step = narrow(block), narrow(constant(p, 1, "i8") * blocks)
-        together, behind = self.walker.together, 0
+        together = self.walker.together
         rows = self.rows = side_by_side(self.part, together)
         self.near = max(1, WARP // rows)  # neighbouring lanes of a row in a warp
         if self.part.lanes == 1:
@@ -132,9 +131,8 @@ class _Columns(Walk):
             low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
-        if together > 1:
-            first = (p * rows + convert(self.column, "i8")) * together
-            p, behind = self._known(first, together), self.turn
+        if self.beside:
+            p = self._known((p * rows + convert(self.column, "i8")) * together, together)
         else:
             p = self._in_turn(p, rows, self.column)
         if not self.part.single:
@@ -142,9 +140,9 @@ class _Columns(Walk):
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
         leader = (self.lane == 0) & (block == 0)
-        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek, behind)
+        which = (self.turn, self.beside) if self.beside else ()
+        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek, *which)
         self.row.fold = self._fold
-        self.row.together = together
 
     def hold(self):
         """The elements that this row's lane is to have, not read yet."""

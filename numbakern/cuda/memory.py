@@ -219,7 +219,7 @@ class Whole:
     """
 
     wide = True  # what `load` gives are words of memory
-    apart = APART  # elements of a lane from which on one of them may be written once more
+    apart: float = APART  # elements of a lane from which on one of them may be written once more
     rows = 1  # neighbouring ones that an access is of
     staged = False  # whether they are in shared memory by then
     room = 0  # bytes of shared memory that a warp takes to store

@@ -26,7 +26,7 @@ from numbakern.cuda.memory import (
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.tiles import Staged, run_of, slots
+from numbakern.cuda.tiles import WORD, Staged, run_of, slots
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, abreast, launches
 
@@ -276,10 +276,23 @@ class _Planner:
             ("walker", walker),
             ("modes", modes),
             ("together", together),
+            ("dense", self._dense(names, together)),
             ("part", tuple(part)),
             ("added", added and tuple(added)),
         )
         return self._launches(params, part)
+
+    def _dense(self, names, together):
+        """Arrays of which those of neighbouring rows are read or written at once."""
+        found = []
+        for name in names if together > 1 else ():
+            layout, (*steps, last) = self.layouts.get(name), self.along[name]
+            if layout and name not in ("x", "y", "out"):
+                size = _size(layout.kind)
+                each = min(ACCESS, together * size)
+                dense = size >= WORD and last == size and not any(s % each for s in steps)
+                found += [name] * (dense and layout.aligned)
+        return tuple(found)
 
     def _in_order(self, names):
         """Whether rows are taken in the order of their numbers, where these are needed."""
@@ -523,7 +536,7 @@ def _made(operation, params):
     }
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
-    op.added, op.narrow = added, params["narrow"]
+    op.added, op.narrow, op.dense = added, params["narrow"], params["dense"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew

@@ -155,6 +155,20 @@ class SharedBoard(Board):
         return [where(there, *pair) for pair in zip(found, self.nothing[:count], strict=True)]
 
 
+class Beside:
+    """The neighbouring rows that a lane has, and what is known of them until all have come to it.
+
+    Attributes
+    ----------
+    count : int
+        A power of two.
+    known : dict
+    """
+
+    def __init__(self, count=1):
+        self.count, self.known = count, {}
+
+
 def offsets(frame, row, dimensions, names, behind=0):
     """Where a row of the batch starts in each of these arrays, in bytes (int64).
 

@@ -433,10 +433,13 @@ class Walk:
     op : kernels.Operation
     turn : int
         Which it is of those that the warp has one beside the other.
+    beside : reduce.Beside, optional
+        What it shares with the others, if they are neighbours.
     """
 
-    def __init__(self, walker, frame, op, turn=0):
+    def __init__(self, walker, frame, op, turn=0, beside=None):
         self.walker, self.frame, self.op, self.turn = walker, frame, op, turn
+        self.beside = beside
         self.part, self.way, self.thread = walker.part, walker.way, frame.thread
         count = constant(frame.thread, self.part.parts(1), "i4")
         self.count = narrow(frame.parts) if self.part.chunks else count
@@ -635,7 +638,7 @@ class Walk:
         """
         part, inputs, names = self.part, self.walker.inputs, set()
         if held:
-            many = part.held * len(inputs) * self.row.together >= UNPACKED
+            many = part.held * len(inputs) * self.row.beside.count >= UNPACKED
             names = set(inputs if part.crowded else self.op.twice if many else ())
         if self.op.anew:
             names |= {"x"}

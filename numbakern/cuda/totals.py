@@ -129,10 +129,11 @@ def put_row(sums, address, row, values):
     if sums.rows == 1:
         sums.store(address, [_of_rows(sums, row, [v], 1) for v in values], row.leader)
         return
-    row.beside.append(values)
-    if len(row.beside) == row.together:
-        end = row.lanes * sums.rows // row.together
-        node = [_of_rows(sums, row, list(v), end) for v in zip(*row.beside, strict=True)]
+    found = row.beside.known.setdefault("row_loss", [])
+    found.append(values)
+    if len(found) == row.beside.count:
+        end = row.lanes * sums.rows // len(found)
+        node = [_of_rows(sums, row, list(v), end) for v in zip(*found, strict=True)]
         sums.store(address, node, row.leader & ((row.lane & (end - 1)) == 0))
 
 
