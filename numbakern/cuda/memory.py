@@ -46,7 +46,7 @@ ACCESS = 16
 """Bytes of the widest access."""
 APART = 4
 """Elements of a lane from which on the exception among them is better written once more."""
-FAR_APART = 16
+FAR_APART = 32
 """The same where that is a sector more for each row."""
 
 
