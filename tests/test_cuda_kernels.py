@@ -949,6 +949,8 @@ def odd_rows(rows, classes, dtype):
 
 TOGETHER = {  # (float32, halves, float64), without labels
     2: (4, 4, 2),
+    3: (4, 4, 2),
+    5: (2, 4, 1),
     8: (2, 4, 1),
     21: (2, 4, 1),
     64: (2, 4, 1),

@@ -441,7 +441,8 @@ class Abreast(Strided):
         words = [of_class[word] for group in found for of_class in group]
         if self.paired:
             if len(words) % 2:
-                words.append(constant(words[0], self.format.fill_word, "i4"))
+                nothing = constant(words[0], self.format.fill_single, "i4")
+                words.append(pair(nothing, nothing))
             pairs = zip(words[::2], words[1::2], strict=True)
             words = [pair(low, high, bool(upper)) for low, high in pairs]
         return self.grouped(words, len(found))
