@@ -183,8 +183,10 @@ class Emulator:
         to_bits = _bfloat16_bits if kind == "bf" else _float16_bits
         return (to_bits(low) | to_bits(high) << np.uint32(16)).view(np.int32)
 
-    def pair(self, low, high):
+    def pair(self, low, high, upper):
         low, high = np.broadcast_arrays(low, high)
+        if upper:
+            return (low >> 16) & 0xFFFF | high & -0x10000
         return low & 0xFFFF | high << 16
 
     def funnel(self, low, high, bits):

@@ -167,6 +167,45 @@ def test_machine_code_of_few_rows(operation, kind, rows, classes):
     assert found.local <= (compiler.LITTLE if step.block >= compiler.LARGE else 0), found
 
 
+NEIGHBOURS = [
+    ("log_softmax", "bf", 21, 4),
+    ("log_softmax", "f2", 64, 4),
+    ("log_softmax", "bf", 1000, 2),
+    ("log_softmax", "f4", 32, 2),
+    ("log_softmax", "f8", 3, 2),
+    ("softmax_backward", "bf", 21, 2),
+    ("cross_entropy", "bf", 64, 2),
+    ("cross_entropy_value_and_grad", "f4", 3, 4),
+    ("cross_entropy_value_and_grad", "f4", 21, 2),
+    ("cross_entropy_value_and_grad", "bf", 8, 2),
+]
+
+
+@pytest.mark.parametrize("operation, kind, classes, rows", NEIGHBOURS)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_machine_code_of_neighbouring_rows(operation, kind, classes, rows, arch):
+    """An access for a class of several rows, and one or two for what there is one of them."""
+    one = case(operation, kind, classes, "columns")
+    check(one, arch)
+    params, size = dict(one.step.spec.params), codegen.size_of(kind)
+    _, vectors, group, *_ = params["part"]
+    modes = dict(params["modes"])
+    assert params["together"] == rows and set(modes.values()) == {"abreast"}
+    sass = compiler.sass(compiler.cubin(one.step.spec, arch, one.step.block, one.step.blocks))
+
+    def count(what, width):
+        width = {2: r"\.U16", 4: "", 8: r"\.64", 16: r"\.128"}[width]
+        return len(re.findall(rf"\b{what}\.E{width}(?: |\.EF)", sass))
+
+    held, inputs, maps = vectors * group, len(modes) - ("out" in modes), "out" in modes
+    # Beside them there are labels, a divisor, sums; and for each row the logit at its label and
+    # the gradient there.
+    assert 0 <= count("LDG", rows * size) - held * inputs <= 2 + rows * (rows * size == size)
+    assert held * maps <= count("STG", rows * size) <= held * maps + 2
+    if size == 2:
+        assert count("LDG", 2) <= rows and count("STG", 2) <= rows
+
+
 LONG = {
     "reduce": Way(4, "reduce", True, kept="no"),
     "map": Way(4, "map", True, kept="no"),

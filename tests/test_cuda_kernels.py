@@ -1088,6 +1088,204 @@ def test_columns_in_chunks(dtype, operation, small_chunks):
         assert cases.same_bits(apart, want)
 
 
+# --- neighbouring rows of columns ----------------------------------------------------------------
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Of rows side by side lanes have several, as if there were enough to fill a machine."""
+    monkeypatch.setattr(ways, "FULL", 0)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+def together_of(made):
+    return {dict(s.spec.params)["together"] for s in made.steps if "part" in dict(s.spec.params)}
+
+
+def odd_rows(rows, classes, dtype):
+    """Logits with what there is of odd ones, in all places of a word."""
+    x = cases.logits((rows, classes), dtype, scale=4.0)
+    x[3, classes // 2] = np.nan
+    x[130], x[261], x[-1] = -np.inf, 1.0, 2.0
+    x[260, ::2] = -np.inf
+    x[5, 0] = np.inf
+    return x
+
+
+TOGETHER = {  # (float32, halves, float64), without labels
+    2: (4, 4, 2),
+    3: (4, 4, 2),
+    5: (2, 4, 1),
+    8: (2, 4, 1),
+    21: (2, 4, 1),
+    64: (2, 4, 1),
+    100: (2, 2, 1),
+}
+
+
+@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("classes", TOGETHER)
+@cases.dtypes(float32, float64, bfloat16)
+def test_neighbouring_rows(dtype, classes, number, many_rows):
+    """A lane has several: ignored, odd and bad ones among them, as if each were alone."""
+    rows = 540  # the last block is not full
+    x = odd_rows(rows, classes, dtype)
+    y = cases.probabilities(x.shape, 1, dtype)
+    calls = long_row_calls(x.astype(np.float64), y)
+    labels = cases.class_labels(rows, classes)
+    calls.append(("nll_backward", {"labels": labels}, ("out",), {}))
+    operation, inputs, results, call = calls[number]
+    labels = inputs.get("labels", labels)
+    labels[[1, 130, 402]] = -100
+    if operation == "nll_backward":
+        call = {"ignores": True, "ignore_index": -100}
+    of = {"of": "out" if operation == "nll_backward" else "x", "elem": compute_of(dtype)}
+    found = []
+    for axis, wide in ((1, placed(x, 0)), (0, placed(x.T, 0))):
+        given = {n: placed(a if axis else a.T, 0) if n == "y" else a for n, a in inputs.items()}
+        got = {n: np.full(rows, 7.0, np.float64) for n in results if n != "out"}
+        if "out" in results:
+            got["out"] = empty_like(wide)
+        if operation != "nll_backward":
+            given["x"] = wide
+        made = run(operation, {**given, **got}, axis, **of, **call)
+        found.append(got | ({"out": got["out"].T} if not axis and "out" in got else {}))
+    whole = ("f4", "half", "f8").index(family(dtype))
+    (together,) = together_of(made)
+    assert 1 <= together <= TOGETHER[classes][whole]
+    if operation in ("log_softmax", "softmax", "logsumexp"):
+        assert together == TOGETHER[classes][whole]
+    for name, want in found[0].items():
+        assert cases.same_bits(found[1][name], want), name
+
+
+@pytest.mark.parametrize("shape, axis, inside, halves, single", [
+    ((21, 536), 0, (21, 536), 4, 2),
+    ((21, 538), 0, (21, 538), 2, 2),
+    ((21, 537), 0, (21, 537), 1, 1),
+    ((21, 544), 0, (21, 535), 1, 1),  # rows of an odd number
+    ((21, 544), 0, (21, 534), 2, 2),
+    ((21, 538), 0, (21, 536), 2, 2),  # classes that are not as many whole words apart
+    ((21, 537), 0, (21, 536), 1, 1),
+    ((2, 21, 8, 68), 1, (2, 21, 8, 68), 4, 2),
+    ((2, 21, 8, 68), 1, (2, 21, 7, 66), 2, 2),  # a batch of three axes
+    ((2, 21, 8, 67), 1, (2, 21, 8, 66), 1, 1),
+    ((3, 2, 9, 40), 1, (3, 2, 8, 36), 4, 4),
+], ids=str)  # fmt: skip
+@cases.dtypes(float32, bfloat16)
+def test_which_rows_are_read_together(dtype, shape, axis, inside, halves, single, many_rows):
+    """As many as one access may be of, wherever they lie; what lies between them stays."""
+    cut = tuple(slice(n) for n in inside)
+    wide = placed(cases.logits(shape, dtype, scale=4.0), 0)
+    out, x = empty_like(wide), wide[cut]
+    made = run("log_softmax", {"x": x, "out": out[cut]}, axis)
+    assert together_of(made) == {single if dtype == float32 else halves}
+    rows = placed(np.moveaxis(x, axis, -1), 0)
+    want = empty_like(rows)
+    run("log_softmax", {"x": rows, "out": want}, rows.ndim - 1)
+    assert cases.same_bits(out[cut], np.moveaxis(want, -1, axis))
+    out[cut] = 7
+    assert (out == 7).all()
+    for arrays in (
+        {"x": placed(wide, 1)[cut], "out": out[cut]},
+        {"x": x, "out": placed(out, 1)[cut]},
+    ):
+        out[cut] = 0
+        assert together_of(run("log_softmax", arrays, axis)) == {1}
+        assert cases.same_bits(arrays["out"], np.moveaxis(want, -1, axis))
+    mixed = np.zeros(shape, float32 if dtype == bfloat16 else bfloat16)
+    made = run("log_softmax", {"x": x, "out": placed(mixed, 0)[cut]}, axis, "f4")
+    assert together_of(made) == {single}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("classes", [2, 8, 21, 100])
+@cases.dtypes(float32, float64, bfloat16)
+def test_losses_of_neighbouring_rows(dtype, classes, reduction, many_rows):
+    """Added in the same tree; with and without a gradient, in one batch axis and in several."""
+    shape = (3, classes, 6, 40)
+    x = cases.logits(shape, dtype, scale=4.0)
+    labels, weight = cases.class_labels((3, 6, 40), classes), cases.class_weights(classes, dtype)
+    labels[1, 2, :7] = -100
+    kind, found = compute_of_loss(dtype), []
+    for axis in (3, 1):
+        given = placed(np.moveaxis(x, 1, axis), 0)
+        for results in ("loss",), ("loss", "out"):
+            got = {"loss": np.zeros((), kind), "out": empty_like(given)}
+            arrays = {"x": given, "labels": labels, "weight": weight}
+            arrays |= {n: got[n] for n in results}
+            call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
+            made = run("cross_entropy", arrays, axis, **call)
+            found.append((got["loss"], np.moveaxis(got["out"], axis, 1)))
+            if axis == 1 and dtype != float64 and (classes < 100 or results == ("loss",)):
+                assert together_of(made) == {4 if classes == 2 else 2}
+    for loss, _ in found[1:]:
+        assert cases.same_bits(loss, found[0][0])
+    assert cases.same_bits(found[3][1], found[1][1])
+
+
+@pytest.mark.parametrize("classes", [2, 21, 40])
+@cases.dtypes(float32, bfloat16)
+def test_one_value_of_neighbouring_rows(dtype, classes, many_rows):
+    """Labels, gradients, losses of any type, that may be read at once or not."""
+    x = placed(cases.logits((classes, 520), dtype, scale=4.0), 0)
+
+    def lie(n, values):
+        """So many as are wanted: aligned, not aligned, every other one, backwards."""
+        if n < 2:
+            return placed(values, n)
+        return placed(np.repeat(values, 2), 0)[::2] if n == 2 else placed(values[::-1], 0)[::-1]
+
+    found = []
+    for n, label in itertools.product(range(4), (np.int8, np.int32, np.int64)):
+        labels, scale = cases.class_labels(520, classes, label), cases.logits((520,), float32)
+        labels, scale = lie(n, labels), lie(n, scale)
+        got = {"loss": lie(n, np.full(520, 7.0, float32)), "out": empty_like(x)}
+        if label == np.int32:
+            got["row_lse"] = lie(n, np.full(520, 7.0, float64))
+        made = run("cross_entropy", {"x": x, "labels": labels, **got}, 0)
+        dense = {"loss", "labels", "row_lse"} & {*got, *(["labels"] if label != np.int8 else [])}
+        params = dict(made.steps[-1].spec.params)
+        assert set(params["dense"]) == (dense if n == 0 else set())
+        again = empty_like(x)
+        lse = {"row_lse": lie(n, np.full(520, 7.0, float64))}
+        run("logsumexp", {"x": x, **lse}, 0)
+        given = {"x": x, "labels": labels, **lse, "row_scale": scale, "out": again}
+        run("cross_entropy", given, 0, given=True)
+        if label == np.int32:
+            assert cases.same_bits(got.pop("row_lse"), lse["row_lse"])
+        found.append([*got.values(), *lse.values(), again])
+    for other in found[1:]:
+        assert all(map(cases.same_bits, other, found[0]))
+
+
+def test_bad_labels_of_neighbouring_rows(many_rows):
+    """The first of them is recorded, by its number in the batch; its results are NaN."""
+    x = cases.logits((3, 8, 16, 24), bfloat16)
+    labels = cases.class_labels((3, 16, 24), 8)
+    labels[1, 3, [7, 9]], labels[2] = (8, -3), 99
+    record, loss, out = np.full(1, NONE), np.full(labels.shape, 7, np.float32), empty_like(x)
+    arrays = {"x": x, "labels": labels, "loss": loss, "out": out}
+    made = run("cross_entropy", arrays, 1, record=record)
+    assert together_of(made) == {2}
+    first = 16 * 24 + 3 * 24 + 7
+    assert record[0] >> plans.BAD_BITS == first and record[0] & 0xFF == 8
+    bad = (labels < 0) | (labels > 7)
+    np.testing.assert_array_equal(np.isnan(loss), bad)
+    np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).any(axis=1), bad)
+
+
+def test_few_rows_are_not_taken_together():
+    """Every lane that there can be is needed."""
+    for rows, together in ((1 << 10, 1), (1 << 18, 1), (300_000, 2), (1 << 20, 4)):
+        layouts = tuple((n, Layout("bf", (2 * rows, 2), True)) for n in ("x", "out"))
+        made = plan("log_softmax", (), (21, rows), 0, "f4", layouts)
+        assert together_of(made) == {together}
+        assert made.steps[0].grid == -(-rows // (128 * together))
+
+
 @pytest.mark.parametrize("to", cases.FLOATS, ids=str)
 @cases.dtypes(*cases.FLOATS, *cases.INTEGERS, cases.BOOL)
 def test_conversions(dtype, to):

@@ -22,8 +22,8 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
     "f2": (128, 2048, 8192, 65536),
     "f8": (32, 512, 2048, 65536),
 }
-ROWS = 16384
-"""Enough that no way for few of them is taken."""
+ROWS, ROWS_ABREAST = 16384, 1 << 20
+"""Enough that no way for few of them is taken; the same where they lie side by side."""
 
 
 class Case(NamedTuple):
@@ -133,7 +133,8 @@ OPERATIONS = (
 
 def case(operation, kind, classes, layout="whole"):
     """The Case of a public function on rows of a kind and length."""
-    made, _ = call(operation, kind, ROWS, classes, layout)
+    rows = ROWS_ABREAST if layout == "columns" else ROWS
+    made, _ = call(operation, kind, rows, classes, layout)
     # Beside it there are steps of one value a row, and before it what only reduces.
     *_, step = (s for s in made.steps if s.spec.kernel not in totals.KERNELS)
     return Case(operation, kind, classes, layout, step)

@@ -11,6 +11,7 @@ from numbakern.cuda.device import (
     barrier,
     bits_of,
     constant,
+    convert,
     divmod_positive,
     either,
     float_of,
@@ -19,30 +20,51 @@ from numbakern.cuda.device import (
     shared,
     shared_words,
     tree,
+    when,
 )
-from numbakern.cuda.reduce import WARP, Board, team_fold
+from numbakern.cuda.reduce import WARP, Beside, Board, team_fold
 from numbakern.cuda.rows import Rows, Walk
 from numbakern.cuda.softmax import width
 
 BLOCK = 128
 """Threads of a block, at least."""
 MOST = 512
-"""The same, at most: of the longest parts half as many rows lie side by side in a warp."""
+"""The same, at most: of the longest parts half as many rows lie side by side in a warp. Half of
+that where a lane has several rows, and so many more registers."""
 
 
-def side_by_side(part):
-    """Rows of a block: a power of two."""
-    lanes = min(part.lanes, WARP)
-    return min(MOST // lanes, max(WARP, BLOCK // lanes))
+def side_by_side(part, together=1):
+    """Lanes of a block that have the same classes, of so many rows each: a power of two."""
+    lanes, most = min(part.lanes, WARP), MOST if together == 1 else MOST // 2
+    return min(most // lanes, max(WARP, BLOCK // lanes))
 
 
-def threads_of(part):
+def threads_of(part, together=1):
     """Threads of a block."""
-    return side_by_side(part) * min(part.lanes, WARP)
+    return side_by_side(part, together) * min(part.lanes, WARP)
 
 
 class Columns(Rows):
-    """Walks rows, or parts of them, in the order of a Partition: `rows.Rows` of strided classes."""
+    """Walks rows, or parts of them, in the order of a Partition: `rows.Rows` of strided classes.
+
+    With arrays that are `memory.Abreast` a lane has neighbouring rows, of one part each, which are
+    read and written together.
+    """
+
+    def __init__(self, part, way, accesses):
+        super().__init__(part, way, accesses)
+        self.together = max((a.rows for a in accesses.values()), default=1)
+
+    def run(self, frame, op):
+        """As Rows.run."""
+        if self.together == 1:
+            super().run(frame, op)
+            return
+        counted, beside = self._counted(frame, op), Beside(self.together)
+        walks = [_Columns(self, frame, op, turn, beside) for turn in range(self.together)]
+        _load([walk.hold() for walk in walks])
+        self._settle(counted, walks)
+        _run(walks, op)
 
     def walk(self, frame, op, turn):
         """As Rows.walk."""
@@ -55,6 +77,41 @@ class Columns(Rows):
         return [folded(v) for v in either(mask, lambda: nothing, compute)]
 
 
+def _load(lanes):
+    """Read what the lanes of neighbouring rows have."""
+    first = lanes[0]
+    sure = first.part.sure
+    for name, access in first.walker.inputs.items():
+        place, load = first.places[name], access.load if access.rows == 1 else access.load_rows
+        found = load(place._replace(left=None), first.groups[:sure])
+        found += load(place, first.groups[sure:])
+        for turn, lane in enumerate(lanes):
+            lane.words[name] = found if access.rows == 1 else access.of_row(turn, found)
+
+
+def _run(walks, op):
+    """Reduce and map neighbouring rows."""
+    first, reduces = walks[0], op.softmax or op.sums
+    out, finishing = first.walker.out, first.finishing
+    # Each is finished before the next one is reduced: what that takes in between need not be kept.
+    reduced = (walk._reduced() if reduces else None for walk in walks)
+    if out is None and finishing is not None:
+        reduced = list(reduced)  # all threads have to come to it
+    finished = (walk._finish(r) for walk, r in zip(walks, reduced, strict=True))
+    if out is not None:
+        pairs = zip(walks, finished, strict=True)
+        found = [walk._to_map(walk.own, None, params) for walk, params in pairs]
+        lane, _ = found[0]
+        rows = zip(*(lane.results(op, params) for lane, params in found), strict=True)
+        out.store_rows(lane.places["out"], lane.groups, rows, lane.row.ok)
+        for lane, params in found:
+            lane.put_exception(op, params)
+    elif finishing is None:
+        list(finished)
+    else:
+        when(finishing, lambda: list(finished) and [], [])
+
+
 class _Columns(Walk):
     """A block's way through its rows, as one of their lanes takes it."""
 
@@ -64,7 +121,8 @@ class _Columns(Walk):
             blocks = frame.blocks
             p, block = divmod_positive(p, blocks, frame.blocks_inverse)
         self.own, self.step = narrow(block), narrow(constant(p, 1, "i8") * blocks)
-        rows = self.rows = side_by_side(self.part)
+        together = self.walker.together
+        rows = self.rows = side_by_side(self.part, together)
         self.near = max(1, WARP // rows)  # neighbouring lanes of a row in a warp
         if self.part.lanes == 1:
             self.column, self.lane = self.thread, self.thread & 0
@@ -72,14 +130,23 @@ class _Columns(Walk):
             low, high = (n.bit_length() - 1 for n in (self.near, self.near * rows))
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
-        p = self._in_turn(p, rows, self.column)
+        if self.beside:
+            p = self._known((p * rows + convert(self.column, "i8")) * together, together)
+        else:
+            p = self._in_turn(p, rows, self.column)
         if not self.part.single:
             self.board = Board.of_row(frame, p, width(op), self.count)
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
         leader = (self.lane == 0) & (block == 0)
-        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek)
+        which = (self.turn, self.beside) if self.beside else ()
+        self.row = op.row(frame, p, self.ok, leader, self.near, self._peek, *which)
         self.row.fold = self._fold
+
+    def hold(self):
+        """The elements that this row's lane is to have, not read yet."""
+        self.held = self._place(self.own)
+        return self.held
 
     def _fold(self, v, lanes, combine):
         """As `reduce.team_fold`."""
@@ -88,7 +155,8 @@ class _Columns(Walk):
         if others <= 1:
             return v
         size = SIZE[v.elem]
-        places = shared(self.thread, size * threads_of(self.part) // self.near)
+        threads = threads_of(self.part, self.walker.together)
+        places = shared(self.thread, size * threads // self.near)
         lane = self.lane >> (self.near.bit_length() - 1)
         if self.way.kept == "no" and width(self.op) == 1:
             # All have read what the round before left. Of several folds a round each sees to that.

@@ -312,9 +312,9 @@ def pack_halves(low, high, kind):
     return low.like(low.machine.pack_halves(low.value, high.value, kind), "i4")
 
 
-def pair(low, high):
-    """The low halves of two words as one word."""
-    return low.like(low.machine.pair(low.value, high.value), "i4")
+def pair(low, high, upper=False):
+    """The low halves of two words, or the upper ones, as one word."""
+    return low.like(low.machine.pair(low.value, high.value, upper), "i4")
 
 
 def funnel(low, high, bits):

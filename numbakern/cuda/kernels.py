@@ -18,12 +18,14 @@ from numbakern.cuda.device import (
     fma,
     load,
     narrow,
+    store,
     sum_tree,
     when,
     where,
     within,
 )
-from numbakern.cuda.reduce import WARP, offsets
+from numbakern.cuda.memory import ACCESS
+from numbakern.cuda.reduce import WARP, Beside, offsets
 from numbakern.cuda.softmax import (
     decay,
     exponentials,
@@ -75,6 +77,10 @@ class Row:
         Where its block has the rows that it copies.
     narrow : bool
         Whether numbers of classes and distances between them fit into 32 bits.
+    beside : Beside
+        The neighbouring rows that its lane has; it is number `turn` of them.
+    at : dict of str to Value
+        The addresses of what there is of it in the arrays.
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
     """
@@ -114,10 +120,13 @@ class Operation:
         Parameters of the `Counted` that the gradients' scale comes from, if it does.
     narrow : bool
         Whether the numbers of rows and classes, and distances between them, fit into 32 bits.
+    dense : tuple of str
+        Arrays of one element a row that lie so that those of a lane's rows are words of an access.
     """
 
     added = result = counted = None
     narrow = False
+    dense: tuple[str, ...] = ()
     softmax = sums = linear = False
     both: tuple[str, ...] = ("x", "y")  # inputs that the reduction and the map need
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
@@ -138,11 +147,14 @@ class Operation:
         """
         return self.exponential and self.softmax and self.elem == "f4" and not self.anew
 
-    def row(self, frame, p, ok, leader, lanes, peek):
-        """Row number p of the batch; an int32 if distances between rows and classes are, too."""
-        starts = offsets(frame, p, self.dimensions, self.arrays)
+    def row(self, frame, p, ok, leader, lanes, peek, turn=0, beside=None):
+        """Row number p of the batch; an int32 if distances between rows and classes are, too.
+
+        Or number `turn` of those that lie `beside` one another, the first of which that is.
+        """
+        starts = offsets(frame, p, self.dimensions, self.arrays, turn)
         at = dict(zip(self.arrays, starts, strict=True))
-        p = at.pop("number", p)
+        p = at.pop("number", p + turn)
         if self.result:
             at["loss"] = constant(p, 0, "i8")
         elif self.added:
@@ -155,11 +167,41 @@ class Operation:
         lane = frame.thread & (WARP - 1)
         row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
         row.divisor = self.result and divisor_of(frame, self.result[1])
-        self.begin(frame, row, at)
+        row.at, row.turn, row.beside = at, turn, beside or Beside()
+        self.begin(frame, row)
         return row
 
-    def begin(self, frame, row, at):
-        """Read what there is one of a row, without waiting; `at` has the arrays' addresses."""
+    def begin(self, frame, row):
+        """Read what there is one of a row, without waiting."""
+
+    def read(self, row, name, fmt):
+        """What `load` gives of an array's one element of a row."""
+        if name not in self.dense:
+            return load(row.at[name], fmt.size, 1)[0]
+        rows, known = row.beside.count, row.beside.known
+        if name not in known:
+            each = min(rows, ACCESS // fmt.size)
+            starts = range(0, rows, each)
+            words = (load(row.at[name] + i * fmt.size, fmt.size, each) for i in starts)
+            known[name] = [word for some in words for word in some]
+        return known[name][row.turn]
+
+    def number(self, row, name, formats):
+        """The number that an array has of a row."""
+        return formats[name].number(self.read(row, name, formats[name]))
+
+    def put(self, row, name, fmt, number):
+        """Write a number as an array's one element of a row."""
+        if name not in self.dense:
+            fmt.put(row.at[name], number, row.leader)
+            return
+        found = row.beside.known.setdefault(name, [])
+        found.append((row.at[name], fmt.word_of(number)))
+        if len(found) == row.beside.count:
+            each = min(len(found), ACCESS // fmt.size)
+            for i in range(0, len(found), each):
+                words = [word for _, word in found[i : i + each]]
+                store(found[i][0], fmt.size, words, row.leader)
 
     def look(self, frame, row):
         """Whether the row is read at all; may wait for what `begin` reads."""
@@ -170,21 +212,24 @@ class Operation:
     def settle(self, frame, row):
         """What else is to be known of a row before a result is written over it."""
 
-    def put_loss(self, formats, row, at, loss, weight):
+    def put_loss(self, formats, row, loss, weight):
         """Write a row's loss: to the result, or with its label's weight to where they add up.
 
         `weight`: a mask says whether it is 1 or 0.
         """
         if not self.added:
-            formats["loss"].put(at["loss"], loss, row.leader)
+            self.put(row, "loss", formats["loss"], loss)
             return
-        node, leader = node_of(self.added, row, [loss, weight][: self.added.terms])
+        found = node_of(self.added, row, [loss, weight][: self.added.terms])
+        if found is None:  # the last one of the lane's rows has it
+            return
+        node, leader = found
         if not self.result:
-            self.added.store(at["row_loss"], node, leader)
+            self.added.store(row.at["row_loss"], node, leader)
             return
         # As behind rows that there are not: no sum is −0.
         node = [(numbers[0] + 0.0, *numbers[1:]) for numbers in node]
-        put_result(node, at["loss"], self.result[0], row.divisor, leader)
+        put_result(node, row.at["loss"], self.result[0], row.divisor, leader)
 
     def scale(self, frame):
         """What gradients are scaled by beside a row's own `row_scale`; None if a Counted says."""
@@ -268,15 +313,11 @@ class LogSumExp(Operation):
         super().__init__(elem, dimensions, arrays)
         self.lse_format = lse_format
 
-    def begin(self, frame, row, at):
-        """Where the result goes."""
-        row.lse = at["row_lse"]
-
     def finish(self, row, reduced):
         """Write the row's log-sum-exp."""
         m, share = reduced
         _, _, log_sum = row_log_sum(m, share, self.elem)
-        self.lse_format.put(row.lse, log_sum_exp(m, log_sum), row.leader)
+        self.put(row, "row_lse", self.lse_format, log_sum_exp(m, log_sum))
 
 
 class LogSoftmaxBackward(Operation):
@@ -339,10 +380,6 @@ class Labels:
 
     def __init__(self, fmt, ignores):
         self.format, self.ignores = fmt, ignores
-
-    def read(self, row, address):
-        """Read the row's label."""
-        row.raw_label = load(address, self.format.size, 1)[0]
 
     def look(self, frame, row):
         """Set label, skip (is ignored) and counts; one that does not is class 0."""
@@ -416,20 +453,20 @@ class CrossEntropy(Operation):
         self.twice = ("x", "y") if soft else ()
         self.sums = given and self.summed
 
-    def begin(self, frame, row, at):
+    def begin(self, frame, row):
         """As Operation.begin."""
         if not self.whole:
             row.keep, row.spread = frame.keep, frame.spread
             row.own_keep, row.own_spread = (convert(v, self.elem) for v in (row.keep, row.spread))
-        row.at, row.total_classes = at, frame.classes
+        row.total_classes = frame.classes
         if self.grad:
             row.scale = self.scale(frame)
         if not self.soft:
-            self.labels.read(row, at["labels"])
+            row.raw_label = self.read(row, "labels", self.labels.format)
         if self.given:
-            row.lse = self.formats["row_lse"].get(at["row_lse"])
-        if "row_scale" in at:
-            row.own_scale = self.formats["row_scale"].get(at["row_scale"])
+            row.lse = self.number(row, "row_lse", self.formats)
+        if "row_scale" in row.at:
+            row.own_scale = self.number(row, "row_scale", self.formats)
 
     def look(self, frame, row):
         """As Operation.look: of an ignored row nothing is read."""
@@ -489,7 +526,7 @@ class CrossEntropy(Operation):
             k, rest, log_sum = row_log_sum(m, share, self.elem)
             q, nll = share.q, share.nll
         if self.lse:
-            self.formats["row_lse"].put(row.at["row_lse"], log_sum_exp(m, log_sum), row.leader)
+            self.put(row, "row_lse", self.formats["row_lse"], log_sum_exp(m, log_sum))
         if self.smooth and not self.summed:
             q = row.spread * convert(row.total_classes, "f8")
         if self.loss:
@@ -530,7 +567,7 @@ class CrossEntropy(Operation):
         weight = row.counts
         if self.weighted and not self.soft:
             weight = where(weight, row.w_label, 0.0)
-        self.put_loss(self.formats, row, row.at, row.or_void(sum_tree(losses)), weight)
+        self.put_loss(self.formats, row, row.or_void(sum_tree(losses)), weight)
 
     def _own(self, row, more=None):
         """A label's own target, or with so much `more`, times its weight; None for 1."""
@@ -618,10 +655,9 @@ class Nll(Operation):
         super().__init__(elem, dimensions, arrays)
         self.formats, self.labels = formats, labels
 
-    def begin(self, frame, row, at):
+    def begin(self, frame, row):
         """As Operation.begin."""
-        row.at = at
-        self.labels.read(row, at["labels"])
+        row.raw_label = self.read(row, "labels", self.labels.format)
 
     def look(self, frame, row):
         """As Operation.look."""
@@ -642,7 +678,7 @@ class Nll(Operation):
         if "weight" in self.formats:
             w = convert(row.w_label, "f8")
             loss, weight = where(w == 0.0, 0.0, loss * w), where(weight, w, 0.0)
-        self.put_loss(self.formats, row, row.at, row.or_void(loss), weight)
+        self.put_loss(self.formats, row, row.or_void(loss), weight)
 
 
 class NllBackward(Operation):
@@ -652,12 +688,12 @@ class NllBackward(Operation):
         super().__init__(elem, dimensions, arrays)
         self.formats, self.labels = formats, labels
 
-    def begin(self, frame, row, at):
+    def begin(self, frame, row):
         """As Operation.begin."""
-        self.labels.read(row, at["labels"])
+        row.raw_label = self.read(row, "labels", self.labels.format)
         row.scale = self.scale(frame)
-        if "row_scale" in at:
-            row.scale = row.scale * convert(self.formats["row_scale"].get(at["row_scale"]), "f8")
+        if "row_scale" in row.at:
+            row.scale = row.scale * convert(self.number(row, "row_scale", self.formats), "f8")
 
     def look(self, frame, row):
         """As Operation.look."""

@@ -136,9 +136,10 @@ class LLVM:
         code = f"cvt.rn.{name}.f32 $0, $2, $1;"
         return self._ptx(code, "i4", [(low, "f4"), (high, "f4")])
 
-    def pair(self, low, high):
+    def pair(self, low, high, upper):
         """See device.pair; by shifts the compiler would see through it and keep both words."""
-        return self._ptx("prmt.b32 $0, $1, $2, 0x5410;", "i4", [(low, "i4"), (high, "i4")])
+        code = f"prmt.b32 $0, $1, $2, {'0x7632' if upper else '0x5410'};"
+        return self._ptx(code, "i4", [(low, "i4"), (high, "i4")])
 
     def funnel(self, low, high, bits):
         """See device.funnel."""

@@ -11,10 +11,12 @@ divide every row, 16 bytes at most (`rows.partition`). The ways to get at a grou
 - `realigned.Realigned`: long rows of halves that start anywhere, or do not end with a whole group.
 - `Strided`: any distance between the classes; element by element. Integers and class weights are
   `Numbers` at any distance.
+- `Abreast`: the same, of rows that lie side by side: one access for a class of several rows.
 
 Short rows that lie one after the other pass through shared memory (`tiles.Staged`).
 """
 
+import math
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
@@ -43,6 +45,10 @@ from numbakern.cuda.reduce import WARP
 
 ACCESS = 16
 """Bytes of the widest access."""
+APART = 4
+"""Elements of a lane from which on the exception among them is better written once more."""
+FAR_APART = 32
+"""The same where that is a sector more for each row."""
 
 
 class Format:
@@ -217,7 +223,8 @@ class Whole:
     """
 
     wide = True  # what `load` gives are words of memory
-    own = True  # a thread writes its own elements, and no others
+    apart: float = APART  # elements of a lane from which on one of them may be written once more
+    rows = 1  # neighbouring ones that an access is of
     staged = False  # whether they are in shared memory by then
     room = 0  # bytes of shared memory that a warp takes to store
     one_mask = True  # whether a lane that has all of its groups can read them without asking
@@ -348,7 +355,7 @@ class Shifted(Single):
     gaps that the next ones fill, and what moves to L2 are sectors of 32 bytes.
     """
 
-    own = False
+    apart = math.inf  # a thread writes those of others
 
     @property
     def room(self):
@@ -388,6 +395,8 @@ class Shifted(Single):
 class Strided(Single):
     """Elements at any distance."""
 
+    apart = FAR_APART
+
     def __init__(self, fmt, part):
         super().__init__(fmt, part)
         self.ragged = part.ragged
@@ -419,11 +428,56 @@ def _masks(access, place, n):
     return [place.left > n + i for i in range(access.group)]
 
 
+class Abreast(Strided):
+    """Elements at any distance, behind each of which lie those of the next rows.
+
+    Parameters
+    ----------
+    rows : int
+        How many, of one access: a power of two.
+    """
+
+    def __init__(self, fmt, part, rows):
+        super().__init__(fmt, part)
+        self.rows = rows
+        self.each = rows * fmt.size // fmt.word  # words of an access
+
+    def load_rows(self, place, groups):
+        """What is read of the groups of all rows, as many words for each class."""
+        return [self._classes(place, n) for n in groups]
+
+    def _classes(self, place, n):
+        at, mask = place.address + place.step * n, None if place.left is None else place.left > n
+        word, fill = self.format.word, self.format.fill_word
+        return [load(at + place.step * i, word, self.each, mask, fill) for i in range(self.group)]
+
+    def of_row(self, number, found):
+        """Of what `load_rows` gave, that of one row as `load` would have given it."""
+        word, upper = divmod(number, self.format.per_word)
+        words = [of_class[word] for group in found for of_class in group]
+        if self.paired:
+            if len(words) % 2:
+                nothing = constant(words[0], self.format.fill_single, "i4")
+                words.append(pair(nothing, nothing))
+            pairs = zip(words[::2], words[1::2], strict=True)
+            words = [pair(low, high, bool(upper)) for low, high in pairs]
+        return self.grouped(words, len(found))
+
+    def store_rows(self, place, groups, numbers, ok):
+        """As `store`, of each group the list of every row's numbers."""
+        for n, rows in zip(groups, numbers, strict=True):
+            at, mask = place.address + place.step * n, ok & is_there(place.left, n, ok)
+            for i, of_class in enumerate(zip(*rows, strict=True)):
+                words = self.format.words(of_class)
+                store(at + place.step * i, self.format.word, words, mask)
+
+
 class Numbers:
     """Numbers of any type at any distance: integers, class weights. Not for results."""
 
     wide = staged = False
     one_mask = True
+    rows = 1
 
     def __init__(self, fmt, part):
         self.format, self.group, self.ragged = fmt, part.group, part.ragged

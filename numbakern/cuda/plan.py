@@ -14,14 +14,23 @@ from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.compile import LEAN
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.gathered import Gathered
-from numbakern.cuda.memory import ACCESS, Format, Numbers, Shifted, Single, Strided, Whole
+from numbakern.cuda.memory import (
+    ACCESS,
+    Abreast,
+    Format,
+    Numbers,
+    Shifted,
+    Single,
+    Strided,
+    Whole,
+)
 from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.tiles import Staged, run_of, slots
+from numbakern.cuda.tiles import WORD, Staged, run_of, slots
 from numbakern.cuda.totals import Sums
-from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, launches
+from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, abreast, launches
 
 BAD_BITS = kernels.BAD_BITS
 NARROW = (1 << 31) - (1 << 10)
@@ -272,7 +281,7 @@ class _Planner:
         part = partition(self.classes, lead_size, self._halved(), halves)
         if self.operation == "nll":
             part = Partition(1, 1, 1, False)
-        walker, modes = self._walk(layouts, part)
+        walker, modes, together = self._walk(layouts, part)
         params = (
             ("elem", self.elem),
             ("options", tuple(sorted((k, v) for k, v in self.options.items() if v))),
@@ -282,12 +291,26 @@ class _Planner:
             ("weight", "weight" in self.layouts and self.layouts["weight"].kind),
             ("walker", walker),
             ("modes", modes),
+            ("together", together),
+            ("dense", self._dense(names, together)),
             ("part", tuple(part)),
             ("added", added and tuple(added)),
             ("result", None),
             ("counted", None),
         )
         return self._launches(params, part)
+
+    def _dense(self, names, together):
+        """Arrays of which those of neighbouring rows are read or written at once."""
+        found = []
+        for name in names if together > 1 else ():
+            layout, (*steps, last) = self.layouts.get(name), self.along[name]
+            if layout and name not in ("x", "y", "out"):
+                size = _size(layout.kind)
+                each = min(ACCESS, together * size)
+                dense = size >= WORD and last == size and not any(s % each for s in steps)
+                found += [name] * (dense and layout.aligned)
+        return tuple(found)
 
     def _in_order(self, names):
         """Whether rows are taken in the order of their numbers, where these are needed."""
@@ -306,7 +329,7 @@ class _Planner:
         if not self._in_order(self.along):
             return 1
         if columns:
-            return min(WARP, side_by_side(part))
+            return min(WARP, side_by_side(part, columns)) * columns
         if way.gathers:
             return min(way.gathers, WARP // joiners_of(part))
         if staged and part.lanes > 1:
@@ -318,7 +341,7 @@ class _Planner:
         op, accesses = _made(self.operation, dict(params))
         _, tiles = slots(accesses)  # bytes of a thread
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
-        columns = dict(params)["walker"] == "columns"
+        columns = dict(params)["together"] if dict(params)["walker"] == "columns" else 0
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         # What stores may take of it, and sums of the warps.
@@ -391,15 +414,37 @@ class _Planner:
         return None if name == "number" else self.layouts[name].kind
 
     def _walk(self, layouts, part):
-        """The walker, and how it gets at x, y and out."""
+        """The walker, how it gets at x, y and out, and at so many rows together."""
         sizes = {n: _size(a.kind) for n, a in layouts.items()}
         if self.classes <= 1 or all(a.strides[self.axis] == sizes[n] for n, a in layouts.items()):
-            return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items())
+            return "rows", tuple((n, self._mode(n, a, part)) for n, a in layouts.items()), 1
         neighbours = self.sizes and all(self.along[n][-1] == sizes[n] for n in layouts)
         modes = tuple((n, self._far(a)) for n, a in layouts.items())
-        if neighbours and self.sizes[-1] >= NEIGHBOURS:
-            return "columns", modes
-        return "rows", modes
+        if not neighbours or self.sizes[-1] < NEIGHBOURS:
+            return "rows", modes, 1
+        together = self._together(layouts, sizes, part)
+        if together > 1:
+            modes = tuple((n, "abreast") for n in layouts)
+        return "columns", modes, together
+
+    def _together(self, layouts, sizes, part):
+        """Neighbouring rows that one access takes an element each of."""
+        if self.operation == "nll" or any(
+            not a.aligned or self._far(a) == "numbers" for a in layouts.values()
+        ):
+            return 1
+        inputs = sum(n != "out" for n in layouts)
+        labels, maps = (n in self.layouts for n in ("labels", "out"))
+        size = max(sizes.values())
+        rows = abreast(part, self.rows, size, inputs, labels, maps, self.machine)
+
+        def fits(name):
+            steps = (*self.along[name][:-1], self.constants[f"{name}_class"])
+            return all(step % (rows * sizes[name]) == 0 for step in steps)
+
+        while self.sizes[-1] % rows or not all(map(fits, layouts)):
+            rows //= 2
+        return rows
 
     @staticmethod
     def _far(layout):
@@ -507,6 +552,7 @@ _ACCESS = {
     "numbers": Numbers,
     "staged": Staged,
     "realigned": Realigned,
+    "abreast": Abreast,
 }
 
 
@@ -517,11 +563,14 @@ def _made(operation, params):
     formats = {n: Format(kind, elem if n in modes else "f8") for n, kind in arrays.items() if kind}
     if params["weight"]:
         formats["weight"] = Format(params["weight"], "f8")
-    access = {n: _ACCESS[mode](formats[n], part) for n, mode in modes.items()}
+    access = {}
+    for n, mode in modes.items():
+        more = (params["together"],) if mode == "abreast" else ()
+        access[n] = _ACCESS[mode](formats[n], part, *more)
     added = params["added"] and Sums(*params["added"])
     op = _operation(operation, elem, params["dimensions"], tuple(arrays), formats, options, added)
     op.added, op.result, op.narrow = added, params["result"], params["narrow"]
-    op.counted = params["counted"]
+    op.counted, op.dense = params["counted"], params["dense"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
     op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew

@@ -164,11 +164,26 @@ class SharedBoard(Board):
         return [where(there, *pair) for pair in zip(found, self.nothing[:count], strict=True)]
 
 
-def offsets(frame, row, dimensions, names):
-    """Where row number `row` of the batch starts in each of these arrays, in bytes (int64).
+class Beside:
+    """The neighbouring rows that a lane has, and what is known of them until all have come to it.
 
-    The batch has `dimensions` axes, the last one running fastest. Axis d of size `size{d}` (its
-    reciprocal is `inverse{d}`) is `{name}_step{d}` bytes apart in the array `name`.
+    Attributes
+    ----------
+    count : int
+        A power of two.
+    known : dict
+    """
+
+    def __init__(self, count=1):
+        self.count, self.known = count, {}
+
+
+def offsets(frame, row, dimensions, names, behind=0):
+    """Where a row of the batch starts in each of these arrays, in bytes (int64).
+
+    The one that lies so many `behind` row number `row`, on the same last axis. The batch has
+    `dimensions` axes, the last one running fastest. Axis d of size `size{d}` (its reciprocal is
+    `inverse{d}`) is `{name}_step{d}` bytes apart in the array `name`.
     """
     if dimensions > 1:
         row = convert(row, "i8")
@@ -181,4 +196,7 @@ def offsets(frame, row, dimensions, names):
             at + distance(i, getattr(frame, f"{name}_step{d}"))
             for at, name in zip(found, names, strict=True)
         ]
+    if behind:
+        last = (getattr(frame, f"{name}_step{dimensions - 1}") for name in names)
+        found = [at + step * behind for at, step in zip(found, last, strict=True)]
     return found

@@ -59,8 +59,6 @@ LANE = 128
 """Bytes of a lane at most."""
 LONELY = 80
 """The same of one that has a row of halves for itself: one by one, each is of another line."""
-APART = 4
-"""Elements of a lane from which on the exception among them is better written once more."""
 FULL = 4
 """Accesses of a lane from which on it asks once whether all it reads is there."""
 CROWDED, LONE = 256, 40
@@ -228,17 +226,28 @@ class Rows:
 
     def run(self, frame, op):
         """Run an operation of `kernels` on the rows of this block."""
-        counted = op.counted and self.way.stage != "reduce" and Counted(frame, dict(op.counted))
+        counted = self._counted(frame, op)
         walks = [self.walk(frame, op, turn) for turn in range(self.way.abreast)]
         for walk in walks:
             walk.begin()
+        self._settle(counted, walks)
+        for walk in walks:
+            walk.run()
+
+    def _counted(self, frame, op):
+        """What counts the labels of all rows meanwhile, if that is for the block to do."""
+        counts = op.counted and self.way.stage != "reduce"
+        return Counted(frame, dict(op.counted)) if counts else None
+
+    @staticmethod
+    def _settle(counted, walks):
+        """Settle rows that have been asked for."""
         if counted:  # here the least registers are taken
             scale = counted.scale()
             for walk in walks:
                 walk.row.scale = scale
-        for step in (Walk.settle, Walk.run):
-            for walk in walks:
-                step(walk)
+        for walk in walks:
+            walk.settle()
 
     def walk(self, frame, op, turn):
         """One warp's or block's Walk, of those that it has one beside the other."""
@@ -410,23 +419,34 @@ class Lane:
 
     def map(self, op, params):
         """Write the result of every element."""
-        out = self.walker.out
-        if out is None:
-            return
-        found, apart = op.exception(params), False
+        out, numbers = self.walker.out, self.results(op, params)
+        out.store(self.places["out"], self.groups, numbers, self.row.ok, self.row.team)
+        self.put_exception(op, params)
+
+    def results(self, op, params):
+        """Those of each group, one after the other; but for what `put_exception` writes."""
+        found, apart = op.exception(params), self._apart
         if found:
             label, exception = found
             behind = label - narrow(self.first)
-            apart = out.own and self.part.vectors * self.part.group > APART
 
         def value(i, *values):
             v = op.value(params, *values)
             return v if apart or not found else where(behind == i, exception, v)
 
-        numbers = ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
-        place = self.places["out"]
-        out.store(place, self.groups, numbers, self.row.ok, self.row.team)
-        if apart:
+        return ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
+
+    @property
+    def _apart(self):
+        """Whether an exception among the results is written once more."""
+        return self.part.held > self.walker.out.apart
+
+    def put_exception(self, op, params):
+        """Write the exception among the results, where it is not among them."""
+        found, out = op.exception(params), self.walker.out
+        if found and self._apart:
+            label, exception = found
+            behind, place = label - narrow(self.first), self.places["out"]
             step = min(self.part.lanes, WARP) * self.part.group
             mine = (behind >= 0) & (behind < self.part.vectors * step)
             mine = self.row.ok & mine & ((behind & (step - 1)) < self.part.group)
@@ -444,10 +464,13 @@ class Walk:
     op : kernels.Operation
     turn : int
         Which it is of those that the warp has one beside the other.
+    beside : reduce.Beside, optional
+        What it shares with the others, if they are neighbours.
     """
 
-    def __init__(self, walker, frame, op, turn=0):
+    def __init__(self, walker, frame, op, turn=0, beside=None):
         self.walker, self.frame, self.op, self.turn = walker, frame, op, turn
+        self.beside = beside
         self.part, self.way, self.thread = walker.part, walker.way, frame.thread
         count = constant(frame.thread, self.part.parts(1), "i4")
         self.count = narrow(frame.parts) if self.part.chunks else count
@@ -496,13 +519,16 @@ class Walk:
         first = (block * self.way.abreast + self.turn) * rows
         return self._known(first + convert(number, "i8"))
 
-    def _known(self, p):
-        """A row's number, or the last one's if there is none: then this one is not `ok`."""
+    def _known(self, p, count=1):
+        """The number of the first of so many rows, or of the last ones if there are none.
+
+        Then these are not `ok`.
+        """
         rows = self.frame.rows
         if self.op.narrow:
             p, rows = narrow(p), narrow(rows)
         self.ok = p < rows
-        return smaller_integer(p, rows - 1)
+        return smaller_integer(p, rows - count)
 
     def _room(self):
         """The warp's shared memory for what it writes; None if that takes none."""
@@ -556,8 +582,7 @@ class Walk:
         self.tiles.put()
         if op.softmax or op.sums:
             if self.part.single:
-                self.held = self._read(self.own, None)
-                reduced = reduced_of(op, self.held.reduce(op))
+                reduced = self._reduced()
             else:
                 if stage != "map":
                     self._each(self._reduce, self.board.begin)
@@ -574,6 +599,11 @@ class Walk:
             self._finish(reduced)
         else:
             when(self.finishing, lambda: self._finish(reduced) or [], [])
+
+    def _reduced(self):
+        """What the row's only part comes to."""
+        self.held = self._read(self.own, None)
+        return reduced_of(self.op, self.held.reduce(self.op))
 
     def _finish(self, reduced):
         """What the operation makes of the row, whose parts are joined before."""
@@ -620,12 +650,17 @@ class Walk:
         self.maximum = numbers[0]
 
     def _map(self, part, i, params):
+        span, params = self._to_map(part, i, params)
+        span.map(self.op, params)
+
+    def _to_map(self, part, i, params):
+        """A part's elements, and what its map needs."""
         span, m = self._read(part, i), None
         if names := self._unpacked_anew(i is None and self.held):
             span.forget(names)
         if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
             m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
-        span.map(self.op, self.op.in_part(params, m))
+        return span, self.op.in_part(params, m)
 
     def _unpacked_anew(self, held):
         """Inputs of halves of which the map is not to keep what the reduction has unpacked.
@@ -634,7 +669,7 @@ class Walk:
         """
         part, inputs, names = self.part, self.walker.inputs, set()
         if held:
-            many = part.vectors * part.group * len(inputs) >= UNPACKED
+            many = part.held * len(inputs) * self.row.beside.count >= UNPACKED
             names = set(inputs if part.crowded else self.op.twice if many else ())
         if self.op.anew:
             names |= {"x"}

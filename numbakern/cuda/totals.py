@@ -29,6 +29,7 @@ from numbakern.cuda.device import (
     shuffle_xor,
     smaller_integer,
     store,
+    sum_tree,
     tree,
     when,
     where,
@@ -128,6 +129,8 @@ class Sums(NamedTuple):
 def node_of(sums, row, values):
     """What a warp's rows come to, `sums.rows` of them side by side in its lanes; who writes it.
 
+    Of neighbouring ones that a lane has, once the last of them is given; None before.
+
     Parameters
     ----------
     values : list of Value
@@ -140,20 +143,26 @@ def node_of(sums, row, values):
     leader : Value
         Whether the lane is that.
     """
-    end = row.lanes * sums.rows
-    node = [_of_rows(sums, row, v, end) for v in values]
-    leader = row.leader if sums.rows == 1 else row.leader & ((row.lane & (end - 1)) == 0)
-    return node, leader
+    if sums.rows == 1:
+        return [_of_rows(sums, row, [v], 1) for v in values], row.leader
+    found = row.beside.known.setdefault("row_loss", [])
+    found.append(values)
+    if len(found) < row.beside.count:
+        return None
+    end = row.lanes * sums.rows // len(found)
+    node = [_of_rows(sums, row, list(v), end) for v in zip(*found, strict=True)]
+    return node, row.leader & ((row.lane & (end - 1)) == 0)
 
 
-def _of_rows(sums, row, v, end):
-    """The sum of a node, for the rows of so many lanes."""
-    if v.elem != "b1":
-        return sums.over_lanes([(where(row.ok, v, 0.0),)], row.lanes, end)[0]
+def _of_rows(sums, row, values, end):
+    """The sum of a node, of the rows of so many lanes: what each lane has, neighbours first."""
+    if values[0].elem != "b1":
+        of_lane = tree(([(where(row.ok, v, 0.0),)] for v in values), sums.joined)
+        return sums.over_lanes(of_lane, row.lanes, end)[0]
     zero = constant(row.number, 0.0, "f8")
     if sums.rows == 1:
-        return (where(v & row.ok, constant(zero, 1.0, "f8"), 0.0),)
-    count = convert(count_lanes(v & row.leader, end), "f8")
+        return (where(values[0] & row.ok, constant(zero, 1.0, "f8"), 0.0),)
+    count = convert(sum_tree(count_lanes(v & row.leader, end) for v in values), "f8")
     return (count, zero) if sums.exact else (count,)
 
 

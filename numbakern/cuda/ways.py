@@ -1,7 +1,8 @@
 """Who takes the parts of the rows, and where a row stays meanwhile: the launches of an operation.
 
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows of one part
-are several to a block, which may copy them (`tiles`), the smallest several to a lane. Those that a
+are several to a block, which may copy them (`tiles`), the smallest several to a lane; so are those
+side by side of which one access takes several (`abreast`). Those that a
 block holds in registers are a block each. For longer ones there are
 
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
@@ -29,6 +30,7 @@ from typing import NamedTuple
 
 from numbakern.cuda.columns import side_by_side, threads_of
 from numbakern.cuda.gathered import numbers_of
+from numbakern.cuda.memory import ACCESS
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
@@ -69,6 +71,12 @@ BOARD = 16 << 10
 TINY, SMALL_ROW = 4, 8
 """Elements of a row of which a lane has four, and of which it has two where they are only reduced:
 one alone leaves it too little to read."""
+ABREAST, ABREAST_BYTES = 4, 256
+"""Neighbouring rows of a lane at most, and bytes of them that it has in registers at most; where
+much else is known of a row, half as many rows and three quarters of that."""
+MANY, MOST_REGISTERS = 64, 128
+"""Elements of neighbouring rows in a lane of a large block from which on the compiler is told how
+many registers it may take: it would take them all."""
 NEIGHBOURS = 8
 """Rows side by side from which on they are taken so: what a sector of float32 holds."""
 
@@ -143,6 +151,31 @@ class Launch(NamedTuple):
     beside: int = 0
 
 
+def abreast(part, count, size, inputs, labels, maps, machine):
+    """Neighbouring rows that a lane had better have, of rows side by side: a power of two.
+
+    As many as there are registers for, while lanes keep the machine busy.
+
+    Parameters
+    ----------
+    size, inputs : int
+        Bytes of the largest array's elements; arrays that are read.
+    labels, maps : bool
+        Whether rows have labels, of which there is much to know; whether results are elements.
+    """
+    tiny = part.held <= TINY
+    rows = ABREAST // 2 if labels and not tiny else ABREAST
+    access = ACCESS if tiny else ACCESS // 2
+    room = ABREAST_BYTES // 4 * (3 if labels and maps else 4)
+    while rows > 1 and not (
+        rows * size <= access
+        and rows * part.held * size * max(1, inputs) <= room
+        and count * part.lanes >= rows * FULL * machine.multiprocessors
+    ):
+        rows //= 2
+    return rows if part.single else 1
+
+
 def launches(part, classes, count, numbers, shelf, maps, registers, columns, machine, staged=False):
     """The launches for `count` rows of so many classes, and constants that they need.
 
@@ -157,17 +190,19 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
         Arrays that a map reads; 0 if there is none.
     registers : int
         Of a lane, about.
-    columns : bool
-        Whether rows lie side by side, and a block has some of them, or of their parts.
+    columns : int
+        Rows of a lane that are read at once, where rows lie side by side and a block has some of
+        them, or of their parts; 0 elsewhere.
     machine : Machine
     staged : bool
         Whether a block copies its rows to shared memory: a lane has but one then.
     """
     parts = part.parts(classes)
     if columns:
-        groups, threads = _ceil(count, side_by_side(part)), threads_of(part)
+        groups = _ceil(count, side_by_side(part, columns))
+        threads = threads_of(part, columns)
         if part.single:
-            return _alone(part, groups, threads, maps, staged)
+            return _alone(part, groups, threads, maps, staged, columns)
         return _spread(groups, parts, 1, threads, numbers, maps, machine)
     gathers = numbers and not (maps or part.chunks)
     if part.single:
@@ -190,12 +225,15 @@ def launches(part, classes, count, numbers, shelf, maps, registers, columns, mac
     return found or _spread(count, parts, FEW, FEW * WARP, numbers, maps, machine)
 
 
-def _alone(part, groups, threads, maps, staged):
-    """`launches` of lanes that have their rows' only parts."""
-    abreast = 1
-    if part.exact and not staged:
+def _alone(part, groups, threads, maps, staged, together=1):
+    """`launches` of lanes that have their rows' only parts, so many `together` at least."""
+    abreast, beside = max(1, together), 0
+    if abreast == 1 and part.exact and not staged:
         abreast = 4 if part.held <= TINY else 2 if part.held <= SMALL_ROW and not maps else 1
-    return [Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads)], {}
+    if together > 1 and threads > BLOCK and part.held * together >= MANY:
+        beside = REGISTERS // (threads * MOST_REGISTERS)
+    launch = Launch(Way(1, abreast=abreast), _ceil(groups, abreast), threads, 0, beside)
+    return [launch], {}
 
 
 def _gathered(part, count, threads, numbers):
