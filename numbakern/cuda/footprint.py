@@ -366,6 +366,17 @@ class _Tracer:
             return (_DTYPE["i8" if size == 8 else "i4"](0),) * count
         return tuple(_Unknown(of) for _ in range(count))
 
+    def copy_to_shared(self, place, address, mask):
+        of = _Unknown(place, address, mask)
+        of.keep()
+        self._touch("read", address, 16, mask, of)
+
+    def commit_copies(self):
+        """Touches nothing."""
+
+    def await_copies(self, _groups):
+        """Touches nothing."""
+
     def store(self, address, size, words, mask):
         _Unknown(address, mask, *words).keep()
         self._touch("written", address, size * len(words), mask, None)

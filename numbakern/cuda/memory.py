@@ -95,6 +95,12 @@ class Format:
             return raw
         return [pair(low, high) for low, high in zip(raw[::2], raw[1::2], strict=True)]
 
+    def filled(self, like, size, count):
+        """So many words of so many bytes that stand for elements which are not there."""
+        bits = 8 * size
+        word = self.fill_word - ((self.fill_word >> (bits - 1)) << bits)  # of the same bits
+        return [constant(like, word, "i8" if size == 8 else "i4")] * count
+
     # -- elements one by one
 
     def get(self, address, mask=None):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
+from numbakern.cuda.ahead import Ahead, can_copy
 from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.gathered import Gathered
@@ -304,7 +305,8 @@ class _Planner:
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
-        machine = self.machine._replace(shared=self.machine.shared - room)
+        ahead = self.machine.ahead and shelf > 0 and can_copy(part, accesses, op.both)
+        machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
         found, constants = launches(
@@ -509,6 +511,7 @@ def _row_kernel(operation, params):
     part, way = Partition(*params["part"]), Way(*params["way"])
     options, arrays = dict(params["options"]), dict(params["arrays"])
     walker = Columns if params["walker"] == "columns" else Gathered if way.gathers else Rows
+    walker = Ahead if way.kept == "ahead" else walker
     walk = walker(part, way, access)
     modes = dict(params["modes"])
     args = {}
@@ -545,6 +548,8 @@ def _row_kernel(operation, params):
         args["rounds"] = "i8"
     if way.kept == "partly":
         args["shelved"] = "i8"
+    if way.kept == "ahead":
+        args |= {"places": "i8", "turns": "i8", "stride": "i8"}
     if way.spread:
         args |= {"blocks": "i8", "blocks_inverse": "f8"}
     return Kernel(operation, functools.partial(_run, walk, op), args)

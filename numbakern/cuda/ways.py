@@ -14,7 +14,9 @@ block holds in registers are a block each. For longer ones there are
   one that joins and maps, the parts' sums waiting in global memory in between;
 - a cluster of blocks each, which keep the row as one block would, and tell each other the parts'
   sums (`Machine.cluster`): of many rows of which a multiprocessor could keep but one;
-- several blocks each that hold it in registers and meet in global memory (`Machine.together`).
+- several blocks each that hold it in registers and meet in global memory (`Machine.together`);
+- a block or a cluster that the device has room for has one row after the other, all of each in
+  shared memory, the next one on its way while one is mapped (`Machine.ahead`, `ahead`).
 
 Blocks that meet have to be at work at the same time, and in which order blocks start is not known.
 So which part of which row a block has, its number does not say, but the ticket that it takes when
@@ -33,7 +35,7 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
-PATHS = ("together",)
+PATHS = ("together", "ahead")
 CLUSTER = 8
 """Blocks of a cluster, at most: as many as every device that has clusters can start."""
 FEW = 4
@@ -57,6 +59,15 @@ HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
+BESIDE = 3
+"""Blocks of a multiprocessor that are to have rows one after the other, each at another step."""
+ENGAGED = 16
+"""Their warps from which on room for more of the next rows is worth more than another warp."""
+TURNING = 8
+"""Registers of a lane that are for the next rows meanwhile, about."""
+PARTS = 8
+"""Of a device that has clusters, each of which lies within one: no fewer multiprocessors than all
+over these are in each."""
 OWN, BLOCKS, REGISTERS = 1 << 10, 32, 1 << 16
 """Bytes of shared memory that the driver keeps of each block; blocks and registers of a
 multiprocessor."""
@@ -83,12 +94,15 @@ class Machine(NamedTuple):
         Blocks of the largest cluster that rows may be taken by; 1 for none.
     together : bool
         Whether blocks without a cluster may meet to have a row together.
+    ahead : bool
+        Whether blocks that are there all the time may have rows one after the other.
     """
 
     multiprocessors: int = 132
     shared: int = 227 << 10
     cluster: int = 1
     together: bool = False
+    ahead: bool = False
 
     def is_busy(self, warps):
         """Whether there are so many in all that each multiprocessor has BUSY of them."""
@@ -102,6 +116,12 @@ class Machine(NamedTuple):
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
         return min(BLOCKS, max(1, (self.shared + OWN) // (shared + OWN)))
+
+    def resident(self, beside, cluster):
+        """Clusters that are there at once, of so many blocks a multiprocessor."""
+        if cluster == 1:
+            return beside * self.multiprocessors
+        return max(1, beside * (self.multiprocessors // PARTS) // cluster * PARTS)
 
 
 MACHINE = Machine()
@@ -121,7 +141,8 @@ def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
     cluster = CLUSTER if capability >= (9, 0) else 1
-    return Machine(multiprocessors, shared, cluster, "together" in names)
+    ahead = "ahead" in names and capability >= (8, 0)
+    return Machine(multiprocessors, shared, cluster, "together" in names, ahead)
 
 
 class Launch(NamedTuple):
@@ -204,6 +225,10 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     """`launches` that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
     many = count >= 2 * machine.multiprocessors and board <= BOARD
+    if machine.ahead and shelf and many:
+        found = _one_after_the_other(parts, count, 2 * board, shelf, registers, machine)
+        if found:
+            return found
     shelving, good = None, False
     if shelf and many:
         shelving, good = _shelved(parts, board, shelf, registers, inputs, machine)
@@ -227,6 +252,30 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     size = board + shelf * places
     found, constants = _in_rounds(parts, count, "partly", 1, warps, size, 1)
     return found, constants | {"shelved": places}
+
+
+def _one_after_the_other(parts, count, boards, shelf, registers, machine):
+    """`launches` of blocks, or clusters, that have rows in turn; None if those are too long.
+
+    Of the smallest clusters of which a multiprocessor has blocks beside one another, so that one
+    maps while another reduces; else of the smallest that have room. What room is left is for more
+    of the next rows.
+    """
+    best, blocks = None, 1
+    while blocks <= machine.cluster and not (best and best.beside > 1):
+        found = _turning(parts, blocks, boards, shelf, registers, machine)
+        if found and (best is None or found.beside > 1):
+            best, cluster = found, blocks
+        blocks *= 2
+    if best is None:
+        return None
+    rounds, teams = _ceil(parts, best.warps * cluster), machine.resident(best.beside, cluster)
+    teams, places = min(count, teams), best.places // best.warps
+    way = Way(best.warps, cluster=cluster, kept="ahead", places=places, spare=places > rounds)
+    size = boards + shelf * best.places
+    launch = Launch(way, teams * cluster, best.warps * WARP, size, best.beside)
+    turns = {"stride": teams, "turns": _ceil(count, teams)}
+    return [launch], {"rounds": rounds, "places": places, **turns}
 
 
 def _shelved(parts, board, shelf, registers, inputs, machine):
@@ -278,18 +327,37 @@ def _shelving(parts, blocks, board, shelf, registers, machine):
     Each warp holds its last part in registers. Of two blocks beside one another one can load while
     the other computes; then the busiest is best, of the fewest rounds.
     """
-    found = []
+    found = _found(parts, blocks, board, shelf, registers, machine, held=1)
+    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+
+
+def _turning(parts, blocks, boards, shelf, registers, machine):
+    """As `_shelving`, of rows one after the other: nothing is in registers meanwhile.
+
+    A block that has room for more of the next rows loads while it reduces as well.
+    """
+    found, registers = [], registers + TURNING
+    for one in _found(parts, blocks, boards, shelf, registers, machine, held=0):
+        rounds = one.places // one.warps
+        room = (machine.shared + OWN) // one.beside - OWN - boards
+        places = min(2 * rounds, room // (shelf * one.warps))
+        key = min(one.beside, BESIDE), min(one.busy, ENGAGED), places / rounds, one.busy
+        found.append((key, one._replace(places=places * one.warps)))
+    return max(found, default=(None, None))[1]
+
+
+def _found(parts, blocks, board, shelf, registers, machine, held):
+    """Each _Shelving of a row's parts in so many blocks, `held` of a warp's in registers."""
     for most in range(KEEPING[0], KEEPING[1] + 1):
         rounds = _ceil(parts, most * blocks)
-        if rounds < 2:
+        if rounds <= held:
             break
         warps = _ceil(parts, rounds * blocks)
-        places = (rounds - 1) * warps
+        places = (rounds - held) * warps
         size = board + shelf * places
         beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
         if size <= machine.shared and beside:
-            found.append(_Shelving(warps, places, beside, beside * parts / (rounds * blocks)))
-    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+            yield _Shelving(warps, places, beside, beside * parts / (rounds * blocks))
 
 
 def _in_rounds(parts, count, kept, blocks, warps, size, beside=0):
