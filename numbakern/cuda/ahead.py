@@ -57,8 +57,14 @@ class _Ahead(Walk):
 
     def _board_of(self, turn):
         """That of a turn."""
-        place = self.shelf.behind + (turn & 1) * (self.count * (8 * self.entries))
+        size = self.count * (8 * self.entries)
+        self.free = self.shelf.behind + size * 2
+        place = self.shelf.behind + (turn & 1) * size
         return SharedBoard(self.entries, place, self.way.cluster)
+
+    def _joins_once(self, count):
+        """As Walk._joins_once: sums, which are to be moved to the row's maximum."""
+        return count > 1
 
     def _take(self, turn):
         """The row of a turn; one that there is not has no elements."""
@@ -89,6 +95,7 @@ class _Ahead(Walk):
         op, frame, self.first = self.op, self.frame, first
         rows = self._take_next(turn + 1)
         self.row, self.board = self._take(turn), self._board_of(narrow(turn))
+        self.ok = constant(turn, True, "b1")  # parts of a row that there is not are on the board
         op.look(frame, self.row)
         op.settle(frame, self.row)
         self._each(self._reduce, nothing)
@@ -172,8 +179,9 @@ class _Places(Shelf):
             return []
 
         def those_there_are():
-            for place, address, there, size, fill in copies:
+            for place, address, there, *_ in copies:
                 copy_to_shared(place, address, there)
+            for place, _, there, size, fill in copies:
                 put_shared_words(place, size, fill, ~there)
             return []
 

@@ -653,7 +653,7 @@ class Walk:
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
         start = [constant(self.own, start, "f8")] * count
         lane = self.lane
-        if self.part.chunks and self.way.kept == "registers":
+        if self._joins_once(count):
             values = self._once_a_block(values, start)
         if not self.part.chunks:
             joiners, parts = joiners_of(self.part), self.part.lanes // WARP
@@ -670,6 +670,10 @@ class Walk:
 
             found = repeat(self.frame.joins, add, *start)
         return [self.row.fold(v, joiners, combine) for v in found]
+
+    def _joins_once(self, _count):
+        """Whether so many numbers of each part are taken by a thread for each, for all to read."""
+        return self.part.chunks and self.way.kept == "registers"
 
     def _once_a_block(self, values, nothing):
         """The same `values`, taken by a thread for each part, for all to read: they take long."""

@@ -226,7 +226,7 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     board = 8 * parts * numbers
     many = count >= 2 * machine.multiprocessors and board <= BOARD
     if machine.ahead and shelf and many:
-        found = _one_after_the_other(parts, count, 2 * board, shelf, registers, machine)
+        found = _one_after_the_other(parts, count, numbers, shelf, registers, machine)
         if found:
             return found
     shelving, good = None, False
@@ -254,13 +254,15 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     return found, constants | {"shelved": places}
 
 
-def _one_after_the_other(parts, count, boards, shelf, registers, machine):
+def _one_after_the_other(parts, count, numbers, shelf, registers, machine):
     """`launches` of blocks, or clusters, that have rows in turn; None if those are too long.
 
     Of the smallest clusters of which a multiprocessor has blocks beside one another, so that one
     maps while another reduces; else of the smallest that have room. What room is left is for more
     of the next rows.
     """
+    # Two boards, and what a thread for each part makes of its sums.
+    boards = 2 * 8 * parts * numbers + 8 * WARP * _ceil(parts, WARP) * (numbers - 1)
     best, blocks = None, 1
     while blocks <= machine.cluster and not (best and best.beside > 1):
         found = _turning(parts, blocks, boards, shelf, registers, machine)
@@ -338,6 +340,8 @@ def _turning(parts, blocks, boards, shelf, registers, machine):
     """
     found, registers = [], registers + TURNING
     for one in _found(parts, blocks, boards, shelf, registers, machine, held=0):
+        if parts > one.warps * WARP:  # a thread for each
+            continue
         rounds = one.places // one.warps
         room = (machine.shared + OWN) // one.beside - OWN - boards
         places = min(2 * rounds, room // (shelf * one.warps))
