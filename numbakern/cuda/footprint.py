@@ -456,10 +456,15 @@ def footprint(step, plan, layouts):
 
 
 def _mark_again(kernel):
-    """Mark the loops that read what a loop before them has read, or what the launch writes."""
+    """Mark the loops that read what a loop before them has read, or what the launch writes.
+
+    Of a loop over rows, those in it.
+    """
     seen = set(kernel.written)
     for part in kernel.parts:
-        if part.kind == "loop":
+        if any(inside.kind == "loop" for inside in part.parts) and part.kind == "loop":
+            _mark_again(part)
+        elif part.kind == "loop":
             names = {n for n, size in part.total("read").items() if size}
             part.again = "l2" if names and names <= seen else ""
             seen |= names

@@ -14,6 +14,7 @@ wave by wave.
 import functools
 import itertools
 import math
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split
 # instruction-level analysis", 2022.
 _RESULT = {"memory": 29, "convert": 24, "special": 24, "fp64": 10, "int": 20, "uniform": 20}
 _L1 = 40  # cycles of a load that hits L1, from the first of these as well
+_LATER = re.compile(r"SB(\d), (0x[0-9a-f]+)")  # the groups of copies that need not be there yet
 _BARRIER = 30  # cycles from the last warp's arrival
 
 
@@ -349,6 +351,8 @@ class _Warp:
         self.gpu, self.now, self.most = gpu, 0.0, 0
         self.boards = [0.0] * 6
         self.loads: list[tuple[float, int]] = []
+        self.copies = 0.0  # when the last copy to shared memory is there that is asked for
+        self.groups: list[list[float]] = [[] for _ in self.boards]  # and each group of them
 
     def run(self, part, weight):
         """Run a Part `weight` times; from the second round on a round takes as long as that."""
@@ -374,14 +378,21 @@ class _Warp:
         for board in range(6):
             if one.waits >> board & 1:
                 self.now = max(self.now, self.boards[board])
-        if one.sets >= 0:
-            ready = self.now + self._latency(one, again)
+        ready = self.now + self._latency(one, again)
+        if one.name == "LDGSTS":
+            self.copies = max(self.copies, ready)
+        elif one.name == "LDGDEPBAR":
+            self.groups[one.sets].append(self.copies)
+        elif one.sets >= 0:
             self.boards[one.sets] = max(self.boards[one.sets], ready)
-            if one.name in ("LDG", "LD", "LDGSTS"):
-                size = 4 if transfers(one) == 1 else 4 * transfers(one)
-                self.loads = [(t, n) for t, n in self.loads if t > self.now]
-                self.loads.append((ready, WARP * size))
-                self.most = max(self.most, sum(n for _, n in self.loads))
+        if one.name == "LDGSTS" or (one.sets >= 0 and one.name in ("LDG", "LD")):
+            size = 4 if transfers(one) == 1 else 4 * transfers(one)
+            self.loads = [(t, n) for t, n in self.loads if t > self.now]
+            self.loads.append((ready, WARP * size))
+            self.most = max(self.most, sum(n for _, n in self.loads))
+        if found := _LATER.match(one.operands) if one.name == "DEPBAR" else None:
+            groups = self.groups[int(found[1])]
+            self.now = max(self.now, *groups[: len(groups) - int(found[2], 16)], 0.0)
         self.now += max(1, one.stall) + (_BARRIER if one.name == "BAR" else 0)
         if one.name == "MEMBAR":  # until L2 has all that was written
             self.now += self.gpu.clock * self.gpu.l2_latency
