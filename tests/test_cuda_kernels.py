@@ -388,7 +388,7 @@ SOME_IN_TURN = [(float32, 0), (float32, 5), (float32, 7), (bfloat16, 3), (bfloat
 )
 def test_rows_in_turn_have_the_same_bits(dtype, number, small_chunks, one_block_at_a_time):
     """In place; behind rows of infinities and NaN there is an ignored one, then others."""
-    classes, rows = {"f4": 904, "f8": 452, "half": 1800}[family(dtype)], 17  # of 8 parts
+    classes, rows = {"f4": 904, "f8": 452, "half": 1800}[family(dtype)], 18  # of 8 parts
     x = placed(cases.logits((rows, classes), dtype, scale=4.0), 0)
     y = placed(cases.probabilities(x.shape, 1, dtype), 0)
     operation, inputs, results, call = long_row_calls(x, y)[number]
@@ -1528,8 +1528,8 @@ def test_rows_that_come_in_turn_find_room(machine, size, registers):
             part, classes, count, 3, 4096, 1, registers, False, machine
         )
         ((way, grid, threads, shared, beside),) = found
-        if way.kept != "ahead":
-            assert classes * size > machine.shared * machine.cluster * 0.9
+        if way.kept != "ahead":  # a block would be alone and have no room for more of the next rows
+            assert classes * size > machine.shared * machine.cluster * 0.7
             continue
         turns, teams, rounds = (constants[n] for n in ("turns", "stride", "rounds"))
         assert threads == 32 * way.warps and grid == teams * way.cluster
@@ -1540,12 +1540,11 @@ def test_rows_that_come_in_turn_find_room(machine, size, registers):
         assert parts <= threads
         boards = 2 * 24 * parts + 16 * -(-parts // 32) * 32
         assert shared == boards + 4096 * way.places * way.warps <= machine.shared
+        assert beside > 1 or way.spare
         assert beside <= machine.beside(shared) and registers * threads * beside <= 1 << 16
         # All at once, of whole clusters in each part of the device.
         there = machine.multiprocessors // 8 * 8 if way.cluster > 1 else machine.multiprocessors
         assert teams * way.cluster <= beside * there < (teams + 8) * way.cluster
-        if way.cluster > 1:
-            assert beside > 1 or way.spare or 2 * shared > machine.shared
 
 
 def test_what_is_only_reduced_is_read_once_as_it_is():

@@ -61,8 +61,8 @@ ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
 BESIDE = 3
 """Blocks of a multiprocessor that are to have rows one after the other, each at another step."""
-ENGAGED = 16
-"""Their warps from which on room for more of the next rows is worth more than another warp."""
+ENGAGED = 10
+"""Busy warps of one that is alone from which on more room for next rows is worth more than more."""
 TURNING = 8
 """Registers of a lane that are for the next rows meanwhile, about."""
 PARTS = 8
@@ -226,7 +226,7 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     board = 8 * parts * numbers
     many = count >= 2 * machine.multiprocessors and board <= BOARD
     if machine.ahead and shelf and many:
-        found = _one_after_the_other(parts, count, numbers, shelf, registers, machine)
+        found = _in_turn(parts, count, numbers, shelf, registers, machine)
         if found:
             return found
     shelving, good = None, False
@@ -254,30 +254,59 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     return found, constants | {"shelved": places}
 
 
-def _one_after_the_other(parts, count, numbers, shelf, registers, machine):
-    """`launches` of blocks, or clusters, that have rows in turn; None if those are too long.
+class _Turning(NamedTuple):
+    """Blocks of a cluster that have rows in turn: their warps, each one's parts and places."""
+
+    cluster: int
+    beside: int
+    warps: int
+    rounds: int
+    places: int
+
+
+def _in_turn(parts, count, numbers, shelf, registers, machine):
+    """`launches` of blocks, or clusters, that have rows in turn; None if there is no room for it.
 
     Of the smallest clusters of which a multiprocessor has blocks beside one another, so that one
-    maps while another reduces; else of the smallest that have room. What room is left is for more
-    of the next rows.
+    maps while another reduces; else of those with the most room for more of the next rows.
     """
     # Two boards, and what a thread for each part makes of its sums.
     boards = 2 * 8 * parts * numbers + 8 * WARP * _ceil(parts, WARP) * (numbers - 1)
-    best, blocks = None, 1
-    while blocks <= machine.cluster and not (best and best.beside > 1):
-        found = _turning(parts, blocks, boards, shelf, registers, machine)
-        if found and (best is None or found.beside > 1):
-            best, cluster = found, blocks
-        blocks *= 2
-    if best is None:
+    found: list[_Turning] = []
+    cluster = 1
+    while cluster <= machine.cluster and not any(one.beside > 1 for one in found):
+        found += _turning(parts, cluster, boards, shelf, registers + TURNING, machine)
+        cluster *= 2
+    if not found:
         return None
-    rounds, teams = _ceil(parts, best.warps * cluster), machine.resident(best.beside, cluster)
-    teams, places = min(count, teams), best.places // best.warps
-    way = Way(best.warps, cluster=cluster, kept="ahead", places=places, spare=places > rounds)
-    size = boards + shelf * best.places
-    launch = Launch(way, teams * cluster, best.warps * WARP, size, best.beside)
+    cluster, beside, warps, rounds, places = max(
+        found, key=lambda t: (t.beside > 1, t.places / t.rounds, -t.cluster)
+    )
+    teams = min(count, machine.resident(beside, cluster))
+    way = Way(warps, cluster=cluster, kept="ahead", places=places, spare=places > rounds)
+    size = boards + shelf * places * warps
+    launch = Launch(way, teams * cluster, warps * WARP, size, beside)
     turns = {"stride": teams, "turns": _ceil(count, teams)}
     return [launch], {"rounds": rounds, "places": places, **turns}
+
+
+def _turning(parts, cluster, boards, shelf, registers, machine):
+    """The best _Turning of clusters of so many blocks, as a list; empty if they are too few.
+
+    A block that is alone and has room for one row only would not load while it reduces.
+    """
+    found = []
+    for one in _found(parts, cluster, boards, shelf, registers, machine, held=0):
+        if parts > one.warps * WARP:  # a thread for each
+            continue
+        rounds = one.places // one.warps
+        room = (machine.shared + OWN) // one.beside - OWN - boards
+        places = min(2 * rounds, room // (shelf * one.warps))
+        busy = min(one.busy, WARP if one.beside > 1 else ENGAGED)
+        key = min(one.beside, BESIDE), busy, places / rounds, one.busy
+        if one.beside > 1 or places > rounds:
+            found.append((key, _Turning(cluster, one.beside, one.warps, rounds, places)))
+    return [one for _, one in sorted(found)[-1:]]
 
 
 def _shelved(parts, board, shelf, registers, inputs, machine):
@@ -331,23 +360,6 @@ def _shelving(parts, blocks, board, shelf, registers, machine):
     """
     found = _found(parts, blocks, board, shelf, registers, machine, held=1)
     return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
-
-
-def _turning(parts, blocks, boards, shelf, registers, machine):
-    """As `_shelving`, of rows one after the other: nothing is in registers meanwhile.
-
-    A block that has room for more of the next rows loads while it reduces as well.
-    """
-    found, registers = [], registers + TURNING
-    for one in _found(parts, blocks, boards, shelf, registers, machine, held=0):
-        if parts > one.warps * WARP:  # a thread for each
-            continue
-        rounds = one.places // one.warps
-        room = (machine.shared + OWN) // one.beside - OWN - boards
-        places = min(2 * rounds, room // (shelf * one.warps))
-        key = min(one.beside, BESIDE), min(one.busy, ENGAGED), places / rounds, one.busy
-        found.append((key, one._replace(places=places * one.warps)))
-    return max(found, default=(None, None))[1]
 
 
 def _found(parts, blocks, board, shelf, registers, machine, held):
