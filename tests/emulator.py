@@ -484,7 +484,6 @@ class Emulator:
             blocks = blocks // self.cluster * self.cluster + peer
         cell.store(at, raw, mask, blocks)
 
-
     # -- copies into shared memory
 
     def copy_to_shared(self, place, address, mask):

@@ -23,6 +23,7 @@ from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
 from numbakern.cuda.plan import Spec, build  # noqa: E402
 from numbakern.cuda.rows import Way  # noqa: E402
+from numbakern.cuda.ways import Machine  # noqa: E402
 
 try:
     from cuda import pathfinder
@@ -258,7 +259,8 @@ def check_copies(code, way, kept):
         for span in spans:
             yield from bodies(span.parts, depth + (span.kind == "loop"))
             if span.kind == "loop" and not any(part.kind == "loop" for part in span.parts):
-                yield depth, [i for i in program.instructions if span.first <= i.address <= span.last]
+                inside = (i for i in program.instructions if span.first <= i.address <= span.last)
+                yield depth, list(inside)
 
     def places(inside, *opcodes):
         return [n for n, i in enumerate(inside) if i.opcode.startswith(opcodes)]
@@ -281,8 +283,10 @@ def check_copies(code, way, kept):
             assert inside[waits[0]].operands == f"SB0, {way.places - 1:#x}"
         if copies or reads:
             seen[depth, bool(copies), bool(reads)] += 1
-    # At first; in the loop over rows one that reduces, and one that maps and asks.
-    assert seen == {(0, True, False): 1, (1, False, True): 1, (1, True, True): 1}
+    # At first, where the compiler may take several rounds at once and the rest behind them; in the
+    # loop over rows one loop that reduces, and one that maps and asks.
+    assert seen.pop((0, True, False)) <= 2
+    assert seen == {(1, False, True): 1, (1, True, True): 1}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,47 @@ def check_copies(code, way, kept):
 )
 def test_machine_code_of_long_rows(operation, kind, way, arch):
     check_way(operation, kind, way, arch)
+
+
+IN_TURN = {
+    "sm_80": Machine(108, 163 << 10, ahead=True),
+    "sm_90a": Machine(132, cluster=8, ahead=True),
+}
+"""An A100, an H100 or H200."""
+TURNS = [
+    *(("log_softmax", "f4", n, arch) for n, arch in ((20_000, "sm_80"), (262_144, "sm_90a"))),
+    *(("cross_entropy_value_and_grad", "bf", n, "sm_90a") for n in (20_000, 65_536)),
+    ("softmax_backward", "f4", 20_000, "sm_90a"),
+]
+EVERY_TURN = [
+    (operation, kind, classes, arch)
+    for operation in codegen.OPERATIONS
+    if operation not in ONLY_READ and "-lse" not in operation and "nll" not in operation
+    for kind in codegen.KINDS
+    for classes in (17_000, 20_000, 32_768, 65_536, 128_256, 262_144)
+    for arch in IN_TURN
+]
+
+
+@pytest.mark.parametrize(
+    "operation, kind, classes, arch",
+    [
+        *TURNS,
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in EVERY_TURN if one not in TURNS),
+    ],
+)
+def test_blocks_that_have_rows_in_turn_are_all_there(operation, kind, classes, arch):
+    """They find the registers for as many as the grid counts on: one left over would be late."""
+    made, _ = codegen.call(operation, kind, 4096, classes, machine=IN_TURN[arch])
+    (step,) = (s for s in made.steps if "way" in dict(s.spec.params))
+    if Way(*dict(step.spec.params)["way"]).kept != "ahead":
+        assert classes > 20_000
+        return
+    code = compiler.cubin(step.spec, arch, step.block, step.blocks)
+    used = compiler.resources(code)
+    assert used.local + used.stack <= (compiler.LITTLE if step.block >= compiler.LARGE else 0), used
+    assert compiler.blocks_of(step.block, used.registers) >= step.blocks >= 1
+    assert used.shared <= 1 << 10  # beside what is asked for: what the driver keeps
 
 
 @pytest.mark.slow

@@ -414,7 +414,7 @@ def test_a_row_has_the_same_bits_anywhere(torch):
 
 @pytest.fixture
 def choose(torch, monkeypatch):
-    """From its call on the device's Machine has these fields, whatever NUMBAKERN_CUDA_PATHS says."""
+    """From its call on the Machine has these fields, whatever NUMBAKERN_CUDA_PATHS says."""
 
     def start(**fields):
         device = launch.device(torch.cuda.current_device())

@@ -157,7 +157,7 @@ class _Places(Shelf):
     """A Shelf to which elements are copied."""
 
     def ask(self, n, spans, later):
-        """Have what a Lane has of a part copied to place n: of two the second one, where `later`."""
+        """Have a Lane's elements copied to place n; of two the second one's, where `later`."""
 
         def chosen(get):
             values = [get(span) for span in spans]
