@@ -430,7 +430,7 @@ def together(choose):
     return lambda: choose(cluster=1, together=True, ahead=False)
 
 
-IN_TURN = [(264, 16_392), (999, 20_000), (1000, 32_768), (1500, 40_000), (529, 65_536)]
+IN_TURN = [(300, 16_392), (999, 20_000), (1000, 32_768), (1500, 40_000), (529, 65_536)]
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
@@ -461,6 +461,31 @@ def test_rows_in_turn_change_no_bit(torch, choose, name, cluster, rows, classes)
     for _ in range(3):
         for got, one in zip(work(), want, strict=True):
             assert torch.equal(bits(torch, got), bits(torch, one))
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_blocks_that_have_rows_in_turn_are_all_there(torch, choose, cluster):
+    """At once: one that started late would keep all others waiting for its rows."""
+    device = launch.device(torch.cuda.current_device())
+    choose(ahead=True, **({} if cluster else {"cluster": 1}))
+    device._steps.clear()
+    for classes in (20_000, 32_768, 65_536, 128_256, 262_144):
+        x = torch.randn(500, classes, device="cuda")
+        labels = torch.randint(classes, (500,), device="cuda")
+        for given in (x, x.to(torch.bfloat16)):
+            numbakern.log_softmax(given)
+            numbakern.softmax_backward(given, given)
+            numbakern.cross_entropy_value_and_grad(given, labels)
+    found = [(s, made) for s, made in device._steps.items() if "'ahead'" in repr(s.spec)]
+    assert found
+    for step, (config, kernel) in found:
+        asked = kernel.occupancy
+        if step.cluster > 1:
+            there = asked.max_active_clusters(config, stream=device.core.default_stream)
+        else:
+            there = asked.max_active_blocks_per_multiprocessor(step.block, step.shared)
+            there *= device.multiprocessors
+        assert step.grid // step.cluster <= there, step
 
 
 def bits(torch, values):

@@ -412,6 +412,23 @@ def test_rows_in_turn_have_the_same_bits(dtype, number, small_chunks, one_block_
             assert cases.same_bits(found[name], want[name]), (name, kind)
 
 
+@pytest.mark.parametrize("shared", [11 << 9, 15 << 9])
+def test_rows_in_turn_of_any_batch(small_chunks, shared):
+    """Whose rows lie apart, along two axes."""
+    x = placed(cases.logits((4, 5, 904), float32), 0)[:, :3]
+    labels, found = cases.class_labels(12, 904).reshape(4, 3), []
+    for machine in MACHINE, Machine(multiprocessors=1, shared=shared, ahead=True):
+        out, loss = np.zeros((4, 3, 904), float32), np.zeros((4, 3), float32)
+        arrays = {"x": x, "labels": labels, "loss": loss, "out": placed(out, 0)}
+        made = run("cross_entropy", arrays, 2, machine=machine)
+        found.append(arrays)
+    way, _, teams, turns = in_turn(made)
+    assert way.spare == (teams == 1) and turns == 12 // teams
+    for name in ("loss", "out"):
+        assert cases.same_bits(found[1][name], found[0][name])
+    close(found[1]["loss"], reference.cross_entropy(x, labels, reduction="none", axis=2), float32)
+
+
 IN_TURN = Machine(multiprocessors=1, cluster=8, ahead=True)
 TURNS = {  # with groups of 16 bytes; by a block, by 2, 4 and 8, and by one with room for more
     "f4": [16388, 20_000, 32_768, 65_536, 131_072, 262_144],
