@@ -462,7 +462,7 @@ def _mark_again(kernel):
     """
     seen = set(kernel.written)
     for part in kernel.parts:
-        if any(inside.kind == "loop" for inside in part.parts) and part.kind == "loop":
+        if part.kind == "loop" and any(inside.kind == "loop" for inside in part.parts):
             _mark_again(part)
         elif part.kind == "loop":
             names = {n for n, size in part.total("read").items() if size}

@@ -305,7 +305,7 @@ class _Planner:
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         room = 0 if maps is None else maps.room * (TEAM // WARP)  # what stores may take of it
-        ahead = self.machine.ahead and shelf > 0 and can_copy(part, accesses, op.both)
+        ahead = self.machine.ahead and can_copy(part, accesses, op.both)
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
@@ -510,9 +510,8 @@ def _row_kernel(operation, params):
     op, access = _made(operation.removesuffix("_parts"), params)
     part, way = Partition(*params["part"]), Way(*params["way"])
     options, arrays = dict(params["options"]), dict(params["arrays"])
-    walker = Columns if params["walker"] == "columns" else Gathered if way.gathers else Rows
-    walker = Ahead if way.kept == "ahead" else walker
-    walk = walker(part, way, access)
+    walker = Gathered if way.gathers else Ahead if way.kept == "ahead" else Rows
+    walk = (Columns if params["walker"] == "columns" else walker)(part, way, access)
     modes = dict(params["modes"])
     args = {}
     for name in arrays:

@@ -63,9 +63,8 @@ BESIDE = 3
 """Blocks of a multiprocessor that are to have rows one after the other, each at another step."""
 ENGAGED = 10
 """Busy warps of one that is alone from which on more room for next rows is worth more than more."""
-TURNING = 8, 80
-"""Registers of a lane that are for the next rows meanwhile, about; of one that has rows in turn, at
-least."""
+TURNING, TURNED = 8, 80
+"""Registers of a lane that are for the next rows meanwhile, about; all of them, at least."""
 PARTS = 8
 """Of a device that has clusters, each of which lies within one: no fewer multiprocessors than all
 over these are in each."""
@@ -273,7 +272,7 @@ def _in_turn(parts, count, numbers, shelf, registers, machine):
     """
     # Two boards, and what a thread for each part makes of its sums.
     boards = 2 * 8 * parts * numbers + 8 * WARP * _ceil(parts, WARP) * (numbers - 1)
-    registers = max(registers + TURNING[0], TURNING[1])
+    registers = max(registers + TURNING, TURNED)
     found: list[_Turning] = []
     cluster = 1
     while cluster <= machine.cluster and not any(one.beside > 1 for one in found):
