@@ -647,6 +647,18 @@ def test_the_table_of_thresholds():
     ]
 
 
+def test_ways_that_are_chosen_are_told(monkeypatch):
+    monkeypatch.setenv(ways.SETTING, "together, ahead")
+    where = "shared memory, the next rows on their way"
+    for classes, who in ((20_000, "a block"), (65_536, "a cluster of blocks")):
+        assert predictions.way_of("log_softmax", "f4", classes, H100) == (who, where)
+    # One that a block does not hold, on a device without clusters.
+    a100 = model.GPUS["A100"]
+    assert predictions.way_of("log_softmax", "f4", 20_000, a100) == ("a block", where)
+    found = predictions.way_of("log_softmax", "f4", 128_256, a100)
+    assert found == ("blocks that meet", "registers")
+
+
 def test_the_smooth_curve_never_rises(monkeypatch):
     shares = {(8, "whole"): 0.5, (8, "shifted"): 0.4, (9, "whole"): 1.0, (9, "shifted"): 0.8}
     shares |= {(16, "whole"): 0.95, (16, "shifted"): 0.5}
