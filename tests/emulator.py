@@ -9,6 +9,8 @@ too. What a real GPU would punish by wrong numbers or a fault raises `Fault` her
 - two threads that write to the same place, or one that reads what another one wrote, without a
   barrier between them (in global memory: of different blocks at all);
 - shared memory that is read before it is written, or beyond what was asked for;
+- a copy into shared memory whose place anybody touches before it has been waited for, whose source
+  is written meanwhile, or that is still on its way when the block ends;
 - a block that waits for others where more come, or fewer, or some that need not have started: those
   have which took consecutive tickets (the emulator gives the first one to the last block);
 - a write to the shared memory of another block of the cluster before that has started, or with no
@@ -19,6 +21,7 @@ too. What a real GPU would punish by wrong numbers or a fault raises `Fault` her
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import ml_dtypes
 import numba
@@ -122,6 +125,8 @@ class Emulator:
         self.meeting = np.zeros(len(blocks), np.int64)  # the counter that each has met at
         self.met = 0  # the phase in which
         self.cells: list[_Shared] = [_Shared(self, shared)]
+        self.asked: list[_Copy] = []  # of no group yet
+        self.groups: list[list[_Copy]] = []  # of copies that have not been waited for
         self.active = np.True_  # the threads that are not in another branch
 
     def argument(self, value, elem):
@@ -291,6 +296,8 @@ class Emulator:
         """Whether the blocks may end now."""
         if self.remote_time >= self.cluster_time:
             raise Fault("a block may end while another one writes to its shared memory")
+        if self.asked or any(self.groups):
+            raise Fault("a block may end while a copy is on its way")
 
     def repeat(self, count, body, state):
         self._whole_warps("a loop")
@@ -327,14 +334,8 @@ class Emulator:
         return address[mask], mask
 
     def load(self, address, size, count, mask, fill):
-        width = size * count
         addresses, mask = self._places(address, mask)
-        raw = np.zeros((len(addresses), width), np.uint8)
-        numbers = self.number[mask]
-        for k, inside, at in self.memory.find(addresses, width):
-            bytes_at = at[:, None] + np.arange(width)
-            raw[inside] = self.memory.views[k][bytes_at]
-            self._check_read(k, at, width, numbers[inside])
+        raw = self._read(addresses, size * count, self.number[mask])
         wide = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[size]
         dtype, filled = self._filled(size, fill)
         words = raw.view(wide).astype(dtype)
@@ -344,6 +345,14 @@ class Emulator:
             word[mask] = words[:, i]
             out.append(word)
         return out
+
+    def _read(self, addresses, width, numbers):
+        """So many bytes at each of some threads' addresses."""
+        raw = np.zeros((len(addresses), width), np.uint8)
+        for k, inside, at in self.memory.find(addresses, width):
+            raw[inside] = self.memory.views[k][at[:, None] + np.arange(width)]
+            self._check_read(k, at, width, numbers[inside])
+        return raw
 
     @staticmethod
     def _filled(size, fill):
@@ -490,6 +499,40 @@ class Emulator:
             blocks = blocks // self.cluster * self.cluster + peer
         cell.store(at, raw, mask, blocks)
 
+    # -- copies into shared memory
+
+    def copy_to_shared(self, place, address, mask):
+        addresses, mask = self._places(address, mask)
+        cell, at = self._cell(place, mask)
+        numbers = self.number[mask]
+        raw = self._read(addresses, 16, numbers)
+        where = cell.expect(at, 16, mask)
+        if len(numbers):
+            self.asked.append(_Copy(cell, where, addresses, numbers, raw))
+
+    def commit_copies(self):
+        self._together("a group of copies")
+        self.groups.append(self.asked)
+        self.asked = []
+
+    def await_copies(self, groups):
+        self._together("a wait for copies")
+        while len(self.groups) > groups:
+            for copy in self.groups.pop(0):
+                if np.any(self._read(copy.addresses, 16, copy.numbers) != copy.raw):
+                    raise Fault("what is copied is written meanwhile")
+                copy.cell.fulfil(copy.where, copy.raw.view(np.uint16), copy.numbers)
+
+
+class _Copy(NamedTuple):
+    """What some threads have asked for: their places, where from, and what was there."""
+
+    cell: _Shared
+    where: tuple
+    addresses: np.ndarray
+    numbers: np.ndarray
+    raw: np.ndarray
+
 
 class _Shared:
     """An area of every block's shared memory, in words of 2 bytes."""
@@ -503,12 +546,16 @@ class _Shared:
         self.reader = np.zeros(shape, np.int32)  # SEVERAL: threads of one warp
         self.warp = np.zeros(shape, np.int32)  # the readers'; SEVERAL
         self.read = np.zeros(shape, np.int32)
+        self.expected = np.zeros(shape, np.bool_)  # whether a copy to it is on its way
 
     def _index(self, at, width, blocks):
         """The words of some accesses, one in each row."""
         if np.any(at % width) or np.any(at < 0) or np.any(at + width > 2 * self.count):
             raise Fault("shared memory misaligned or out of bounds")
-        return blocks[:, None], at[:, None] // 2 + np.arange(width // 2)
+        where = blocks[:, None], at[:, None] // 2 + np.arange(width // 2)
+        if np.any(self.expected[where]):
+            raise Fault("shared memory is touched while a copy to it is on its way")
+        return where
 
     def _unseen(self, other, warp, when, mine):
         """Whether an access of another thread, of this warp, may not have come before ours."""
@@ -546,7 +593,24 @@ class _Shared:
         return self.values[where]
 
     def store(self, at, raw, mask, blocks):
-        where = self._index(at[mask], 2 * raw.shape[1], blocks)
+        where = self._taken(at, 2 * raw.shape[1], mask, blocks)
+        self.values[where] = raw
+
+    def expect(self, at, width, mask):
+        """Have a copy to these places on its way; where they are."""
+        where = self._taken(at, width, mask, np.nonzero(mask)[0])
+        self.expected[where] = True
+        return where
+
+    def fulfil(self, where, values, numbers):
+        """The copy has come, for who asked for it."""
+        self.expected[where] = False
+        self.values[where], self.writer[where] = values, numbers[:, None]
+        self.written[where] = self.machine.now
+
+    def _taken(self, at, width, mask, blocks):
+        """The words of some writing accesses, now those of their threads."""
+        where = self._index(at[mask], width, blocks)
         mine = self.machine.number[mask][:, None]
         wrote, read = self.writer[where], self.reader[where]
         unseen = self._unseen(wrote, self._warp_of(wrote), self.written[where], mine)
@@ -559,7 +623,7 @@ class _Shared:
         if np.any(self.writer[where] != mine):
             raise Fault("two threads write to the same place of shared memory")
         self.written[where] = self.machine.now
-        self.values[where] = raw
+        return where
 
 
 def _halves(words, high):

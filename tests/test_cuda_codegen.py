@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 
 import pytest
 
@@ -22,6 +23,7 @@ from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
 from numbakern.cuda.plan import Spec, build  # noqa: E402
 from numbakern.cuda.rows import Way  # noqa: E402
+from numbakern.cuda.ways import Machine  # noqa: E402
 
 try:
     from cuda import pathfinder
@@ -215,6 +217,10 @@ LONG = {
     "cluster-16": Way(16, cluster=8),
     "cluster-shared": Way(12, cluster=4, kept="shared"),
     "together": Way(8, spread=True),
+    "ahead": Way(8, kept="ahead", places=2),
+    "ahead-cluster": Way(8, cluster=8, kept="ahead", places=2),
+    "ahead-spare": Way(16, kept="ahead", places=3, spare=True),
+    "ahead-cluster-spare": Way(16, cluster=8, kept="ahead", places=3, spare=True),
 }
 
 
@@ -224,7 +230,7 @@ OF_SUMS = ("log_softmax_backward", "softmax_backward")
 """Operations that reduce to one sum: parts are joined once, not by their maxima first."""
 OF_THE_GRADIENT = ("log_softmax_backward",)
 """Operations whose sum is of the gradient alone, so the output is first read by the map."""
-SHELVED = ("shared", "partly")
+SHELVED = ("shared", "partly", "ahead")
 """Where shared memory keeps what reduction and map both read."""
 
 
@@ -267,22 +273,29 @@ def check_way(operation, kind, way, arch):
         return len(re.findall(rf"\b{pattern}\b", sass))
 
     _, vectors, *_ = params["part"]
-    inputs = sum(n in ("x", "y") for n, _ in params["modes"])
+    inputs, ahead = sum(n in ("x", "y") for n, _ in params["modes"]), way.kept == "ahead"
     maps = way.stage != "reduce" and "out" in dict(params["modes"])
     reduced = 0 if way.stage == "map" else 1 if operation in OF_THE_GRADIENT else inputs
     shelved = reduced if way.kept in SHELVED else 0
     mapped = inputs if way.kept in ("no", "partly") else inputs - reduced
     # Without a mask for each group and with; some compilers share one of both, or repeat some.
-    needed = vectors * (reduced + maps * mapped)
+    needed = vectors * (reduced * (not ahead) + maps * mapped)
     wide = count(r"LDG\.E[.A-Z]*\.128")
-    twice = 1 + (way.kept in SHELVED)  # in a loop, and what is in registers behind it
+    # In a loop, and what is in registers behind it.
+    twice = 1 + (way.kept in SHELVED and not ahead)
     assert needed <= wide <= 4 * needed * twice
     # The two sums of a mean's rows are neighbours, which may be written at once.
     sums = bool(params["added"])
     written = twice * maps * vectors
     assert written <= count(r"STG\.E[.A-Z]*\.128") <= written + sums
-    assert count(r"LDS\.128") == shelved * vectors
-    assert count(r"STS\.128") in (shelved * vectors, 2 * shelved * vectors)
+    kept = shelved * vectors
+    assert count(r"LDS\.128") == kept * (1 + ahead)
+    stored = count(r"STS\.128")
+    if ahead:
+        assert kept and not stored % kept
+        check_copies(code, way, kept)
+    else:
+        assert stored in (kept, 2 * kept)
     # Two waits, for the start of the others and for what they have written.
     assert count("UCGABAR_WAIT") == 2 * (way.cluster > 1)
     if way.meets(1):
@@ -295,15 +308,97 @@ def check_way(operation, kind, way, arch):
         ]  # fmt: skip
 
 
+def check_copies(code, way, kept):
+    """Copies are asked for where nothing reads any longer, and waited for before it does."""
+    program = codegen.disassembled(code)
+
+    def bodies(spans, depth=0):
+        for span in spans:
+            yield from bodies(span.parts, depth + (span.kind == "loop"))
+            if span.kind == "loop" and not any(part.kind == "loop" for part in span.parts):
+                inside = (i for i in program.instructions if span.first <= i.address <= span.last)
+                yield depth, list(inside)
+
+    def places(inside, *opcodes):
+        return [n for n, i in enumerate(inside) if i.opcode.startswith(opcodes)]
+
+    seen = Counter()
+    for depth, inside in bodies(program.spans):
+        copies, reads = places(inside, "LDGSTS"), places(inside, "LDS.128")
+        waits, groups = places(inside, "DEPBAR"), places(inside, "LDGDEPBAR")
+        if copies:  # without a mask for each and with; an array may share one of both
+            rounds = len(groups)  # the compiler's, of one
+            assert (2 * kept - 2) * rounds <= len(copies) <= 2 * kept * rounds
+            assert all("BYPASS.128" in inside[n].opcode for n in copies)
+            assert rounds == 1 or not reads
+            assert copies[-1] < groups[-1]
+        if copies and reads:
+            written = places(inside, "STG")
+            assert len(reads) == kept and max(reads + written[:1]) < copies[0]
+        elif reads:
+            assert len(reads) == kept and waits[0] < reads[0] and len(groups) == 1
+            assert inside[waits[0]].operands == f"SB0, {way.places - 1:#x}"
+        if copies or reads:
+            seen[depth, bool(copies), bool(reads)] += 1
+    # At first, where the compiler may take several rounds at once and the rest behind them; in the
+    # loop over rows one loop that reduces, and one that maps and asks.
+    assert seen.pop((0, True, False)) <= 2
+    assert seen == {(1, False, True): 1, (1, True, True): 1}
+
+
 @pytest.mark.parametrize(
     "operation, kind, way, arch",
     [
         *long_rows(("log_softmax",), ("f4",), ("sm_90a",)),
         *long_rows(("cross_entropy_value_and_grad",), ("bf",), ("sm_90a",)),
+        *(
+            pytest.param(operation, "f4", LONG["ahead"], "sm_80", id=f"{operation}-ahead-sm_80")
+            for operation in ("log_softmax", "softmax_backward")
+        ),
     ],
 )
 def test_machine_code_of_long_rows(operation, kind, way, arch):
     check_way(operation, kind, way, arch)
+
+
+IN_TURN = {
+    "sm_80": Machine(108, 163 << 10, ahead=True),
+    "sm_90a": Machine(132, cluster=8, ahead=True),
+}
+"""An A100, an H100 or H200."""
+TURNS = [
+    *(("log_softmax", "f4", n, arch) for n, arch in ((20_000, "sm_80"), (262_144, "sm_90a"))),
+    *(("cross_entropy_value_and_grad", "bf", n, "sm_90a") for n in (20_000, 65_536)),
+    ("softmax_backward", "f4", 20_000, "sm_90a"),
+]
+EVERY_TURN = [
+    (operation, kind, classes, arch)
+    for operation in codegen.OPERATIONS
+    if operation not in ONLY_READ and "-lse" not in operation and "nll" not in operation
+    for kind in codegen.KINDS
+    for classes in (17_000, 20_000, 32_768, 65_536, 128_256, 262_144)
+    for arch in IN_TURN
+]
+
+
+@pytest.mark.parametrize(
+    "operation, kind, classes, arch",
+    [
+        *TURNS,
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in EVERY_TURN if one not in TURNS),
+    ],
+)
+def test_blocks_that_have_rows_in_turn_are_all_there(operation, kind, classes, arch):
+    """They find the registers for as many as the grid counts on: one left over would be late."""
+    made, _ = codegen.call(operation, kind, 4096, classes, machine=IN_TURN[arch])
+    step = next(s for s in made.steps if "way" in dict(s.spec.params))
+    if Way(*dict(step.spec.params)["way"]).kept != "ahead":
+        pytest.skip("there is no room for it")
+    code = compiler.cubin(step.spec, arch, step.block, step.blocks)
+    used = compiler.resources(code)
+    assert used.local + used.stack <= (compiler.LITTLE if step.block >= compiler.LARGE else 0), used
+    assert compiler.blocks_of(step.block, used.registers) >= step.blocks >= 1
+    assert used.shared <= 1 << 10  # beside what is asked for: what the driver keeps
 
 
 @pytest.mark.slow

@@ -409,20 +409,89 @@ def test_a_row_has_the_same_bits_anywhere(torch):
             assert torch.equal(numbakern.log_softmax(column, 0)[:, 4], alone[0])
 
 
-# --- blocks that meet ----------------------------------------------------------------------------
+# --- ways that are chosen -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def together(torch, monkeypatch):
-    """From its call on blocks that meet have long rows, whatever NUMBAKERN_CUDA_PATHS allows."""
+def choose(torch, monkeypatch):
+    """From its call on the Machine has these fields, whatever NUMBAKERN_CUDA_PATHS says."""
 
-    def start():
+    def start(**fields):
         device = launch.device(torch.cuda.current_device())
-        machine = device.machine._replace(cluster=1, together=True)
-        monkeypatch.setattr(device, "machine", machine)
+        monkeypatch.setattr(device, "machine", device.machine._replace(**fields))
         monkeypatch.setattr(device, "calls", {})
 
     return start
+
+
+@pytest.fixture
+def together(choose):
+    """From its call on blocks that meet have long rows."""
+    return lambda: choose(cluster=1, together=True, ahead=False)
+
+
+IN_TURN = [(300, 16_392), (999, 20_000), (1000, 32_768), (1500, 40_000), (529, 65_536)]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize("rows, classes", [*IN_TURN, (300, 128_256), (400, 262_144)])
+def test_rows_in_turn_change_no_bit(torch, choose, name, cluster, rows, classes):
+    """By blocks that are there all the time, or clusters; labels that are ignored, in place."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, classes, device="cuda").to(getattr(torch, name))
+    x[5, ::7] = torch.nan
+    labels = torch.randint(classes, (rows,), device="cuda")
+    labels[torch.rand(rows, device="cuda") < 0.3] = -100
+
+    def work():
+        yield numbakern.log_softmax(x)
+        yield numbakern.softmax_backward(x, x)
+        yield numbakern.log_softmax_backward(x, x)
+        y = x.clone()
+        yield numbakern.softmax(y, out=y)
+        y = x.clone()
+        yield from numbakern.cross_entropy_value_and_grad(y, labels, out=y)
+        options = {"label_smoothing": 0.1, "reduction": "sum"}
+        yield from numbakern.cross_entropy_value_and_grad(x, labels, **options)
+
+    choose(ahead=False)
+    want = list(work())
+    choose(ahead=True, **({} if cluster else {"cluster": 1}))
+    for _ in range(3):
+        for got, one in zip(work(), want, strict=True):
+            assert torch.equal(bits(torch, got), bits(torch, one))
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_blocks_that_have_rows_in_turn_are_all_there(torch, choose, cluster):
+    """At once: one that started late would keep all others waiting for its rows."""
+    device = launch.device(torch.cuda.current_device())
+    choose(ahead=True, **({} if cluster else {"cluster": 1}))
+    device._steps.clear()
+    for classes in (20_000, 32_768, 65_536, 128_256, 262_144):
+        x = torch.randn(500, classes, device="cuda")
+        labels = torch.randint(classes, (500,), device="cuda")
+        for given in (x, x.to(torch.bfloat16)):
+            numbakern.log_softmax(given)
+            numbakern.softmax_backward(given, given)
+            numbakern.cross_entropy_value_and_grad(given, labels)
+    found = [(s, made) for s, made in device._steps.items() if "'ahead'" in repr(s.spec)]
+    assert found
+    for step, (config, kernel) in found:
+        asked = kernel.occupancy
+        if step.cluster > 1:
+            there = asked.max_active_clusters(config, stream=device.core.default_stream)
+        else:
+            there = asked.max_active_blocks_per_multiprocessor(step.block, step.shared)
+            there *= device.multiprocessors
+        assert step.grid // step.cluster <= there, step
+
+
+def bits(torch, values):
+    """What tells one NaN from a number, and 0 from −0."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.reshape(-1).view(kind)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])

@@ -645,6 +645,22 @@ def test_launches_of_few_rows(mocked, shape, forward, training, backward):
     assert count == backward
 
 
+def test_long_rows_that_come_in_turn(mocked, monkeypatch):
+    """From the setting on, where they are aligned."""
+    monkeypatch.setenv("NUMBAKERN_CUDA_PATHS", "ahead")
+    device, kept = mocked.devices[0], []
+    device.machine = ways.machine_of(1, 163 << 10, (8, 0))
+    prepared = device.prepared
+    device.prepared = lambda step: kept.append("ahead" in repr(step.spec)) or prepared(step)
+    x, labels = cases.logits((5, 20_000)), cases.class_labels(5, 20_000)
+    for move in (aligned, lambda a: aligned(np.pad(a, ((0, 0), (1, 0))))[:, 1:]):
+        given, t = mocked("torch", move(x)), mocked("torch", labels)
+        loss, grad = numbakern.cross_entropy_value_and_grad(given, t, out=given)
+        assert_close(host(loss), reference.cross_entropy(x, labels), float32)
+        assert_close(host(grad), reference.cross_entropy_backward(1.0, x, labels), float32)
+    assert kept == [True, False, False, False]  # losses are added behind
+
+
 def test_what_a_remembered_call_hangs_on(mocked):
     """Types of options, alignment, strides, device and kind of the number: each is another call."""
     x = cases.logits((6, 24))
@@ -1082,6 +1098,24 @@ def test_rows_that_several_blocks_hold(scripted):
         """)
     launched = "[2, 0, 0, 0, 0] "
     assert " ".join(done) == 2 * launched + "clear 1 256 log_softmax 52 256 True"
+
+
+def test_rows_that_come_in_turn(scripted):
+    """By as many clusters as the device has room for, whatever the number of rows."""
+    done = scripted("""
+        os.environ["NUMBAKERN_CUDA_PATHS"] = "ahead"
+        from numbakern.cuda import launch
+        steps, prepared = [], launch.Device.prepared
+        launch.Device.prepared = lambda self, step: [steps.append(step), prepared(self, step)][1]
+        for rows in (300, 400):
+            x = torch.Tensor(np.zeros((rows, 40_000), np.float32))
+            before = counts()
+            numbakern.log_softmax(x)
+            print([after - earlier for earlier, after in zip(before.values(), counts().values())])
+            last = [driver.fake_last(i) for i in range(4)]
+            print(*last[:2], last[2] == steps[-1].shared, last[3])
+        """)
+    assert " ".join(done) == " ".join(2 * ["[1, 0, 0, 0, 0] 256 320 True 2"])
 
 
 def test_threads_that_all_come_first(scripted):

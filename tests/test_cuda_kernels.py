@@ -261,10 +261,10 @@ WAYS = {
     "block": Machine(multiprocessors=1),
     "blocks": Machine(multiprocessors=132),
     "few blocks": Machine(multiprocessors=7),
-    "block, room for a part of it": Machine(multiprocessors=1, shared=19 << 10),
+    "block, room for a part of it": Machine(multiprocessors=1, shared=35 << 10),
     "block, no room": Machine(multiprocessors=1, shared=0),
-    "cluster": Machine(multiprocessors=1, cluster=8, shared=41 << 9),
-    "cluster, more room": Machine(multiprocessors=1, cluster=2, shared=49 << 9),
+    "cluster": Machine(multiprocessors=1, cluster=8, shared=73 << 9),
+    "cluster, more room": Machine(multiprocessors=1, cluster=2, shared=81 << 9),
     "together": Machine(together=True),
 }
 
@@ -344,6 +344,151 @@ def test_blocks_that_meet(dtype, number, one_block_at_a_time):
     assert [step.spec.kernel for step in made.steps] == ["clear", operation]
     for name, array in found[0].items():
         assert cases.same_bits(found[1][name], array), name
+
+
+def in_turn(made):
+    """(Way, rounds, blocks or clusters, turns) of a plan whose rows come one after the other."""
+    for step in made.steps:
+        way = dict(step.spec.params).get("way")
+        if way and Way(*way).kept == "ahead":
+            way = Way(*way)
+            turns, teams = made.constants["turns"], made.constants["stride"]
+            assert teams == step.grid // way.cluster
+            return way, made.constants["rounds"], teams, turns
+    return None
+
+
+def machines_in_turn(operation, arrays, options, most):
+    """One Machine each for blocks and clusters, with more room or not, with rows left over or not.
+
+    Of multiprocessors that have few KB, so that there is no room for all rows at once.
+    """
+    found, rows = {}, len(arrays["x"])
+    layouts = tuple((n, layout_of(a)) for n, a in arrays.items())
+    elem = compute_of(arrays["x"].dtype)
+    for shared, cluster, multiprocessors in itertools.product(range(1, most), (1, 2, 4), (1, 2, 8)):
+        machine = Machine(multiprocessors, shared << 10, cluster, ahead=True)
+        made = in_turn(plan(operation, options, arrays["x"].shape, 1, elem, layouts, machine))
+        if made and made[3] > 1:
+            way, _, teams, _ = made
+            found.setdefault((way.cluster > 1, way.spare, rows % teams > 0), machine)
+    return found
+
+
+SLOW = pytest.mark.slow
+SOME_IN_TURN = [(float32, 0), (float32, 5), (float32, 7), (bfloat16, 3), (bfloat16, 5)]
+
+
+@pytest.mark.parametrize(
+    "dtype, number",
+    [
+        pytest.param(*one, id=f"{one[0]}-{one[1]}", marks=[] if one in SOME_IN_TURN else SLOW)
+        for one in itertools.product(cases.FLOATS, [0, 1, 3, 4, 5, 6, 7, 10])
+    ],
+)
+def test_rows_in_turn_have_the_same_bits(dtype, number, small_chunks, one_block_at_a_time):
+    """In place; behind rows of infinities and NaN there is an ignored one, then others."""
+    classes, rows = {"f4": 904, "f8": 452, "half": 1800}[family(dtype)], 18  # of 8 parts
+    x = placed(cases.logits((rows, classes), dtype, scale=4.0), 0)
+    y = placed(cases.probabilities(x.shape, 1, dtype), 0)
+    operation, inputs, results, call = long_row_calls(x, y)[number]
+    x[0, ::3], x[3, 5], x[7] = np.nan, np.inf, -np.inf
+    if "labels" in inputs:
+        inputs["labels"][[4, 8, -1]] = -100
+    options = tuple((n, call[n]) for n in ("soft", "smooth", "given", "ignores") if n in call)
+
+    def given(x):
+        found = {n: np.full(rows, 7.0) for n in results if n != "out"}
+        return {"x": x, **inputs, **found, "out": x}
+
+    want = given(placed(x, 0))
+    run(operation, want, 1, **call)
+    machines = machines_in_turn(operation, want, options, 64)
+    assert set(machines) == set(itertools.product((False, True), repeat=3))
+    for kind, machine in machines.items():
+        found = given(placed(x, 0))
+        assert in_turn(run(operation, found, 1, machine=machine, **call))
+        for name in results:
+            assert cases.same_bits(found[name], want[name]), (name, kind)
+
+
+@pytest.mark.parametrize("shared", [11 << 9, 15 << 9])
+def test_rows_in_turn_of_any_batch(small_chunks, shared):
+    """Whose rows lie apart, along two axes."""
+    x = placed(cases.logits((4, 5, 904), float32), 0)[:, :3]
+    labels, found = cases.class_labels(12, 904).reshape(4, 3), []
+    for machine in MACHINE, Machine(multiprocessors=1, shared=shared, ahead=True):
+        out, loss = np.zeros((4, 3, 904), float32), np.zeros((4, 3), float32)
+        arrays = {"x": x, "labels": labels, "loss": loss, "out": placed(out, 0)}
+        made = run("cross_entropy", arrays, 2, machine=machine)
+        found.append(arrays)
+    way, _, teams, turns = in_turn(made)
+    assert way.spare == (teams == 1) and turns == 12 // teams
+    for name in ("loss", "out"):
+        assert cases.same_bits(found[1][name], found[0][name])
+    close(found[1]["loss"], reference.cross_entropy(x, labels, reduction="none", axis=2), float32)
+
+
+IN_TURN = Machine(multiprocessors=1, cluster=8, ahead=True)
+TURNS = {  # with groups of 16 bytes; by a block, by 2, 4 and 8, and by one with room for more
+    "f4": [16388, 20_000, 32_768, 65_536, 131_072, 262_144],
+    "f8": [8194, 16_384, 32_768],
+    "half": [16_392, 20_000, 65_536, 262_144],
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, classes",
+    [
+        pytest.param(dtype, n, id=f"{dtype}-{n}", marks=SLOW if n > 100_000 else [])
+        for dtype in cases.FLOATS
+        for n in TURNS[family(dtype)]
+    ],
+)
+def test_rows_in_turn(dtype, classes):
+    """log_softmax, softmax_backward and the gradient in place of the logits; fewer rows or more."""
+    for rows in (2, 5):
+        x = placed(cases.logits((rows, classes), dtype, scale=4.0), 0)
+        want, out = reference.log_softmax(x, work=WORK), empty_like(x)
+        assert in_turn(run("log_softmax", {"x": x, "out": out}, 1, machine=IN_TURN))
+        assert accuracy.errors(out, want, dtype).max() <= bound(dtype, 2.5)
+        labels = cases.class_labels(rows, classes)
+        labels[1] = -100
+        loss, got = np.full((), 7, cases.loss_type(dtype)), placed(x, 0)
+        arrays = {"x": got, "labels": labels, "loss": loss, "out": got}
+        call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
+        assert in_turn(run("cross_entropy", arrays, 1, machine=IN_TURN, **call))
+        close(loss, reference.cross_entropy(x, labels, reduction="mean"), loss.dtype)
+        ones = np.float64(1)
+        want = reference.cross_entropy_backward(ones, x, labels, reduction="mean", work=WORK)
+        close(got, want, dtype)
+        g, out = placed(x[::-1], 0), empty_like(x)
+        y = placed(reference.softmax(x).astype(dtype), 0)
+        made = run("softmax_backward", {"x": g, "y": y, "out": out}, 1, machine=IN_TURN)
+        assert in_turn(made) or classes > 65_536  # or even a cluster has not the room
+        p, size = reference.exact(y, WORK), abs(reference.exact(g, WORK))
+        want = reference.softmax_backward(g, y, work=WORK)
+        at = np.maximum(p * np.maximum(size, (size * p).sum(axis=1, keepdims=True)), abs(want))
+        assert accuracy.errors(out, want, dtype, at, flushed=True).max() <= bound(dtype, 5.0)
+
+
+def test_which_rows_come_in_turn():
+    """Those of whole groups of 16 bytes, aligned so; what is not kept may lie anywhere."""
+
+    def taken(dtype, classes, offset=0, operation="log_softmax", **others):
+        x = placed(np.zeros((4, classes), dtype), offset)
+        arrays = {"x": x, "out": placed(np.zeros_like(x), 0), **others}
+        layouts = tuple((n, layout_of(a)) for n, a in arrays.items())
+        return in_turn(plan(operation, (), x.shape, 1, compute_of(dtype), layouts, IN_TURN))
+
+    for dtype, group in ((float32, 4), (bfloat16, 8), (float64, 2)):
+        assert taken(dtype, 17_000)
+        assert not taken(dtype, 17_000 + group // 2)
+        assert not taken(dtype, 17_000, offset=1)
+        assert not taken(dtype, 1000) and not taken(dtype, 4_000_000)
+    y = placed(np.zeros((4, 17_000), float32), 1)
+    assert taken(float32, 17_000, operation="log_softmax_backward", y=y)
+    assert not taken(float32, 17_000, operation="softmax_backward", y=y)
 
 
 def test_a_cluster_keeps_rows_with_gaps(small_chunks):
@@ -1434,9 +1579,9 @@ def test_all_that_is_done_with_realigned_rows(number, classes, dtype=bfloat16):
         (
             MACHINE,
             Machine(multiprocessors=1),
-            Machine(multiprocessors=1, shared=26 << 10),
+            Machine(multiprocessors=1, shared=34 << 10),
             Machine(multiprocessors=1, shared=0),
-            Machine(multiprocessors=1, cluster=8, shared=40 << 10),
+            Machine(multiprocessors=1, cluster=8, shared=48 << 10),
         )
     ):
         for in_place in (False, True):
@@ -1753,6 +1898,14 @@ CLUSTERS = Machine(cluster=8)
         (262144, 300, Machine(together=True, multiprocessors=63), ["all"], "partly", 1),
         (262145, 300, Machine(together=True), ["all"], "partly", 1),
         (128256, 300, Machine(together=True, cluster=8), ["all"], "shared", 4),
+        (16_384, 300, Machine(ahead=True, cluster=8), ["all"], "registers", 1),
+        (20_000, 1, Machine(ahead=True, cluster=8), ["reduce", "map"], "no", 1),
+        (20_000, 300, Machine(ahead=True, cluster=8), ["all"], "ahead", 1),
+        (32_768, 300, Machine(ahead=True, cluster=8), ["all"], "ahead", 2),
+        (32_768, 300, Machine(ahead=True), ["all"], "ahead", 1),
+        (128256, 300, Machine(ahead=True, cluster=8), ["all"], "ahead", 8),
+        (262144, 300, Machine(ahead=True, cluster=8), ["all"], "ahead", 8),
+        (262144, 300, Machine(ahead=True), ["all"], "partly", 1),
     ],
 )
 def test_ways_of_rows(classes, count, machine, stages, kept, cluster):
@@ -1862,19 +2015,52 @@ def test_rows_that_several_blocks_hold(classes):
     assert 2 * blocks <= machine.multiprocessors and shared <= 8 << 10
 
 
+@pytest.mark.parametrize("machine", [Machine(132, 227 << 10, 8, ahead=True),
+                                     Machine(108, 163 << 10, ahead=True)])  # fmt: skip
+@pytest.mark.parametrize("size, registers", [(4, 64), (2, 72)])
+def test_rows_that_come_in_turn_find_room(machine, size, registers):
+    """For each block, and beside it; each row has a turn, and a part a place."""
+    for classes in range(17_000, 300_000, 1000):
+        part = partition(classes, size)
+        parts, count = part.parts(classes), 1000
+        found, constants = ways.launches(
+            part, classes, count, 3, 4096, 1, registers, False, machine
+        )
+        ((way, grid, threads, shared, beside),) = found
+        if way.kept != "ahead":  # a block would be alone and have no room for more of the next rows
+            assert classes * size > machine.shared * machine.cluster * 0.7
+            continue
+        turns, teams, rounds = (constants[n] for n in ("turns", "stride", "rounds"))
+        assert threads == 32 * way.warps and grid == teams * way.cluster
+        assert (turns - 1) * teams < count <= turns * teams
+        assert parts <= rounds * way.warps * way.cluster < parts + way.warps * way.cluster
+        assert constants["places"] == way.places and rounds <= way.places <= 2 * rounds
+        assert way.spare == (way.places > rounds)
+        assert parts <= threads
+        boards = 2 * 24 * parts + 16 * -(-parts // 32) * 32
+        assert shared == boards + 4096 * way.places * way.warps <= machine.shared
+        assert beside > 1 or way.spare
+        assert beside <= machine.beside(shared) and registers * threads * beside <= 1 << 16
+        # All at once, of whole clusters in each part of the device.
+        there = machine.multiprocessors // 8 * 8 if way.cluster > 1 else machine.multiprocessors
+        assert teams * way.cluster <= beside * there < (teams + 8) * way.cluster
+
+
 def test_what_is_only_reduced_is_read_once_as_it_is():
     assert ways_of(128256, 300, Machine(together=True), maps=0) == ways_of(128256, 300, maps=0)
 
 
 def test_what_is_chosen(monkeypatch):
-    for setting, cluster, together in [
-        ("", 8, False),
-        ("together", 8, True),
-        (" together, ", 8, True),
+    for setting, together, ahead in [
+        ("", False, False),
+        ("together", True, False),
+        (" together, ahead,", True, True),
+        ("ahead", False, True),
     ]:
         monkeypatch.setenv(ways.SETTING, setting)
-        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (cluster, together)
-        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (1, together)
+        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (8, together, ahead)
+        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (1, together, ahead)
+        assert ways.machine_of(72, 64 << 10, (7, 5))[2:] == (1, together, False)
     monkeypatch.setenv(ways.SETTING, "clusters")
-    with pytest.raises(ValueError, match=r"NUMBAKERN_CUDA_PATHS: .*together, got clusters$"):
+    with pytest.raises(ValueError, match=r"_PATHS: .*together, ahead, got clusters$"):
         ways.machine_of(132, 227 << 10, (9, 0))

@@ -19,6 +19,8 @@ from numbakern.cuda.device import (
     Kernel,
     constant,
     convert,
+    copy_to_shared,
+    dynamic_shared,
     load,
     meet,
     repeat,
@@ -94,6 +96,18 @@ def test_instructions_are_read_with_their_scheduling():
     assert (imad.stall, imad.sets, imad.waits) == (1, -1, 0b100)
     assert (ldg.stall, ldg.sets, ldg.waits) == (1, 2, 0)
     assert (stg.stall, stg.sets, stg.waits) == (1, -1, 0b100)
+
+
+def test_a_way_back_may_stand_behind_the_end():
+    """Who has done all rounds ends, then the others jump back; what is behind that is no way on."""
+    code = SASS.replace("       @P3 BRA", "      @!P3 EXIT").replace("`(.L_x_1)", "").splitlines()
+    at = next(n for n, line in enumerate(code) if "/*0060*/" in line)
+    code[at] = code[at].replace("STG.E.128 desc[UR6][R2.64], R4", "BRA `(.L_x_1)")
+    at = next(n for n, line in enumerate(code) if "/*0070*/" in line)
+    code[at] = code[at].replace("EXIT", "NOP ")
+    found, spans = codegen.program("\n".join(code))
+    assert [i.opcode for i in found][-2:] == ["EXIT", "BRA"]
+    assert [(s.first, s.last) for s in spans if s.kind == "loop"] == [(0x20, 0x60)]
 
 
 def test_loops_and_branches_are_found():
@@ -225,6 +239,27 @@ def test_rounds_of_a_loop_wait_one_after_the_other():
     assert found.cycles == pytest.approx(7 * (H100.l2_latency * H100.clock + 4) + 1)
 
 
+def test_a_warp_waits_for_its_groups_of_copies():
+    """All but the last ones; each is there when the last copy is that was asked for before."""
+    latency = H100.latency * H100.clock
+    copy, group = ("LDGSTS.E.BYPASS.128", -1), ("LDGDEPBAR", 0)
+    for groups, waited in ((0, 2), (1, 1), (2, 0)):
+        program = codegen.Program(
+            tuple(
+                instruction(16 * i, opcode, stall=2, sets=sets)._replace(operands=operands)
+                for i, (opcode, sets, operands) in enumerate(
+                    [(*copy, ""), (*group, ""), (*copy, ""), (*copy, ""), (*group, "")]
+                    + [("DEPBAR.LE", -1, f"SB0, 0x{groups}"), ("EXIT", -1, "")]
+                )
+            ),
+            (),
+        )
+        found = model.alone(model.weighed(program, scope()), H100)
+        before = {2: 6 + latency, 1: latency, 0: 10}[waited]
+        assert found.cycles == pytest.approx(before + 4)
+        assert (found.in_flight, found.copied) == (0, 3 * 32 * 16)
+
+
 def test_a_warp_waits_for_l2_where_blocks_meet():
     """A ticket's way there and back, what was written on its way there, a look at the counter."""
     there_and_back = H100.l2_latency * H100.clock
@@ -341,6 +376,32 @@ def test_what_was_read_before_is_known(monkeypatch):
 
     branch, first, second = traced(monkeypatch, body).parts
     assert (branch.again, first.again, second.again) == ("l1", "", "l2")
+
+
+def test_of_a_loop_over_rows_each_reads_its_own(monkeypatch):
+    """Copies are read; only what a row itself has read before is there yet."""
+
+    def body(frame):
+        place = at(frame, "a")
+
+        def copy(i):
+            copy_to_shared(dynamic_shared(frame.thread), place - (place & 15) + (i << 10))
+            return ()
+
+        def turn(i, total):
+            def again(j, total):
+                return (total + load(place + (i << 10) + (j << 8), 4, 1)[0],)
+
+            (total,) = repeat(frame.count, again, total)
+            return repeat(frame.count, again, total)
+
+        repeat(frame.count, copy)
+        (word,) = repeat(frame.count, turn, constant(frame.thread, 0, "i4"))
+        store(at(frame, "out"), 4, [word])
+
+    begun, turns = traced(monkeypatch, body).parts
+    assert (begun.read, begun.again) == ({"a": 256}, "")
+    assert [part.again for part in (turns, *turns.parts)] == ["", "", "l2"]
 
 
 def test_blocks_know_their_row_by_their_tickets(monkeypatch):
@@ -647,6 +708,18 @@ def test_the_table_of_thresholds():
     ]
 
 
+def test_ways_that_are_chosen_are_told(monkeypatch):
+    monkeypatch.setenv(ways.SETTING, "together, ahead")
+    where = "shared memory, the next rows on their way"
+    for classes, who in ((20_000, "a block"), (65_536, "a cluster of blocks")):
+        assert predictions.way_of("log_softmax", "f4", classes, H100) == (who, where)
+    # One that a block does not hold, on a device without clusters.
+    a100 = model.GPUS["A100"]
+    assert predictions.way_of("log_softmax", "f4", 20_000, a100) == ("a block", where)
+    found = predictions.way_of("log_softmax", "f4", 128_256, a100)
+    assert found == ("blocks that meet", "registers")
+
+
 def test_the_smooth_curve_never_rises(monkeypatch):
     shares = {(8, "whole"): 0.5, (8, "shifted"): 0.4, (9, "whole"): 1.0, (9, "shifted"): 0.8}
     shares |= {(16, "whole"): 0.95, (16, "shifted"): 0.5}
@@ -766,6 +839,22 @@ def test_blocks_that_meet_read_long_rows_once(operation, kind, monkeypatch, gpu=
     assert once < b.bytes < 1.02 * once
     assert found[""].main[1].bytes > 1.05 * once
     assert found["together"].share >= max(0.95, found[""].share + 0.04)
+
+
+@compiles
+@pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
+@pytest.mark.parametrize("operation, kind", [("log_softmax", "f4"), ("softmax_backward", "bf")])
+def test_rows_in_turn_are_read_once_by_blocks_that_are_all_there(operation, kind, gpu, monkeypatch):
+    rows, classes = 5000, 32_768 if gpu != "A100" else 20_000
+    by_default = model.predict(model.GPUS[gpu], operation, kind, rows, classes)
+    monkeypatch.setenv(ways.SETTING, "ahead")
+    found = model.predict(model.GPUS[gpu], operation, kind, rows, classes)
+    ((step, b),) = found.steps
+    assert Way(*dict(step.spec.params)["way"]).kept == "ahead"
+    assert 0.9 < b.waves <= 1 and b.in_flight >= b.needed
+    once = model.STREAMS[operation] * rows * classes * codegen.size_of(kind)
+    assert b.bytes == pytest.approx(once, rel=0.02)
+    assert by_default.main[0].grid > step.grid
 
 
 @compiles

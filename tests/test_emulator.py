@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from numbakern.cuda import device, totals
+from numbakern.cuda import ahead, device, totals
 from numbakern.cuda.plan import Layout, Spec, kernel_of, plan
 from numbakern.cuda.ways import MACHINE, Machine
 from tests import emulator
@@ -66,6 +66,7 @@ CLUSTERS = Machine(multiprocessors=1, cluster=8)
 SHARED = Machine(multiprocessors=1)
 PARTLY = Machine(multiprocessors=1, shared=40 << 10)
 TOGETHER = Machine(together=True)
+AHEAD = Machine(multiprocessors=1, cluster=8, ahead=True)
 KERNELS = {
     "a block a row": ("log_softmax", 4096),
     "a block a row, its loss": ("cross_entropy", 3000, MEAN),
@@ -81,6 +82,10 @@ KERNELS = {
     "rows side by side, their losses": ("cross_entropy", 1000, MEAN, MACHINE, 40, 0, 0),
     "parts of rows side by side": ("softmax", 3000, (), MACHINE, 40, 0, 0),
     "blocks that meet": ("log_softmax", 20_000, (), TOGETHER),
+    "rows in turn": ("log_softmax", 20_000, (), AHEAD),
+    "rows in turn, their losses": ("cross_entropy", 20_000, MEAN, AHEAD, 5),
+    "rows in turn, of a cluster": ("softmax", 50_000, (), AHEAD),
+    "rows in turn, room for more": ("softmax", 40_000, (), AHEAD._replace(cluster=1)),
 }
 
 
@@ -88,10 +93,10 @@ def counted(monkeypatch, name, leave_out=None):
     """How often the kernels wait from now on, as a list with one number; one wait is left out."""
     original, calls = getattr(Emulator, name), [0]
 
-    def wait(self):
+    def wait(self, *of):
         calls[0] += 1
         if calls[0] - 1 != leave_out:
-            original(self)
+            original(self, *of)
 
     monkeypatch.setattr(Emulator, name, wait)
     return calls
@@ -113,6 +118,49 @@ def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
         waits += calls[0]
     least = 5 if "meet" in name else 2 if "cluster" in name or "anywhere" in name else 1
     assert waits >= least
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "in turn" in name])
+def test_each_wait_for_copies_that_is_left_out_is_missed(name, monkeypatch):
+    """Or one that is satisfied with a copy less; or copies of which no group is made."""
+    start, _ = launch(*KERNELS[name])
+    with monkeypatch.context() as patch:
+        calls = counted(patch, "await_copies")
+        start()
+    assert calls[0] >= 4
+    for k in range(calls[0]):
+        with monkeypatch.context() as patch:
+            counted(patch, "await_copies", leave_out=k)
+            with pytest.raises(Fault, match="on its way"):
+                start()
+    original = Emulator.await_copies
+    monkeypatch.setattr(Emulator, "await_copies", lambda self, n: original(self, n + 1))
+    with pytest.raises(Fault, match="on its way"):
+        start()
+    monkeypatch.setattr(Emulator, "await_copies", original)
+    counted(monkeypatch, "commit_copies", leave_out=0)
+    with pytest.raises(Fault, match="on its way"):
+        start()
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "in turn" in name])
+def test_a_part_that_is_asked_for_too_early_is_noticed(name, monkeypatch):
+    """Before the one that lies there has been mapped."""
+    ask, read = ahead._Ahead._ask, ahead._Ahead._map
+
+    def early(self, part, i, params):
+        if len(self.asked) > 1:
+            ask(self, *self.asked.pop())
+        read(self, part, i, params)
+
+    def note(self, *of):
+        self.asked = [*getattr(self, "asked", []), of]
+        ask(self, *of)
+
+    monkeypatch.setattr(ahead._Ahead, "_ask", note)
+    monkeypatch.setattr(ahead._Ahead, "_map", early)
+    with pytest.raises(Fault, match="on its way"):
+        launch(*KERNELS[name])[0]()
 
 
 def test_counters_that_are_not_cleared_are_noticed():
@@ -443,3 +491,86 @@ def test_what_another_thread_wrote_to_global_memory():
     run(lambda thread: body(thread, False, 0), [array], blocks=1)  # its own
     with pytest.raises(Fault, match="no barrier between"):
         run(lambda thread: body(thread, False, 1), [array], blocks=1)
+
+
+def copying(steps, array=None, places=64):
+    """A kernel of two warps, of whose threads each asks for 16 bytes of an array to be copied."""
+    array = np.arange(4 * places, dtype=np.int32) if array is None else array
+    base, found = -(-array.ctypes.data // 16) * 16, []
+
+    def body(thread):
+        always, start = device.constant(thread, True, "b1"), device.constant(thread, base, "i8")
+        area = device.shared(thread, 16 * 64)
+        place, address = area + thread * 16, start + (device.convert(thread, "i8") << 4)
+        words = [thread] * 4
+
+        def read(at):
+            found[:] = [w.value for w in device.shared_words(at, 4, 4)]
+            return [thread]
+
+        def odd(compute):
+            device.when((thread & 1) == 1, lambda: [compute() or thread], [thread])
+
+        do = {
+            "copy": lambda: device.copy_to_shared(place, address),
+            "copy-few": lambda: device.copy_to_shared(place, address, thread < 60),
+            "misplace": lambda: device.copy_to_shared(area + 8 * thread, address),
+            "commit": lambda: device.commit_copies(thread),
+            "await": lambda: device.await_copies(thread, 0),
+            "await-1": lambda: device.await_copies(thread, 1),
+            "read": lambda: read(place),
+            "read-other": lambda: read(area + 16 * in_warp(thread)),
+            "write": lambda: device.put_shared_words(place, 4, words, always),
+            "change": lambda: device.store(address, 4, words, always),
+            "sync": lambda: device.warp_barrier(thread),
+            "commit-odd": lambda: odd(lambda: device.commit_copies(thread)),
+            "await-odd": lambda: odd(lambda: device.await_copies(thread, 0)),
+        }
+        for step in steps.split():
+            do[step]()
+
+    run(body, [array], blocks=1, shared=0)
+    return found
+
+
+def test_copies_come_when_they_are_waited_for():
+    want = np.arange(256).reshape(64, 4).T
+    for steps in ("copy commit await read", "copy commit commit await-1 read",
+                  "write read copy commit await read copy commit await read"):  # fmt: skip
+        np.testing.assert_array_equal([v[0] for v in copying(steps)], want)
+    found = copying("copy commit await sync read-other")
+    others = (np.arange(64) & 32) | ((np.arange(64) + 1) & 31)
+    np.testing.assert_array_equal([v[0] for v in found], want[:, others])
+    found = copying("write copy-few commit await read", places=60)
+    np.testing.assert_array_equal([v[0][:60] for v in found], want[:, :60])
+    np.testing.assert_array_equal(found[0][0][60:], np.arange(60, 64))
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("copy commit read await", "while a copy to it is on its way"),
+        ("copy await read", "while a copy to it is on its way"),
+        ("copy commit await-1 read", "while a copy to it is on its way"),
+        ("copy commit commit copy commit await", "while a copy to it is on its way"),
+        ("copy write commit await", "while a copy to it is on its way"),
+        ("copy commit await read-other", "without a barrier"),
+        ("write sync read-other copy commit await", "without a barrier"),
+        ("copy change commit await", "written meanwhile"),
+        ("copy commit", "end while a copy"),
+        ("copy", "end while a copy"),
+        ("misplace", "misaligned"),
+        ("copy commit-odd", "in a branch"),
+        ("copy commit await-odd", "in a branch"),
+    ],
+)
+def test_what_must_not_be_done_with_a_copy(steps, message):
+    with pytest.raises(Fault, match=message):
+        copying(steps)
+
+
+def test_a_copy_is_of_an_array():
+    with pytest.raises(Fault, match="outside"):
+        copying("copy commit await", places=63)
+    with pytest.raises(Fault, match="outside"):
+        copying("copy-few commit await", places=59)

@@ -262,9 +262,11 @@ def program(sass):
                 found.append(_instruction(line, int(rest.group(1), 16)))
                 labels.update(dict.fromkeys(waiting, found[-1].address))
                 waiting, line = [], None
-    # Behind the last EXIT there is only what fills the code up.
-    while found and found[-1].name != "EXIT":
-        found.pop()
+    # Behind the last EXIT there is only what fills the code up; or the way back, if it ends a loop.
+    end = max((n for n, i in enumerate(found) if i.name == "EXIT"), default=-1)
+    if end >= 0 and found[end].guard:
+        end = next(n for n, i in enumerate(found) if n > end and i.name == "BRA" and not i.guard)
+    found = found[: end + 1]
     jumps = [
         (i, labels[_TARGET.search(i.operands).group()])
         for i in found

@@ -497,6 +497,29 @@ def put_shared_words(address, size, words, mask):
     address.machine.shared_store(address.value, size, [w.value for w in words], mask.value, None)
 
 
+def copy_to_shared(place, address, mask=None):
+    """Ask for 16 aligned bytes of global memory to be copied to shared memory, under a mask.
+
+    Until the copy has been waited for, what it is of must not change, and nobody may touch the
+    place: not even a thread that had read it before, unless something has come of that.
+    """
+    mask = None if mask is None else mask.value
+    place.machine.copy_to_shared(place.value, address.value, mask)
+
+
+def commit_copies(of):
+    """Make what the thread has asked for since the last time a group; one of none counts, too."""
+    of.machine.commit_copies()
+
+
+def await_copies(of, groups):
+    """Wait for all of the thread's groups of copies but the last `groups`, a Python number.
+
+    Then the thread finds them in their places; others do behind a barrier.
+    """
+    of.machine.await_copies(groups)
+
+
 def shared_load(address):
     """The float64 at this address in shared memory."""
     return float_of(*shared_words(address, 8, 1))

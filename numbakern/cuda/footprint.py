@@ -373,6 +373,17 @@ class _Tracer:
             return (_DTYPE["i8" if size == 8 else "i4"](0),) * count
         return tuple(_Unknown(of) for _ in range(count))
 
+    def copy_to_shared(self, place, address, mask):
+        of = _Unknown(place, address, mask)
+        of.keep()
+        self._touch("read", address, 16, mask, of)
+
+    def commit_copies(self):
+        """Touches nothing."""
+
+    def await_copies(self, _groups):
+        """Touches nothing."""
+
     def store(self, address, size, words, mask):
         _Unknown(address, mask, *words).keep()
         self._touch("written", address, size * len(words), mask, None)
@@ -451,10 +462,15 @@ def footprint(step, plan, layouts):
 
 
 def _mark_again(kernel):
-    """Mark the loops that read what a loop before them has read, or what the launch writes."""
+    """Mark the loops that read what a loop before them has read, or what the launch writes.
+
+    Of a loop over rows, those in it.
+    """
     seen = set(kernel.written)
     for part in kernel.parts:
-        if part.kind == "loop":
+        if part.kind == "loop" and any(inside.kind == "loop" for inside in part.parts):
+            _mark_again(part)
+        elif part.kind == "loop":
             names = {n for n, size in part.total("read").items() if size}
             part.again = "l2" if names and names <= seen else ""
             seen |= names

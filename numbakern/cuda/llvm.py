@@ -346,6 +346,22 @@ class LLVM:
         code = self._masked(code, mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
+    def copy_to_shared(self, place, address, mask):
+        """See device.copy_to_shared."""
+        constraints, args = ["r", "l"], [place, address]
+        code = "cp.async.cg.shared.global [$0], [$1], 16;"
+        if mask is not None:
+            code = self._masked(code, mask, constraints, args)
+        self._assembly(code, _void, constraints, args)
+
+    def commit_copies(self):
+        """See device.commit_copies."""
+        self._assembly("cp.async.commit_group;", _void, [], [])
+
+    def await_copies(self, groups):
+        """See device.await_copies."""
+        self._assembly(f"cp.async.wait_group {groups};", _void, [], [])
+
     # -- emitting
 
     def _call(self, name, result, *args):

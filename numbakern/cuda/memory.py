@@ -102,6 +102,12 @@ class Format:
             return raw
         return [pair(low, high) for low, high in zip(raw[::2], raw[1::2], strict=True)]
 
+    def filled(self, like, size, count):
+        """So many words of so many bytes that stand for elements which are not there."""
+        bits = 8 * size
+        word = self.fill_word - ((self.fill_word >> (bits - 1)) << bits)  # of the same bits
+        return [constant(like, word, "i8" if size == 8 else "i4")] * count
+
     # -- elements one by one
 
     def get(self, address, mask=None):
@@ -227,7 +233,7 @@ class Whole:
     rows = 1  # neighbouring ones that an access is of
     staged = False  # whether they are in shared memory by then
     room = 0  # bytes of shared memory that a warp takes to store
-    one_mask = True  # whether a lane that has all of its groups can read them without asking
+    direct = True  # whether what `load` gives lies in memory so, at multiples of its chunks
 
     def __init__(self, fmt, part, chunk=ACCESS):
         self.format, self.group = fmt, part.group
@@ -476,7 +482,7 @@ class Numbers:
     """Numbers of any type at any distance: integers, class weights. Not for results."""
 
     wide = staged = False
-    one_mask = True
+    direct = True
     rows = 1
 
     def __init__(self, fmt, part):

@@ -14,6 +14,7 @@ follow (`together`), wave by wave.
 import functools
 import itertools
 import math
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -128,8 +129,8 @@ _PIPES = {
     "convert": "F2F I2F F2I FRND",
     "pack": "F2FP I2FP F2IP",
     "special": "MUFU POPC FLO BREV",
-    "memory": "LDG STG LDS STS LD ST LDL STL LDGSTS SHFL ATOMG ATOMS ATOM RED LDC LDSM CCTL MEMBAR"
-    " ERRBAR UBLKCP SYNCS UCGABAR_ARV UCGABAR_WAIT",
+    "memory": "LDG STG LDS STS LD ST LDL STL LDGSTS LDGDEPBAR SHFL ATOMG ATOMS ATOM RED LDC LDSM"
+    " CCTL MEMBAR ERRBAR UBLKCP SYNCS UCGABAR_ARV UCGABAR_WAIT",
     "branch": "BRA BRX BSSY BSYNC EXIT WARPSYNC BAR CALL RET NANOSLEEP BMOV YIELD DEPBAR",
 }
 _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split()}
@@ -141,6 +142,7 @@ _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split
 # instruction-level analysis", 2022.
 _RESULT = {"memory": 29, "convert": 24, "special": 24, "fp64": 10, "int": 20, "uniform": 20}
 _L1 = 40  # cycles of a load that hits L1, from the first of these as well
+_LATER = re.compile(r"SB(\d), (0x[0-9a-f]+)")  # the groups of copies that need not be there yet
 _BARRIER = 30  # cycles from the last warp's arrival
 
 
@@ -347,28 +349,32 @@ class Alone(NamedTuple):
     ----------
     cycles : float
         From its first instruction to its last.
-    in_flight : int
-        Bytes of global memory that it has asked for and not got yet, at most.
+    in_flight, copied : int
+        Bytes of global memory that it has asked for and not got yet, at most: for registers, by way
+        of L1, and for shared memory.
     """
 
     cycles: float
     in_flight: int
+    copied: int = 0
 
 
 def alone(part, gpu):
     """The Alone of a kernel: its instructions one after the other, as the encodings time them."""
     warp = _Warp(gpu)
     warp.run(part, 1.0)
-    return Alone(warp.now, warp.most)
+    return Alone(warp.now, warp.most["LDG"], warp.most["LDGSTS"])
 
 
 class _Warp:
     """The clock of a warp, its scoreboards, and what it waits for from global memory."""
 
     def __init__(self, gpu):
-        self.gpu, self.now, self.most = gpu, 0.0, 0
+        self.gpu, self.now, self.most = gpu, 0.0, {"LDG": 0, "LDGSTS": 0}
         self.boards = [0.0] * 6
-        self.loads: list[tuple[float, int]] = []
+        self.loads: list[tuple[float, int, str]] = []
+        self.copies = 0.0  # when the last copy to shared memory is there that is asked for
+        self.groups: list[list[float]] = [[] for _ in self.boards]  # and each group of them
 
     def run(self, part, weight):
         """Run a Part `weight` times; from the second round on a round takes as long as that."""
@@ -394,14 +400,23 @@ class _Warp:
         for board in range(6):
             if one.waits >> board & 1:
                 self.now = max(self.now, self.boards[board])
-        if one.sets >= 0:
-            ready = self.now + self._latency(one, again)
+        ready = self.now + self._latency(one, again)
+        if one.name == "LDGSTS":
+            self.copies = max(self.copies, ready)
+        elif one.name == "LDGDEPBAR":
+            self.groups[one.sets].append(self.copies)
+        elif one.sets >= 0:
             self.boards[one.sets] = max(self.boards[one.sets], ready)
-            if one.name in ("LDG", "LD", "LDGSTS"):
-                size = 4 if transfers(one) == 1 else 4 * transfers(one)
-                self.loads = [(t, n) for t, n in self.loads if t > self.now]
-                self.loads.append((ready, WARP * size))
-                self.most = max(self.most, sum(n for _, n in self.loads))
+        if one.name == "LDGSTS" or (one.sets >= 0 and one.name in ("LDG", "LD")):
+            size = 4 if transfers(one) == 1 else 4 * transfers(one)
+            kind = "LDGSTS" if one.name == "LDGSTS" else "LDG"
+            self.loads = [load for load in self.loads if load[0] > self.now]
+            self.loads.append((ready, WARP * size, kind))
+            here = sum(n for _, n, other in self.loads if other == kind)
+            self.most[kind] = max(self.most[kind], here)
+        if found := _LATER.match(one.operands) if one.name == "DEPBAR" else None:
+            groups = self.groups[int(found[1])]
+            self.now = max(self.now, *groups[: len(groups) - int(found[2], 16)], 0.0)
         self.now += max(1, one.stall) + (_BARRIER if one.name == "BAR" else 0)
         if one.name == "MEMBAR":  # until L2 has all that was written
             self.now += self.gpu.clock * self.gpu.l2_latency
@@ -458,8 +473,8 @@ class Bounds(NamedTuple):
     waves : float
         Blocks over all that are resident at once.
     in_flight, needed : float
-        Bytes of loads in flight of a multiprocessor, which L1 has room for; those that keep DRAM
-        busy (Little's law).
+        Bytes of loads in flight of a multiprocessor, as far as L1 has room for those on their way
+        to registers; those that keep DRAM busy (Little's law).
     """
 
     seconds: float
@@ -564,6 +579,7 @@ def bounds(step: Step, plan: Plan, layouts, rows_bytes, gpu: Gpu, elements: floa
         life *= 1 + plan.constants["blocks"] / at_once
     needed = rate / gpu.multiprocessors * gpu.latency
     in_flight = min(held * warps * single.in_flight, l1_beside(step, used, gpu))
+    in_flight += held * warps * single.copied
     totals = dict.fromkeys(("seconds", *BOUNDS), 0.0)
     full, last = divmod(step.grid, held * gpu.multiprocessors)
     for count, times in ((held * gpu.multiprocessors, full), (last, 1 if last else 0)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
+from numbakern.cuda.ahead import Ahead, can_copy
 from numbakern.cuda.columns import Columns, side_by_side
 from numbakern.cuda.compile import LEAN
 from numbakern.cuda.device import Kernel
@@ -26,11 +27,19 @@ from numbakern.cuda.memory import (
 )
 from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import TEAM, Partition, Rows, Way, joiners_of, partition, shelved
+from numbakern.cuda.rows import Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.tiles import WORD, Staged, run_of, slots
 from numbakern.cuda.totals import Sums
-from numbakern.cuda.ways import LANE_REGISTERS, MACHINE, NEIGHBOURS, REGISTERS, abreast, launches
+from numbakern.cuda.ways import (
+    KEEPING,
+    LANE_REGISTERS,
+    MACHINE,
+    NEIGHBOURS,
+    REGISTERS,
+    abreast,
+    launches,
+)
 
 BAD_BITS = kernels.BAD_BITS
 NARROW = (1 << 31) - (1 << 10)
@@ -345,10 +354,11 @@ class _Planner:
         # What nothing is made of is not kept.
         shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
         # What stores may take of it, and sums of the warps.
-        room = 0 if maps is None else maps.room * (TEAM // WARP)
+        room = 0 if maps is None else maps.room * KEEPING[1]
         scales = self._counts and maps is not None  # by what all labels come to
         room += totals.ROOM if scales and self._few else 0
-        machine = self.machine._replace(shared=self.machine.shared - room)
+        ahead = self.machine.ahead and can_copy(part, accesses, op.both)
+        machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
         realigned = any(isinstance(a, Realigned) for a in accesses.values())
@@ -590,8 +600,8 @@ def _row_kernel(operation, params):
     op, access = _made(operation.removesuffix("_parts"), params)
     part, way = Partition(*params["part"]), Way(*params["way"])
     options, arrays = dict(params["options"]), dict(params["arrays"])
-    walker = Columns if params["walker"] == "columns" else Gathered if way.gathers else Rows
-    walk = walker(part, way, access)
+    walker = Gathered if way.gathers else Ahead if way.kept == "ahead" else Rows
+    walk = (Columns if params["walker"] == "columns" else walker)(part, way, access)
     modes = dict(params["modes"])
     args = {}
     for name in arrays:
@@ -630,6 +640,8 @@ def _row_kernel(operation, params):
         args["rounds"] = "i8"
     if way.kept == "partly":
         args["shelved"] = "i8"
+    if way.kept == "ahead":
+        args |= {"places": "i8", "turns": "i8", "stride": "i8"}
     if way.spread:
         args |= {"blocks": "i8", "blocks_inverse": "f8"}
     return Kernel(operation, functools.partial(_run, walk, op), args)

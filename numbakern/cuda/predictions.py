@@ -152,6 +152,8 @@ def way_of(operation, kind, classes, gpu: Gpu) -> tuple[str, str]:
     if way.kept in ("shared", "partly"):
         where = "registers and shared memory"
         where += ", the rest read again" if way.kept == "partly" else ""
+    elif way.kept == "ahead":
+        where = "shared memory, the next rows on their way"
     elif way.kept == "no":
         where = "read again" if maps else "read once, in rounds"
     if way.gathers:

@@ -44,7 +44,7 @@ class Realigned(Whole):
         Of groups of HALVES.
     """
 
-    one_mask = False
+    direct = False
     room = ACCESS + WARP * ACCESS  # a chunk before the warp's groups
 
     def load(self, place, groups):

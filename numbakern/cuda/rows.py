@@ -185,14 +185,19 @@ class Way(NamedTuple):
         global memory: the next launch finds it there, or they meet (`meets`).
     cluster : int
         Blocks of a cluster, which then have a row together.
-    kept : {"registers", "shared", "partly", "no"}
+    kept : {"registers", "shared", "partly", "ahead", "no"}
         Where the row is between reduction and map; "no": it is read again, if there is a map. In
         registers there is one part for each warp, that of the last round; "shared": the others are
-        in shared memory; "partly": the first of them are, and the rest is read again.
+        in shared memory; "partly": the first of them are, and the rest is read again; "ahead": all
+        are in shared memory, and their places are for the block's next rows (`ahead`).
     gathers : int
         Rows of a block that are finished together (`gathered`): a power of two; 0 for none.
     abreast : int
         Rows that a lane has, of those that have but one: while one waits, the others go on.
+    places : int
+        Of a warp, for parts of rows that are kept ahead.
+    spare : bool
+        Whether those are more than its parts of a row.
     """
 
     warps: int
@@ -202,6 +207,8 @@ class Way(NamedTuple):
     kept: str = "registers"
     gathers: int = 0
     abreast: int = 1
+    places: int = 0
+    spare: bool = False
 
     def meets(self, numbers):
         """Whether blocks wait for what the others of their row leave: so many numbers a part."""
@@ -314,7 +321,7 @@ class Lane:
     def _loaded(self, names):
         """What is read of these inputs."""
         inputs = self.walker.inputs
-        direct = [n for n in names if inputs[n].one_mask and not inputs[n].staged]
+        direct = [n for n in names if inputs[n].direct and not inputs[n].staged]
         sure = self.groups[: self.part.sure]
         found = self._load_full(direct, sure) if self._asks_once(direct, sure) else {}
         for name in names:
@@ -642,8 +649,6 @@ class Walk:
         span = self._read(part, i, anew=True)
         if i is None:
             self.held = span
-        elif self.shelf:
-            self.shelf.put(self._own_number(i), span.words)
         begin()
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
         self.board.put(part, numbers, self.lane, there)
@@ -686,21 +691,24 @@ class Walk:
             if self.way.kept == "partly":
                 span.load_where(self.shelf.lacks(n))
         span.load()
+        if self.shelf and anew and i is not None:
+            self.shelf.put(self._own_number(i), span.words)
         return span
 
     def _own_number(self, i):
         """That of this warp's part of round i among the parts of the block."""
         return narrow(i) * self.way.warps + (self.thread >> 5)
 
-    def _place(self, part):
+    def _place(self, part, row=None):
         first = convert(part, "i8") * self.part.span
-        return Lane(self.walker, self.row, first + convert(self.lane * self.part.group, "i8"))
+        first = first + convert(self.lane * self.part.group, "i8")
+        return Lane(self.walker, row or self.row, first)
 
     def _over_parts(self, values, combine, start, count, takes_long):
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
         start = [constant(self.own, start, "f8")] * count
         lane = self.lane
-        if self.board.scattered or (takes_long and self.way.kept == "shared"):
+        if self._joins_once(takes_long):
             values = self._once_a_block(values, start)
         if not self.part.chunks:
             joiners, parts = joiners_of(self.part), self.part.lanes // WARP
@@ -717,6 +725,10 @@ class Walk:
 
             found = repeat(self.frame.joins, add, *start)
         return [self.row.fold(v, joiners, combine) for v in found]
+
+    def _joins_once(self, takes_long):
+        """Whether what joins a part is taken by a thread for each, for all to read."""
+        return self.board.scattered or (takes_long and self.way.kept in ("shared", "ahead"))
 
     def _once_a_block(self, values, nothing):
         """The same `values`, taken by a thread for each part, for all to read."""

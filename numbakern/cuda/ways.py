@@ -15,7 +15,9 @@ block holds in registers are a block each. For longer ones there are
   one that joins and maps, the parts' sums waiting in global memory in between;
 - a cluster of blocks each, which keep the row as one block would, and tell each other the parts'
   sums (`Machine.cluster`): of many rows of which a multiprocessor could keep but one;
-- several blocks each that hold it in registers and meet in global memory (`Machine.together`).
+- several blocks each that hold it in registers and meet in global memory (`Machine.together`);
+- a block or a cluster that the device has room for has one row after the other, all of each in
+  shared memory, the next one on its way while one is mapped (`Machine.ahead`, `ahead`).
 
 Blocks that meet have to be at work at the same time, and in which order blocks start is not known.
 So which part of which row a block has, its number does not say, but the ticket that it takes when
@@ -35,7 +37,7 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
-PATHS = ("together",)
+PATHS = ("together", "ahead")
 CLUSTER = 8
 """Blocks of a cluster, at most: as many as every device that has clusters can start."""
 FEW = 4
@@ -61,6 +63,15 @@ HELD = 8
 """Warps of a block beside which others find room while it waits for those of its row."""
 ROOM = 2
 """Multiprocessors for each block of a row that meets, so that several calls can run at once."""
+BESIDE = 3
+"""Blocks of a multiprocessor that are to have rows one after the other, each at another step."""
+ENGAGED = 10
+"""Busy warps of one that is alone from which on more room for next rows is worth more than more."""
+TURNING, TURNED = 8, 80
+"""Registers of a lane that are for the next rows meanwhile, about; all of them, at least."""
+PARTS = 8
+"""Of a device that has clusters, each of which lies within one: no fewer multiprocessors than all
+over these are in each."""
 OWN, BLOCKS, REGISTERS = 1 << 10, 32, 1 << 16
 """Bytes of shared memory that the driver keeps of each block; blocks and registers of a
 multiprocessor."""
@@ -93,12 +104,15 @@ class Machine(NamedTuple):
         Blocks of the largest cluster that rows may be taken by; 1 for none.
     together : bool
         Whether blocks without a cluster may meet to have a row together.
+    ahead : bool
+        Whether blocks that are there all the time may have rows one after the other.
     """
 
     multiprocessors: int = 132
     shared: int = 227 << 10
     cluster: int = 1
     together: bool = False
+    ahead: bool = False
 
     def is_busy(self, warps):
         """Whether there are so many in all that each multiprocessor has BUSY of them."""
@@ -116,6 +130,12 @@ class Machine(NamedTuple):
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
         return min(BLOCKS, max(1, (self.shared + OWN) // (shared + OWN)))
+
+    def resident(self, beside, cluster):
+        """Clusters that are there at once, of so many blocks a multiprocessor."""
+        if cluster == 1:
+            return beside * self.multiprocessors
+        return max(1, beside * (self.multiprocessors // PARTS) // cluster * PARTS)
 
 
 MACHINE = Machine()
@@ -135,7 +155,8 @@ def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
     cluster = CLUSTER if capability >= (9, 0) else 1
-    return Machine(multiprocessors, shared, cluster, "together" in names)
+    ahead = "ahead" in names and capability >= (8, 0)
+    return Machine(multiprocessors, shared, cluster, "together" in names, ahead)
 
 
 class Launch(NamedTuple):
@@ -248,6 +269,10 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     """`launches` that have a row within one launch; None where that is not the way."""
     board = 8 * parts * numbers
     many = count >= 2 * machine.multiprocessors and board <= BOARD
+    if machine.ahead and shelf and many:
+        found = _in_turn(parts, count, numbers, shelf, registers, machine)
+        if found:
+            return found
     shelving, good = None, False
     if shelf and many:
         joined = 8 * WARP * _ceil(parts, WARP) * (numbers - 1)  # as threads find it, one a part
@@ -272,6 +297,62 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
     size = board + shelf * places
     found, constants = _in_rounds(parts, count, "partly", 1, warps, size, 1)
     return found, constants | {"shelved": places}
+
+
+class _Turning(NamedTuple):
+    """Blocks of a cluster that have rows in turn: their warps, each one's parts and places."""
+
+    cluster: int
+    beside: int
+    warps: int
+    rounds: int
+    places: int
+
+
+def _in_turn(parts, count, numbers, shelf, registers, machine):
+    """`launches` of blocks, or clusters, that have rows in turn; None if there is no room for it.
+
+    Of the smallest clusters of which a multiprocessor has blocks beside one another, so that one
+    maps while another reduces; else of those with the most room for more of the next rows.
+    """
+    # Two boards, and what a thread for each part makes of its sums.
+    boards = 2 * 8 * parts * numbers + 8 * WARP * _ceil(parts, WARP) * (numbers - 1)
+    registers = max(registers + TURNING, TURNED)
+    found: list[_Turning] = []
+    cluster = 1
+    while cluster <= machine.cluster and not any(one.beside > 1 for one in found):
+        found += _turning(parts, cluster, boards, shelf, registers, machine)
+        cluster *= 2
+    if not found:
+        return None
+    cluster, beside, warps, rounds, places = max(
+        found, key=lambda t: (t.beside > 1, t.places / t.rounds, -t.cluster)
+    )
+    teams = min(count, machine.resident(beside, cluster))
+    way = Way(warps, cluster=cluster, kept="ahead", places=places, spare=places > rounds)
+    size = boards + shelf * places * warps
+    launch = Launch(way, teams * cluster, warps * WARP, size, beside)
+    turns = {"stride": teams, "turns": _ceil(count, teams)}
+    return [launch], {"rounds": rounds, "places": places, **turns}
+
+
+def _turning(parts, cluster, boards, shelf, registers, machine):
+    """The best _Turning of clusters of so many blocks, as a list; empty if they are too few.
+
+    A block that is alone and has room for one row only would not load while it reduces.
+    """
+    found = []
+    for one in _found(parts, cluster, boards, shelf, registers, machine, held=0):
+        if parts > one.warps * WARP:  # a thread for each
+            continue
+        rounds = one.places // one.warps
+        room = (machine.shared + OWN) // one.beside - OWN - boards
+        places = min(2 * rounds, room // (shelf * one.warps))
+        busy = min(one.busy, WARP if one.beside > 1 else ENGAGED)
+        key = min(one.beside, BESIDE), busy, places / rounds, one.busy
+        if one.beside > 1 or places > rounds:
+            found.append((key, _Turning(cluster, one.beside, one.warps, rounds, places)))
+    return [one for _, one in sorted(found)[-1:]]
 
 
 def _shelved(parts, board, shelf, registers, inputs, machine):
@@ -323,20 +404,24 @@ def _shelving(parts, blocks, board, shelf, registers, machine):
     Each warp holds its last part in registers. Of two blocks beside one another one can load while
     the other computes; then the busiest is best, of the fewest rounds.
     """
-    found = []
+    found = _found(parts, blocks, board, shelf, registers, machine, held=1)
+    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+
+
+def _found(parts, blocks, board, shelf, registers, machine, held):
+    """Each _Shelving of a row's parts in so many blocks, `held` of a warp's in registers."""
     for most in range(KEEPING[0], KEEPING[1] + 1):
         rounds = _ceil(parts, most * blocks)
-        if rounds < 2:
+        if rounds <= held:
             break
         if rounds * blocks > WARP:  # a thread for each part is to join them
             continue
         warps = _ceil(parts, rounds * blocks)
-        places = (rounds - 1) * warps
+        places = (rounds - held) * warps
         size = board + shelf * places
         beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
         if size <= machine.shared and beside:
-            found.append(_Shelving(warps, places, beside, beside * parts / (rounds * blocks)))
-    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+            yield _Shelving(warps, places, beside, beside * parts / (rounds * blocks))
 
 
 def _in_rounds(parts, count, kept, blocks, warps, size, beside=0):
