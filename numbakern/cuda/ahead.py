@@ -59,7 +59,6 @@ class _Ahead(Walk):
     def _board_of(self, turn):
         """That of a turn."""
         size = self.count * (8 * self.entries)
-        self.free = self.shelf.behind + size * 2
         place = self.shelf.behind + (turn & 1) * size
         return SharedBoard(self.entries, place, self.way.cluster)
 

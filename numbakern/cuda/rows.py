@@ -557,7 +557,6 @@ class Walk:
             parts = narrow(self.frame.shelved) if way.kept == "partly" else whole
             self.shelf = Shelf(self.lane, address, parts, self.walker, self.op.both)
             address = self.shelf.behind
-        self.free = address + self.count * (8 * entries)
         return SharedBoard(entries, address, way.cluster)
 
     def _peek(self, j, read):
@@ -732,17 +731,23 @@ class Walk:
 
     def _once_a_block(self, values, nothing):
         """The same `values`, taken by a thread for each part, for all to read."""
-        places, part = narrow(self.frame.joins) * WARP, self.thread
-        address, self.free = self.free, self.free + places * (8 * len(nothing))
+        part, board, count = self.thread, self.board, len(nothing)
+        if board.scattered:
+            address, each = self.free, 8 * count
+            self.free = address + self.count * each
+        else:  # they take the place of those they are made of, which no other thread needs
+            address, each = board.address + 8 * (board.width - count), 8 * board.width
         there = part < self.count
-
-        def place(part, n):
-            return address + (places * n + part) * 8
-
         for n, v in enumerate(when(there, lambda: values(part, there), nothing)):
-            shared_store(place(part, n), v, part < places)
+            shared_store(address + part * each + 8 * n, v, there)
         barrier(part)
-        return lambda part, _there: [shared_load(place(part, n)) for n in range(len(nothing))]
+
+        def taken(part, there):
+            at = address + where(there, part, 0) * each
+            found = (shared_load(at + 8 * n) for n in range(count))
+            return [where(there, v, z) for v, z in zip(found, nothing, strict=True)]
+
+        return taken
 
 
 def joiners_of(part):

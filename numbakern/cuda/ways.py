@@ -275,8 +275,7 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
             return found
     shelving, good = None, False
     if shelf and many:
-        joined = 8 * WARP * _ceil(parts, WARP) * (numbers - 1)  # as threads find it, one a part
-        shelving, good = _shelved(parts, board + joined, shelf, registers, inputs, machine)
+        shelving, good = _shelved(parts, board, shelf, registers, inputs, machine)
     if good:
         return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
@@ -315,8 +314,7 @@ def _in_turn(parts, count, numbers, shelf, registers, machine):
     Of the smallest clusters of which a multiprocessor has blocks beside one another, so that one
     maps while another reduces; else of those with the most room for more of the next rows.
     """
-    # Two boards, and what a thread for each part makes of its sums.
-    boards = 2 * 8 * parts * numbers + 8 * WARP * _ceil(parts, WARP) * (numbers - 1)
+    boards = 2 * 8 * parts * numbers
     registers = max(registers + TURNING, TURNED)
     found: list[_Turning] = []
     cluster = 1
