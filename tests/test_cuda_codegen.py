@@ -161,7 +161,7 @@ FEW = [
 @pytest.mark.parametrize("operation, kind, rows, classes", FEW)
 def test_machine_code_of_few_rows(operation, kind, rows, classes):
     """What blocks count beside their rows takes neither a stack nor a subroutine."""
-    made, _ = codegen.call(operation, kind, rows, classes)
+    made, _ = codegen.call(operation, kind, rows, classes, machine=codegen.CHOSEN)
     *_, step = (s for s in made.steps if s.spec.kernel != "total")
     assert dict(step.spec.params)["counted"] and step.spec.kernel != "count"
     found = figures(codegen.Case(operation, kind, classes, "whole", step), "sm_90a")
@@ -187,7 +187,7 @@ NEIGHBOURS = [
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
 def test_machine_code_of_neighbouring_rows(operation, kind, classes, rows, arch):
     """An access for a class of several rows, and one or two for what there is one of them."""
-    one = case(operation, kind, classes, "columns")
+    one = case(operation, kind, classes, "columns", codegen.CHOSEN)
     check(one, arch)
     params, size = dict(one.step.spec.params), codegen.size_of(kind)
     _, vectors, group, *_ = params["part"]

@@ -46,6 +46,22 @@ def compute_of(dtype):
     return kind_of(np.dtype(dtype)).compute
 
 
+TAKEN: dict[str, bool] = {}
+"""Fields of every Machine that `run` plans for: ways that a test chooses."""
+
+
+@pytest.fixture
+def take():
+    """From its call on ways of these names are chosen; of none, none is."""
+
+    def choose(*names):
+        TAKEN.clear()
+        TAKEN.update(dict.fromkeys(names, True))
+
+    yield choose
+    TAKEN.clear()
+
+
 def run(operation, arrays, axis, elem=None, *, of="x", record=None, machine=MACHINE, **values):
     """Plan and emulate an operation over these arrays; options and values by name."""
     elem = elem or compute_of(arrays[of].dtype)
@@ -53,6 +69,7 @@ def run(operation, arrays, axis, elem=None, *, of="x", record=None, machine=MACH
     options = tuple((n, values.pop(n)) for n in names if n in values)
     arrays = {n: a for n, a in arrays.items() if a is not None}
     layouts = tuple((n, layout_of(a)) for n, a in arrays.items())
+    machine = machine._replace(**TAKEN)
     made = plan(operation, options, arrays[of].shape, axis, elem, layouts, machine)
     temporaries = {n: np.full(-(-size // 8) * 8, 0xFF, np.uint8) for n, size in made.temporaries}
     bad = np.full(1, NONE) if record is None else record
@@ -529,9 +546,11 @@ def test_nll(dtype, weighted, reduction):
         assert accuracy.errors(out, want, dtype).max() <= bound(dtype, 2.0)
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
-def test_sums_over_many_rows(rows):
+def test_sums_over_many_rows(rows, counted, take):
     """Sums by a warp that has all rows, in one step and in two, to an ulp."""
+    take(*["counted"] * counted)
     x = cases.logits((rows, 2), float64, scale=30.0)
     labels = cases.class_labels(rows, 2, np.int32)
     labels[::3] = 1
@@ -539,7 +558,8 @@ def test_sums_over_many_rows(rows):
     for reduction in ("sum", "mean"):
         loss = np.full((), np.nan)
         made = run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
-        assert len(made.steps) == (3 if rows == 70_000 else 1 if rows <= WARP else 2)
+        alone = counted and rows <= WARP
+        assert len(made.steps) == (3 if rows == 70_000 else 1 if alone else 2)
         want = losses.sum() if reduction == "sum" else losses.mean()
         size = abs(losses).sum() / (1 if reduction == "sum" else rows)
         assert abs(loss - want) <= size * 2.0**-52
@@ -575,18 +595,6 @@ def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
         cached.cache_clear()
 
 
-@pytest.fixture
-def counted_apart(monkeypatch):
-    """What has calls of few rows add up the labels' weights in a launch of its own, as many do."""
-
-    def change():
-        monkeypatch.setattr(totals, "COUNTED", 0)
-        plan.cache_clear()
-
-    yield change
-    plan.cache_clear()
-
-
 def kernels_of(made):
     return [step.spec.kernel for step in made.steps]
 
@@ -617,7 +625,7 @@ def training_calls(x, labels, weight, axis, **call):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 32, 33, 300, 1024, 1025])
 @cases.dtypes(float32, float64, bfloat16)
-def test_few_rows_count_their_labels_themselves(dtype, rows, weighted, smoothing, counted_apart):
+def test_few_rows_count_their_labels_themselves(dtype, rows, weighted, smoothing, take):
     """The bits of a launch that counts, which more rows have; and what the reference says."""
     classes = 6
     x = cases.logits((rows, classes), dtype, scale=4.0)
@@ -627,11 +635,12 @@ def test_few_rows_count_their_labels_themselves(dtype, rows, weighted, smoothing
     weight = weight if weighted else None
     call = {"ignores": True, "ignore_index": -100, "reduction": "mean", "smooth": smoothing > 0}
     call |= smoothing_values(smoothing, classes)
+    take("counted")
     results, made = training_calls(x, labels, weight, 1, **call)
     for one in made:
         assert ("count" in kernels_of(one)) == ("divisor" in dict(one.temporaries)) == (rows > 1024)
     assert len(made[0].steps) == (1 if rows <= WARP else 2 if rows <= 1024 else 3)
-    counted_apart()
+    take()
     want, made = training_calls(x, labels, weight, 1, **call)
     assert all("count" in kernels_of(one) for one in made)
     assert all(map(cases.same_bits, results, want))
@@ -654,7 +663,7 @@ OF_EACH_WAY = [
 @pytest.mark.parametrize("machine", [MACHINE, Machine(multiprocessors=2)], ids=["large", "small"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype, classes", OF_EACH_WAY)
-def test_few_rows_in_every_way(dtype, classes, axis, machine, counted_apart):
+def test_few_rows_in_every_way(dtype, classes, axis, machine, take):
     """Whoever takes the rows: the bits of a launch that counts, with bad labels among them."""
     rows = 6
     x = cases.logits((rows, classes), dtype, scale=4.0)
@@ -662,6 +671,7 @@ def test_few_rows_in_every_way(dtype, classes, axis, machine, counted_apart):
     labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, float32)
     arrays = {"x": x, "labels": labels, "weight": weight}
     call = {"reduction": "mean", "machine": machine}
+    take("counted")
     found = []
     for bad in 3, classes:
         given, record = labels.copy(), np.full(1, NONE)
@@ -671,7 +681,7 @@ def test_few_rows_in_every_way(dtype, classes, axis, machine, counted_apart):
         made = run("cross_entropy", named, axis, record=record, **call)
         assert "count" not in kernels_of(made)
         found.append((results, given, record))
-    counted_apart()
+    take()
     for results, given, record in found:
         want = {n: np.full_like(a, 7) for n, a in results.items()}
         again = np.full(1, NONE)
@@ -688,7 +698,7 @@ def test_many_blocks_leave_counting_to_a_launch():
         x, labels = Layout("f4", (classes * 4, 4), True), Layout("i8", (8,), True)
         layouts = ("x", x), ("labels", labels), ("loss", Layout("f4", (), True)), ("out", x)
         options = (("reduction", "mean"),)
-        clusters = Machine(cluster=8)
+        clusters = Machine(cluster=8, counted=True)
         made = plan("cross_entropy", options, (rows, classes), 1, "f4", layouts, clusters)
         assert ("count" in kernels_of(made)) == counts
 
@@ -696,15 +706,16 @@ def test_many_blocks_leave_counting_to_a_launch():
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @cases.dtypes(float32, float64)
-def test_means_of_nothing(dtype, rows, ignored, counted_apart):
+def test_means_of_nothing(dtype, rows, ignored, take):
     """0 / 0 where all labels are ignored, or all weights are 0, of either sign."""
     x, labels = cases.logits((rows, 5), dtype), np.full(rows, -100 if ignored else 2)
     call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
+    take("counted")
     found = []
     for zero in 0.0, -0.0:
         weight = np.full(5, zero, dtype)
         found.append(training_calls(x, labels, weight, 1, **call)[0])
-    counted_apart()
+    take()
     found.append(training_calls(x, labels, weight, 1, **call)[0])
     for one in found:
         assert np.isnan(one[0])
@@ -718,8 +729,9 @@ def test_means_of_nothing(dtype, rows, ignored, counted_apart):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("classes", [1, 3, 21, 70, 1001, 2100, 16500])
 @cases.dtypes(float32, float64)
-def test_a_warp_that_has_all_rows(dtype, classes, axis, reduction, operation):
+def test_a_warp_that_has_all_rows(dtype, classes, axis, reduction, operation, take):
     """It leaves nothing to add up, and has the bits of more rows, which are ignored."""
+    take("counted")
     few = (1, 2) if classes < 100 else (1,)
     for rows, with_grad in itertools.product(few, (False, True)):
         call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
@@ -1237,8 +1249,9 @@ def test_columns_in_chunks(dtype, operation, small_chunks):
 
 
 @pytest.fixture
-def many_rows(monkeypatch):
+def many_rows(monkeypatch, take):
     """Of rows side by side lanes have several, as if there were enough to fill a machine."""
+    take("abreast")
     monkeypatch.setattr(ways, "FULL", 0)
     plan.cache_clear()
     yield
@@ -1426,9 +1439,11 @@ def test_few_rows_are_not_taken_together():
     """Every lane that there can be is needed."""
     for rows, together in ((1 << 10, 1), (1 << 18, 1), (300_000, 2), (1 << 20, 4)):
         layouts = tuple((n, Layout("bf", (2 * rows, 2), True)) for n in ("x", "out"))
-        made = plan("log_softmax", (), (21, rows), 0, "f4", layouts)
-        assert together_of(made) == {together}
-        assert made.steps[0].grid == -(-rows // (128 * together))
+        for chosen in (1, together):
+            machine = Machine(abreast=chosen > 1)
+            made = plan("log_softmax", (), (21, rows), 0, "f4", layouts, machine)
+            assert together_of(made) == {chosen}
+            assert made.steps[0].grid == -(-rows // (128 * chosen))
 
 
 @pytest.mark.parametrize("to", cases.FLOATS, ids=str)
@@ -1540,24 +1555,31 @@ def reference_softmax(x, log):
 
 @pytest.mark.parametrize("offset", range(8))
 @pytest.mark.parametrize("classes", [16_385, 16_390, 18_432, 20_479, 20_481, 22_532])
+@pytest.mark.parametrize("way", ["default", "realigned"])
 @cases.dtypes(float16, bfloat16)
-def test_long_rows_that_start_anywhere(dtype, classes, offset):
+def test_long_rows_that_start_anywhere(dtype, way, classes, offset, take):
     """Of any number of classes, at any half, apart: right, nothing beside them written."""
+    take(*{way} - {"default"})
     gap = (3 * offset + classes) % 11
     x = placed(cases.logits((3, classes + gap), dtype, scale=3.0), offset)[:, :classes]
     base = placed(np.full((3, classes + gap), 7, dtype), (5 * offset) % 8)
     out = base[:, :classes]
     made = run("log_softmax", {"x": x, "out": out}, 1)
-    aligned = classes % 8 == gap % 8 == offset == 0
-    assert modes_of_rows(made) <= ({"whole", "realigned"} if aligned else {"realigned"})
+    found = modes_of_rows(made)
+    if way == "realigned":
+        aligned = classes % 8 == gap % 8 == offset == 0
+        assert found <= ({"whole", "realigned"} if aligned else {"realigned"})
+    else:
+        assert found <= {"whole", "shifted", "single"}
     assert accuracy.errors(out, reference_softmax(x, True), dtype).max() <= 1.0
     assert np.all(base[:, classes:] == 7)
 
 
 @pytest.mark.parametrize("classes", [16_385, 16_396, 21_001])
 @pytest.mark.parametrize("number", range(11))
-def test_all_that_is_done_with_realigned_rows(number, classes, dtype=bfloat16):
+def test_all_that_is_done_with_realigned_rows(number, classes, take, dtype=bfloat16):
     """By every way, in place, at other places, columns and strided: the same bits."""
+    take("realigned")
     x = cases.logits((3, classes), dtype, scale=4.0)
     y = cases.probabilities(x.shape, 1, dtype)
     operation, inputs, results, call = long_row_calls(x, y)[number]
@@ -1602,9 +1624,11 @@ def test_all_that_is_done_with_realigned_rows(number, classes, dtype=bfloat16):
     assert len(taken) >= (1 if call.get("given") or "out" not in results else 3)
 
 
+@pytest.mark.parametrize("way", ["default", "realigned"])
 @pytest.mark.parametrize("classes", [16_385, 18_436])
-def test_realigned_rows_of_special_values(classes, dtype=float16):
+def test_long_rows_of_special_values(classes, way, take, dtype=float16):
     """At the parts' ends: −inf, a NaN in one row, +inf in another, an ignored one."""
+    take(*{way} - {"default"})
     x = placed(cases.logits((5, classes), dtype), 1)
     for at in (0, 7, 8, 255, 256, 2047, 2048, classes - 2, classes - 1):
         x[:, at] = -np.inf
@@ -1626,8 +1650,9 @@ def test_realigned_rows_of_special_values(classes, dtype=float16):
     assert loss[3] == 0 and not out[3].any()
 
 
-def test_which_rows_are_realigned():
+def test_which_rows_are_realigned(take):
     """Long ones of halves alone that do not start and end at 16 bytes, whatever is made of them."""
+    take("realigned")
 
     def modes(operation, x, out, axis=1, **more):
         return modes_of_rows(run(operation, {"x": x, "out": out, **more}, axis))
@@ -2051,16 +2076,14 @@ def test_what_is_only_reduced_is_read_once_as_it_is():
 
 
 def test_what_is_chosen(monkeypatch):
-    for setting, together, ahead in [
-        ("", False, False),
-        ("together", True, False),
-        (" together, ahead,", True, True),
-        ("ahead", False, True),
-    ]:
+    assert set(ways.PATHS) == {name for name, value in MACHINE._asdict().items() if value is False}
+    for setting in ("", "together", " together, ahead,", "ahead", "realigned,abreast , counted"):
         monkeypatch.setenv(ways.SETTING, setting)
-        assert ways.machine_of(132, 227 << 10, (9, 0))[2:] == (8, together, ahead)
-        assert ways.machine_of(108, 163 << 10, (8, 0))[2:] == (1, together, ahead)
-        assert ways.machine_of(72, 64 << 10, (7, 5))[2:] == (1, together, False)
+        want = {name: name in setting for name in ways.PATHS}
+        assert ways.machine_of(132, 227 << 10, (9, 0)) == Machine(cluster=8, **want)
+        assert ways.machine_of(108, 163 << 10, (8, 0)) == Machine(108, 163 << 10, **want)
+        want["ahead"] = False
+        assert ways.machine_of(72, 64 << 10, (7, 5)) == Machine(72, 64 << 10, **want)
     monkeypatch.setenv(ways.SETTING, "clusters")
-    with pytest.raises(ValueError, match=r"_PATHS: .*together, ahead, got clusters$"):
+    with pytest.raises(ValueError, match=r"_PATHS: .*together, .*, counted, got clusters$"):
         ways.machine_of(132, 227 << 10, (9, 0))

@@ -442,8 +442,9 @@ def _bytes(plan, layouts, what):
 @pytest.mark.parametrize("operation", ["log_softmax", "softmax_backward"])
 def test_a_row_is_read_and_written_as_its_length_says(operation, layout, kind):
     rows = 2**18  # so many that rows side by side are a thread each
-    for classes in (32, 1024, 8192 + 64 * (layout == "whole"), 100_000):
-        plan, layouts = codegen.call(operation, kind, rows, classes, layout)
+    counts = 32, 1024, 8192 + 64 * (layout == "whole"), 100_000
+    for classes, machine in itertools.product(counts, (ways.MACHINE, codegen.CHOSEN)):
+        plan, layouts = codegen.call(operation, kind, rows, classes, layout, machine)
         array = rows * classes * codegen.size_of(kind)
         params = dict(plan.steps[-1].spec.params)
         read, written = (_bytes(plan, layouts, what) for what in ("read", "written"))

@@ -24,6 +24,8 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
 }
 ROWS, ROWS_ABREAST = 16384, 1 << 20
 """Enough that no way for few of them is taken; the same where they lie side by side."""
+CHOSEN = MACHINE._replace(realigned=True, abreast=True, counted=True)
+"""With the ways that may be chosen of rows as they are in `cases`."""
 
 
 class Case(NamedTuple):
@@ -34,11 +36,13 @@ class Case(NamedTuple):
     classes: int
     layout: str  # whole, shifted, columns
     step: Step
+    chosen: bool = False  # whether by a way that is not the default
 
     @property
     def name(self):
         """As tests and tables show it."""
-        return f"{self.operation}-{self.kind}-{self.classes}-{self.layout}"
+        by_choice = "-chosen" * self.chosen
+        return f"{self.operation}-{self.kind}-{self.classes}-{self.layout}{by_choice}"
 
 
 class Figures(NamedTuple):
@@ -131,13 +135,13 @@ OPERATIONS = (
 )
 
 
-def case(operation, kind, classes, layout="whole"):
+def case(operation, kind, classes, layout="whole", machine=MACHINE):
     """The Case of a public function on rows of a kind and length."""
     rows = ROWS_ABREAST if layout == "columns" else ROWS
-    made, _ = call(operation, kind, rows, classes, layout)
+    made, _ = call(operation, kind, rows, classes, layout, machine)
     # Beside it there are steps of one value a row, and before it what only reduces.
     *_, step = (s for s in made.steps if s.spec.kernel not in totals.KERNELS)
-    return Case(operation, kind, classes, layout, step)
+    return Case(operation, kind, classes, layout, step, machine is not MACHINE)
 
 
 def call(operation, kind, rows, classes, layout="whole", machine=MACHINE):
@@ -152,13 +156,20 @@ def cases(operations=OPERATIONS, kinds=KINDS):
     """The kernels that ship: every operation, kind, way through a row, and layout."""
     for operation in operations:
         for kind in kinds:
-            counts = COUNTS[kind]
-            for classes in counts if operation != "nll_loss" else counts[:1]:
-                yield case(operation, kind, classes)
-                yield case(operation, kind, classes, "shifted")
-                yield case(operation, kind, classes + 1)
-            yield case(operation, kind, 21, "columns")
-            yield case(operation, kind, counts[1], "columns")
+            for classes, layout in _sizes(operation, kind):
+                default = case(operation, kind, classes, layout)
+                chosen = case(operation, kind, classes, layout, CHOSEN)
+                yield default
+                if chosen.step != default.step:
+                    yield chosen
+
+
+def _sizes(operation, kind):
+    """(classes, layout) of the `cases` of an operation."""
+    counts = COUNTS[kind]
+    for classes in counts if operation != "nll_loss" else counts[:1]:
+        yield from ((classes, "whole"), (classes, "shifted"), (classes + 1, "whole"))
+    yield from ((21, "columns"), (counts[1], "columns"))
 
 
 # ---------------------------------------------------------------- reading machine code

@@ -177,9 +177,9 @@ class _Planner:
     # -- one value a row
 
     @property
-    def _few(self):
+    def _counted(self):
         """Whether there are so few rows that a block can count all labels."""
-        return self.rows <= totals.COUNTED
+        return self.machine.counted and self.rows <= totals.COUNTED
 
     @property
     def _counts(self):
@@ -201,7 +201,7 @@ class _Planner:
             ("dimensions", len(sizes)),
         )
         sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
-        if self._few and self.machine.is_quick(launch.grid * launch.threads):
+        if self._counted and self.machine.is_quick(launch.grid * launch.threads):
             return *params, ("sums", tuple(sums)), scale
         self.temporaries.append(("divisor", 16))
         last = ("result", "divisor"), ("kind", "f8"), scale
@@ -286,7 +286,7 @@ class _Planner:
         lead_size = _size(lead.kind)
         if self.elem == "f8" and lead.kind[0] in "iub":
             lead_size = 8
-        halves = all(a.kind in ("f2", "bf") for a in layouts.values())
+        halves = self.machine.realigned and all(a.kind in ("f2", "bf") for a in layouts.values())
         part = partition(self.classes, lead_size, self._halved(), halves)
         if self.operation == "nll":
             part = Partition(1, 1, 1, False)
@@ -356,7 +356,7 @@ class _Planner:
         # What stores may take of it, and sums of the warps.
         room = 0 if maps is None else maps.room * KEEPING[1]
         scales = self._counts and maps is not None  # by what all labels come to
-        room += totals.ROOM if scales and self._few else 0
+        room += totals.ROOM if scales and self._counted else 0
         ahead = self.machine.ahead and can_copy(part, accesses, op.both)
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         # Halves read one by one want a register for each load in flight, and take long.
@@ -388,7 +388,7 @@ class _Planner:
                 terms=1 if scales and not counted else added.terms,
                 rows=self._neighbours(part, found[-1].way, columns, tiles > 0),
             )
-            if added.rows >= self.rows:  # who has a node has all there is
+            if self.machine.counted and added.rows >= self.rows:  # who has a node has all there is
                 result = self.layouts["loss"].kind, self._division(added)
             params |= {"added": tuple(added), "result": result}
         for way, grid, threads, shared, beside in found:
@@ -439,7 +439,7 @@ class _Planner:
 
     def _together(self, layouts, sizes, part):
         """Neighbouring rows that one access takes an element each of."""
-        if self.operation == "nll" or any(
+        if not self.machine.abreast or self.operation == "nll" or any(
             not a.aligned or self._far(a) == "numbers" for a in layouts.values()
         ):
             return 1
@@ -473,7 +473,7 @@ class _Planner:
             return "single"
         if aligned and not part.ragged:
             return "whole"
-        if part.chunks and chunk == ACCESS and size == 2:
+        if self.machine.realigned and part.chunks and chunk == ACCESS and size == 2:
             return "realigned"
         return "shifted" if part.group * size <= ACCESS else "single"
 

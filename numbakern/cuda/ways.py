@@ -1,8 +1,8 @@
 """Who takes the parts of the rows, and where a row stays meanwhile: the launches of an operation.
 
 Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows of one part
-are several to a block, which may copy them (`tiles`), the smallest several to a lane; so are those
-side by side of which one access takes several (`abreast`). Those that a
+are several to a block, which may copy them (`tiles`), the smallest several to a lane; so may
+be those side by side of which one access takes several (`abreast`). Those that a
 block holds in registers are a block each. For longer ones there are
 
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
@@ -37,7 +37,9 @@ from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import BLOCK, Way
 
 SETTING = "NUMBAKERN_CUDA_PATHS"
-PATHS = ("together", "ahead")
+PATHS = ("together", "ahead", "realigned", "abreast", "counted")
+"""What the Machine's fields of these names say; none is the default before a GPU has shown that it
+is right and faster."""
 CLUSTER = 8
 """Blocks of a cluster, at most: as many as every device that has clusters can start."""
 FEW = 4
@@ -106,6 +108,13 @@ class Machine(NamedTuple):
         Whether blocks without a cluster may meet to have a row together.
     ahead : bool
         Whether blocks that are there all the time may have rows one after the other.
+    realigned : bool
+        Whether long rows of halves that start anywhere are read by words (`realigned`).
+    abreast : bool
+        Whether a lane may have several neighbours of rows side by side (`memory.Abreast`).
+    counted : bool
+        Whether blocks of few rows may count all labels themselves, and a warp that has all rows
+        make their loss, instead of a launch for each (`totals.Counted`).
     """
 
     multiprocessors: int = 132
@@ -113,6 +122,9 @@ class Machine(NamedTuple):
     cluster: int = 1
     together: bool = False
     ahead: bool = False
+    realigned: bool = False
+    abreast: bool = False
+    counted: bool = False
 
     def is_busy(self, warps):
         """Whether there are so many in all that each multiprocessor has BUSY of them."""
@@ -154,9 +166,10 @@ def chosen():
 def machine_of(multiprocessors, shared, capability):
     """The Machine that a device is, with what is chosen."""
     names = chosen()
+    if capability < (8, 0):
+        names -= {"ahead"}
     cluster = CLUSTER if capability >= (9, 0) else 1
-    ahead = "ahead" in names and capability >= (8, 0)
-    return Machine(multiprocessors, shared, cluster, "together" in names, ahead)
+    return Machine(multiprocessors, shared, cluster, **dict.fromkeys(names, True))
 
 
 class Launch(NamedTuple):
