@@ -151,6 +151,23 @@ def test_machine_code_of_tiles(operation, kind, classes, arch):
     assert one.step.shared <= 32 << 10
 
 
+@pytest.mark.parametrize("operation, kind, classes", [*TILES, ("softmax", "bf", 1000)])
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_machine_code_of_tiles_that_start_anywhere(operation, kind, classes, arch):
+    """They are written 16 bytes at once, and read by words, of halves that are not at one by 5."""
+    one = case(operation, kind, classes, "shifted", codegen.CHOSEN)
+    params, size = dict(one.step.spec.params), codegen.size_of(kind)
+    _, vectors, group, *_ = params["part"]
+    modes = dict(params["modes"])
+    assert set(modes.values()) == {"staged anywhere"}
+    found = check(one, arch)
+    copied, inputs = -(-vectors * group * size // 16), len(modes) - ("out" in modes)
+    assert copied * ("out" in modes) <= found.wide <= copied * ("out" in modes) + 1
+    words = {2: 4 + 5, 4: 4, 8: 2}[size]
+    edges = inputs * (16 // size - 1) + 2 * ("out" in modes)
+    assert 0 <= found.narrow - copied * inputs * words <= edges + SINGLE
+
+
 FEW = [
     ("cross_entropy_value_and_grad", "f4", 64, 1000), ("cross_entropy_value_and_grad", "bf", 1, 21),
     ("cross_entropy_value_and_grad", "f8", 500, 4096), ("cross_entropy_backward", "f4", 1000, 5),

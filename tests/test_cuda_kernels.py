@@ -1042,6 +1042,36 @@ def test_rows_of_a_tile(dtype, classes):
         assert cases.same_bits(x, want[:rows])
 
 
+ANYWHERE = {  # of which aligned ones are read and written at once
+    "f4": [*STAGED["f4"], 64, 100, 128],
+    "f8": [*STAGED["f8"], 32, 64],
+    "half": [*STAGED["half"], 64, 130, 256, 904, 1000],
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, classes", [(t, n) for t in cases.FLOATS for n in ANYWHERE[family(t)]], ids=str
+)
+def test_rows_of_a_tile_that_starts_anywhere(dtype, classes, take):
+    """At some distances from 16 bytes, results at others: what lies beside them stays."""
+    whole, each = cases.logits((129, classes), dtype, scale=4.0), 16 // dtype.itemsize
+    want = empty_like(whole)
+    run("log_softmax", {"x": whole, "out": want}, 1)
+    take("realigned")
+    for rows, shift in itertools.product((2, 31, 127, 129), {1, each // 2, each - 1}):
+        x = placed(whole[:rows], shift)
+        for other in {0, shift, 3 * shift % each}:
+            area = placed(np.full(rows * classes + 40, 7, dtype), other)
+            out = area[each:-each][: x.size].reshape(x.shape)
+            made = run("log_softmax", {"x": x, "out": out}, 1)
+            assert modes_of(made)["x"] == "staged anywhere"
+            assert cases.same_bits(out, want[:rows])
+            out[...] = 7
+            assert (area == 7).all()
+        run("log_softmax", {"x": x, "out": x}, 1)
+        assert cases.same_bits(x, want[:rows])
+
+
 def staged_calls(x, y, labels):
     """(operation, arrays, options) of all that is staged, y probabilities or an output."""
     rows = len(x)
@@ -1071,11 +1101,12 @@ HALVED = 7, 8
 @pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize("classes", [10, 21, 32, 65])
 @cases.dtypes(float32, bfloat16)
-def test_all_that_is_done_in_tiles(dtype, classes, number):
-    """Every operation, in place: the bits of rows that start anywhere, which are not staged."""
+def test_all_that_is_done_in_tiles(dtype, classes, number, take):
+    """Every operation, in place: the bits of rows that start anywhere, which need not be staged."""
     rows = 131
     found = []
-    for offset in (0, 1):
+    for offset, anywhere in (0, False), (1, False), (3, True):
+        take(*["realigned"] * anywhere)
         x = placed(cases.logits((rows, classes), dtype, scale=4.0), offset)
         y = placed(cases.probabilities((rows, classes), 1, np.float32).astype(dtype), offset)
         labels = cases.class_labels(rows, classes)
@@ -1083,27 +1114,33 @@ def test_all_that_is_done_in_tiles(dtype, classes, number):
         x[5, 0] = np.nan  # of an ignored row
         operation, arrays, call = list(staged_calls(x, y, labels))[number]
         made = run(operation, arrays, 1, of="x" if "x" in arrays else "out", **call)
-        staged = "staged" in modes_of(made).values()
-        if offset or number not in HALVED:
-            assert staged == (offset == 0 and classes * x.itemsize > 32)
+        staged = {"staged", "staged anywhere"} & set(modes_of(made).values())
+        if number not in HALVED or (offset and not anywhere):
+            mode = "staged anywhere" if anywhere else "staged"
+            there = (offset == 0 or anywhere) and classes * x.itemsize > 32
+            assert staged == {mode} if there else not staged
         found.append(arrays)
     for name in ("out", "loss", "row_lse"):
         if name in found[0]:
-            assert cases.same_bits(*(arrays[name] for arrays in found)), name
+            for other in found[1:]:
+                assert cases.same_bits(found[0][name], other[name]), name
 
 
 @pytest.mark.parametrize("classes", [9, 17, 20, 21, 22, 28, 65])
 @pytest.mark.parametrize("dtype, to", [(bfloat16, float32), (float32, float16), (float32, float64)])
-def test_tiles_of_other_types(dtype, to, classes):
+def test_tiles_of_other_types(dtype, to, classes, take):
     """Results that are wider or narrower than what is read have a tile of their own."""
     found = []
-    for offset in (0, 1):
+    for offset, anywhere in (0, False), (1, False), (1, True):
+        take(*["realigned"] * anywhere)
         x = placed(cases.logits((131, classes), dtype, scale=4.0), offset)
         out = placed(np.full(x.shape, 7, to), offset)
         made = run("log_softmax", {"x": x, "out": out}, 1, elem=compute_of(to))
         assert ("staged" in modes_of(made).values()) == (offset == 0)
+        assert ("staged anywhere" in modes_of(made).values()) == anywhere
         found.append(out)
-    assert cases.same_bits(*found)
+    for other in found[1:]:
+        assert cases.same_bits(other, found[0])
 
 
 @pytest.mark.parametrize("dtype, classes", list(every_staged()))
@@ -1137,23 +1174,31 @@ def test_lanes_meet_in_few_banks(dtype, classes, monkeypatch):
 def test_who_passes_through_shared_memory():
     """Short rows without gaps between them that start at 16 bytes, of few lanes."""
 
-    def modes(dtype, classes, step=None, aligned=True, rows=1000):
+    def modes(dtype, classes, step=None, aligned=True, anywhere=False, rows=1000):
         kind, size = kind_of(np.dtype(dtype)).kind, np.dtype(dtype).itemsize
         array = Layout(kind, ((step or classes) * size, size), aligned)
         arrays = ("x", array), ("out", array)
-        made = plan("log_softmax", (), (rows, classes), 1, compute_of(dtype), arrays)
+        shape, machine = (rows, classes), Machine(realigned=anywhere)
+        made = plan("log_softmax", (), shape, 1, compute_of(dtype), arrays, machine)
         assert made.steps[0].shared <= 16 << 10
         return set(modes_of(made).values())
 
     for dtype, classes in [(bfloat16, 17), (bfloat16, 513), (float32, 9), (float32, 65)]:
         assert modes(dtype, classes) == {"staged"}
         assert "staged" not in modes(dtype, classes, aligned=False)
+        assert modes(dtype, classes, aligned=False, anywhere=True) == {"staged anywhere"}
         assert "staged" not in modes(dtype, classes, step=classes + 1)
+        assert "single" in modes(dtype, 1 + classes // 2 * 2, 2000, aligned=False, anywhere=True)
     for dtype, classes in [
         (bfloat16, 16), (bfloat16, 64), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
         (float32, 8), (float32, 64), (float32, 128), (float32, 257),
     ]:  # fmt: skip
         assert "staged" not in modes(dtype, classes)
+        # Nor rows that are read one by one, or by more than a warp, or of a sector.
+        there = (bfloat16, 64), (bfloat16, 256), (float32, 64), (float32, 128)
+        found = modes(dtype, classes, aligned=False, anywhere=True)
+        assert (found == {"staged anywhere"}) == ((dtype, classes) in there)
+    assert modes(float32, 512, aligned=False, anywhere=True) == {"shifted"}
 
 
 # --- layouts -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.tiles import WORD, Staged, run_of, slots
+from numbakern.cuda.tiles import WORD, Staged, StagedAnywhere, run_of, slots
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import (
     KEEPING,
@@ -467,7 +467,7 @@ class _Planner:
         size = _size(layout.kind)
         chunk = min(ACCESS, part.group * size)
         if self._in_tiles(name, layout, part, size):
-            return "staged"
+            return "staged" if layout.aligned else "staged anywhere"
         aligned = layout.aligned and all(s % chunk == 0 for s in self.along[name])
         if part.group == 1:
             return "single"
@@ -482,13 +482,17 @@ class _Planner:
         row, side_by_side = self.classes * size, part.lanes * part.group * size
         # Halves one by one take so many accesses that parts of two sectors are too much as well.
         apart = side_by_side < SECTOR or (part.group * size == 2 and side_by_side == SECTOR)
-        dense = layout.aligned and self.along[name] == [row]
+        if not layout.aligned:
+            if not self.machine.realigned:
+                return False
+            # Groups' elements would come one by one, those of neighbouring lanes from more lines.
+            apart = apart or (part.group > 1 and (size == 2 or side_by_side <= LINE))
         whole = part.single and part.span >= self.classes  # of one label's logit it is not
-        return whole and apart and dense and row > SECTOR
+        return whole and apart and self.along[name] == [row] and row > SECTOR
 
 
-SECTOR = 32
-"""Bytes that L2 and DRAM move at once."""
+SECTOR, LINE = 32, 128
+"""Bytes that L2 and DRAM move at once; that L1 looks up at once."""
 BESIDE = 16
 """Registers that a lane takes beside one for each load."""
 FEW_LOST = 4
@@ -561,6 +565,7 @@ _ACCESS = {
     "strided": Strided,
     "numbers": Numbers,
     "staged": Staged,
+    "staged anywhere": StagedAnywhere,
     "realigned": Realigned,
     "abreast": Abreast,
 }

@@ -4,7 +4,8 @@ A short row belongs to few lanes, so that the elements of neighbouring lanes are
 access of a warp would touch a part of as many sectors as it has lanes, and of what is written
 each part goes to L2 by itself. Where rows lie one after the other without gaps, all threads of a
 block copy its rows as they lie, side by side, and the lanes find their elements, those that they
-have anyway, in shared memory (`Staged`).
+have anyway, in shared memory (`Staged`). Those of an array that starts anywhere are moved on the
+way, by words, so that they lie there as those of any other (`StagedAnywhere`).
 """
 
 from numbakern.cuda.device import (
@@ -13,6 +14,8 @@ from numbakern.cuda.device import (
     convert,
     distance,
     dynamic_shared,
+    either,
+    funnel,
     load,
     narrow,
     put_shared_words,
@@ -42,6 +45,7 @@ class Staged(Single):
 
     def __init__(self, fmt, part):
         super().__init__(fmt, part, part.group * fmt.size)
+        self.edge = self.word, self.per_chunk  # what is copied at once of less than an access
         groups = part.vectors if part.exact else part.sure
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
@@ -81,6 +85,14 @@ class Staged(Single):
         """As Whole.put."""
         word = self.format.word_of(number)
         put_shared_words(self.at(address), self.format.size, [word], mask)
+
+
+class StagedAnywhere(Staged):
+    """The same of an array that does not start at 16 bytes."""
+
+    def __init__(self, fmt, part):
+        super().__init__(fmt, part)
+        self.edge = fmt.size, 1
 
 
 def slots(accesses):
@@ -170,7 +182,8 @@ class Tiles:
         for name, at in self.found.items():
             start = getattr(frame, name) + distance(first, getattr(frame, f"{name}_step0"))
             size = there * self.classes * accesses[name].format.size
-            self.tiles[name] = _Tile(accesses[name], start, size, at * threads, frame, threads)
+            kind = _MovedTile if isinstance(accesses[name], StagedAnywhere) else _Tile
+            self.tiles[name] = kind(accesses[name], start, size, at * threads, frame, threads)
 
     def start(self, name):
         """The place of a lane's row."""
@@ -202,63 +215,158 @@ class Tiles:
 
 
 class _Tile:
-    """So many bytes of global memory from an address on, and their place in shared memory."""
+    """So many bytes of global memory from an address on, and their place in shared memory.
+
+    Parameters
+    ----------
+    access : Staged
+    start, size : Value
+        The address; how many.
+    at : int
+        The place.
+    frame : device.Frame
+    threads : int
+        Of the block, which copy them; an edge is what each of some copies beside whole accesses.
+    """
+
+    word = WORD
 
     def __init__(self, access, start, size, at, frame, threads):
-        self.access, self.at = access, at
-        self.start, self.thread, self.threads = start, frame.thread, threads
-        self.whole = size >> _bits(ACCESS)  # accesses
-        self.rest = (size & (ACCESS - 1)) >> _bits(access.bytes)  # groups behind them
+        self.access, self.start, self.size, self.at = access, start, size, at
+        self.thread, self.threads = frame.thread, threads
+        word, count = access.edge
+        self.edge = word * count
 
-    def _accesses(self):
-        """(whether it is there, address, address in shared memory) of those of this thread."""
-        first = self.thread * ACCESS
-        address, place = self.start + convert(first, "i8"), self.access.at(first + self.at)
+    def _accesses(self, behind=0):
+        """(whether it is there, its address, its place) of each of this thread's accesses.
+
+        The first of them all begins so many bytes behind the tile's beginning.
+        """
+        first, whole = self.thread * ACCESS + behind, self._whole(behind)
+        address = self.start + convert(first, "i8")
         for i in range(self.access.copied):
-            behind = i * self.threads
-            there = self.thread < self.whole - behind
-            yield there, address + behind * ACCESS, place + behind * ACCESS
+            there, more = self.thread < whole - i * self.threads, i * self.threads * ACCESS
+            yield there, address + more, first + (self.at + more)
+
+    def _whole(self, behind=0):
+        """How many accesses there are from so many bytes on."""
+        return (self.size - behind) >> _bits(ACCESS)
 
     def load(self):
+        """Read this thread's accesses, without waiting."""
         self.words = [
             load(address, WORD, ACCESS // WORD, there, None)
             for there, address, _ in self._accesses()
         ]
 
     def put(self):
+        """Put them into the tile, with what there is behind the last one."""
         # There is room for all, and something for rows that there are not.
         always = constant(self.thread, True, "b1")
-        for words, (_, _, place) in zip(self.words, self._accesses(), strict=True):
-            put_shared_words(place, WORD, words, always)
-        if self.access.bytes < ACCESS:
-            mine = self.thread == (self.whole & (self.threads - 1))
-            when((self.rest > 0) & mine, self._put_rest, [])
+        place = self.access.at(self.thread * ACCESS + self.at)
+        for i, words in enumerate(self.words):
+            put_shared_words(place + i * self.threads * ACCESS, self.word, words, always)
+        if self.edge < ACCESS:
+            whole = self._whole()
+            rest = self.size - whole * ACCESS
+            mine = self.thread == (whole & (self.threads - 1))  # who has put something there
+            when((rest > 0) & mine, lambda: self._put_rest(whole * ACCESS, rest), [])
 
-    def _put_rest(self):
-        """Copy what is left of the array, which is not 16 bytes: who has put words there does."""
-        access, (address, place) = self.access, self._end()
-        for i in range(ACCESS // access.bytes - 1):
-            there, at = self.rest > i, i * access.bytes
-            words = load(address + at, access.word, access.per_chunk, there, None)
-            put_shared_words(place + at, access.word, words, there)
+    def _put_rest(self, end, rest):
+        """Copy the bytes behind the last access."""
+        address, place = self.start + convert(end, "i8"), self.access.at(end + self.at)
+        for at in range(0, ACCESS - self.edge, self.edge):
+            there = rest > at
+            words = load(address + at, *self.access.edge, there, None)
+            put_shared_words(place + at, self.access.edge[0], words, there)
         return []
-
-    def _end(self):
-        """(address, address in shared memory) behind the last whole access."""
-        end = self.whole * ACCESS
-        return self.start + convert(end, "i8"), self.access.at(end + self.at)
 
     def store(self):
+        """Write the tile."""
         for i, (there, address, place) in enumerate(self._accesses()):
             known = None if i < self.access.full else there
-            words = shared_words(place, WORD, ACCESS // WORD, known, None)
+            words = shared_words(self.access.at(place), WORD, ACCESS // WORD, known, None)
             store(address, WORD, words, there)
-        if self.access.bytes < ACCESS:
-            when(self.thread < self.rest, self._store_rest, [])
+        if self.edge < ACCESS:
+            self._store_edges(self._whole() * ACCESS, self.size)
 
-    def _store_rest(self):
-        access, (address, place) = self.access, self._end()
-        at = self.thread * access.bytes
-        words = shared_words(place + at, access.word, access.per_chunk)
-        store(address + convert(at, "i8"), access.word, words)
+    def _store_edges(self, begin, end):
+        """Write the bytes from one to another, fewer than an access has."""
+        at = self.thread * self.edge + begin
+        when(at < end, lambda: self._store_edge(at), [])
+
+    def _store_edge(self, at):
+        words = shared_words(self.access.at(at + self.at), *self.access.edge)
+        store(self.start + convert(at, "i8"), self.access.edge[0], words)
         return []
+
+
+class _MovedTile(_Tile):
+    """The same from an address that is a multiple of an element's bytes, not of 16.
+
+    Read are the words in which an access of the tile lies, in global memory, and written those in
+    which one of global memory does, in the tile. Nothing is read that belongs to another tile.
+
+    Attributes
+    ----------
+    before : Value
+        Bytes before the first 16 of global memory.
+    """
+
+    def __init__(self, access, start, size, at, frame, threads):
+        super().__init__(access, start, size, at, frame, threads)
+        self.word = max(WORD, access.format.size)
+        self.before = -narrow(start) & (ACCESS - 1)
+
+    def load(self):
+        """As _Tile.load."""
+        accesses = [(there, address) for there, address, _ in self._accesses()]
+
+        def whole():
+            return [word for a in accesses for word in self._load_whole(*a)]
+
+        if self.edge < WORD:
+            words = either((self.before & 2) > 0, lambda: self._load_moved(accesses), whole)
+        else:
+            words = whole()
+        each = ACCESS // self.word
+        self.words = [words[i : i + each] for i in range(0, len(words), each)]
+
+    def _load_whole(self, there, address):
+        """The words of an access that is at a multiple of theirs."""
+        return [
+            load(address + at, self.word, 1, there, None)[0] for at in range(0, ACCESS, self.word)
+        ]
+
+    def _load_moved(self, accesses):
+        """The words of all accesses, each of which begins and ends within one of global memory."""
+        found = []
+        for there, address in accesses:
+            begin = load(address, 2, 1, there, None)[0] << 16
+            words = [load(address + at, WORD, 1, there, None)[0] for at in range(2, 14, WORD)]
+            words = [begin, *words, *load(address + 14, 2, 1, there, None)]
+            half = constant(begin, 16, "i4")
+            found += [funnel(a, b, half) for a, b in zip(words, words[1:], strict=False)]
+        return found
+
+    def store(self):
+        """As _Tile.store."""
+        odd = self.before & (WORD - 1) if self.edge < WORD else None
+        for there, address, place in self._accesses(self.before):
+            store(address, self.word, self._words_of(place, there, odd), there)
+        self._store_edges(0, self.before)
+        self._store_edges(self._whole(self.before) * ACCESS + self.before, self.size)
+
+    def _words_of(self, place, there, odd):
+        """The words from a place of the tile on, which begin `odd` bytes behind one of its own."""
+        if odd is not None:
+            place = place - odd
+        words = [
+            shared_words(self.access.at(place + at), self.word, 1, there, None)[0]
+            for at in range(0, ACCESS, self.word)
+        ]
+        if odd is None:
+            return words
+        last = self.access.at(place + ACCESS)
+        words += shared_words(last, self.word, 1, there & (odd > 0), None)
+        return [funnel(a, b, odd << 3) for a, b in zip(words, words[1:], strict=False)]
