@@ -439,8 +439,10 @@ class _Planner:
 
     def _together(self, layouts, sizes, part):
         """Neighbouring rows that one access takes an element each of."""
-        if not self.machine.abreast or self.operation == "nll" or any(
-            not a.aligned or self._far(a) == "numbers" for a in layouts.values()
+        if (
+            not self.machine.abreast
+            or self.operation == "nll"
+            or any(not a.aligned or self._far(a) == "numbers" for a in layouts.values())
         ):
             return 1
         inputs = sum(n != "out" for n in layouts)
