@@ -21,7 +21,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from numbakern.cuda import codegen  # noqa: E402
 from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
-from numbakern.cuda.plan import Spec, build  # noqa: E402
+from numbakern.cuda.plan import Layout, Spec, build, plan  # noqa: E402
 from numbakern.cuda.rows import Way  # noqa: E402
 from numbakern.cuda.ways import Machine  # noqa: E402
 
@@ -166,6 +166,18 @@ def test_machine_code_of_tiles_that_start_anywhere(operation, kind, classes, arc
     words = {2: 4 + 5, 4: 4, 8: 2}[size]
     edges = inputs * (16 // size - 1) + 2 * ("out" in modes)
     assert 0 <= found.narrow - copied * inputs * words <= edges + SINGLE
+
+
+@pytest.mark.parametrize("kind, to", [("f2", "f8"), ("f4", "f8"), ("bf", "f4"), ("f8", "f2")])
+@pytest.mark.parametrize("classes", [21, 1000, 8192, 50_000])
+def test_machine_code_of_casts(kind, to, classes):
+    """A lane holds what it computes in: float64 of narrower logits take no more registers."""
+    elem, sizes = "f8" if "f8" in (kind, to) else "f4", map(codegen.size_of, (kind, to))
+    x, out = (Layout(k, (classes * n, n), True) for k, n in zip((kind, to), sizes, strict=True))
+    (step,) = plan("log_softmax", (), (4096, classes), 1, elem, (("x", x), ("out", out))).steps
+    used = compiler.resources(compiler.cubin(step.spec, "sm_90a", step.block, step.blocks))
+    assert used.local + used.stack <= (compiler.LITTLE if step.block >= compiler.LARGE else 0), used
+    assert used.registers <= 128
 
 
 FEW = [

@@ -1136,8 +1136,9 @@ def test_tiles_of_other_types(dtype, to, classes, take):
         x = placed(cases.logits((131, classes), dtype, scale=4.0), offset)
         out = placed(np.full(x.shape, 7, to), offset)
         made = run("log_softmax", {"x": x, "out": out}, 1, elem=compute_of(to))
-        assert ("staged" in modes_of(made).values()) == (offset == 0)
-        assert ("staged anywhere" in modes_of(made).values()) == anywhere
+        there = classes < 65 or to != float64  # else lanes lie further from one another
+        assert ("staged" in modes_of(made).values()) == (offset == 0 and there)
+        assert ("staged anywhere" in modes_of(made).values()) == (anywhere and there)
         found.append(out)
     for other in found[1:]:
         assert cases.same_bits(other, found[0])
@@ -1504,9 +1505,12 @@ def test_conversions(dtype, to):
         del classes
 
 
-@pytest.mark.parametrize("dtype, to", [(float16, float64), (bfloat16, float32), (float32, float64)])
-def test_results_wider_than_their_groups(dtype, to):
-    """Groups of more than 16 bytes, of results that start anywhere, of rows of several warps."""
+WIDER = [(float16, float64), (float32, float64), (float16, float32), (bfloat16, float32)]
+
+
+@pytest.mark.parametrize("dtype, to", WIDER)
+def test_results_wider_than_what_is_read(dtype, to):
+    """Results that start anywhere, in groups of more than 16 bytes but for what is held as such."""
     elem = "f8" if to == float64 else "f4"
     x = cases.logits((2, 4608), dtype, scale=4.0)
     want = empty_like(x, to)
@@ -1516,7 +1520,7 @@ def test_results_wider_than_their_groups(dtype, to):
         out = placed(want, offset)
         out[...] = 7
         made = run("log_softmax", {"x": placed(x, offset), "out": out}, 1, elem)
-        assert dict(dict(made.steps[0].spec.params)["modes"])["out"] == "single"
+        assert modes_of(made)["out"] == ("shifted" if to == float64 else "single")
         assert cases.same_bits(out, want)
 
 

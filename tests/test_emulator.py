@@ -66,6 +66,7 @@ CLUSTERS = Machine(multiprocessors=1, cluster=8)
 SHARED = Machine(multiprocessors=1)
 PARTLY = Machine(multiprocessors=1, shared=40 << 10)
 TOGETHER = Machine(together=True)
+ANYWHERE = Machine(realigned=True)
 AHEAD = Machine(multiprocessors=1, cluster=8, ahead=True)
 KERNELS = {
     "a block a row": ("log_softmax", 4096),
@@ -76,6 +77,7 @@ KERNELS = {
     "a cluster": ("softmax", 50_000, (), CLUSTERS),
     "rows of a tile": ("log_softmax", 21, (), MACHINE, 140),
     "rows of a tile, finished together": ("cross_entropy", 65, MEAN, MACHINE, 40),
+    "rows of a tile that starts anywhere": ("log_softmax", 21, (), ANYWHERE, 140, 1),
     "a warp a row that starts anywhere": ("log_softmax", 160, (), MACHINE, 3, 1),
     "a block a row that starts anywhere": ("softmax", 4096, (), MACHINE, 3, 3),
     "rows side by side": ("log_softmax", 150, (), MACHINE, 40, 0, 0),

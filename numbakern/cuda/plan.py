@@ -283,9 +283,7 @@ class _Planner:
         if "weight" in self.layouts:
             self.constants["weight_class"] = self.layouts["weight"].strides[0]
         lead = layouts.get("x") or layouts["out"]
-        lead_size = _size(lead.kind)
-        if self.elem == "f8" and lead.kind[0] in "iub":
-            lead_size = 8
+        lead_size = 8 if self.elem == "f8" else _size(lead.kind)  # as it is held
         halves = self.machine.realigned and all(a.kind in ("f2", "bf") for a in layouts.values())
         part = partition(self.classes, lead_size, self._halved(), halves)
         if self.operation == "nll":
