@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -492,6 +493,98 @@ def bits(torch, values):
     """What tells one NaN from a number, and 0 from −0."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return values.reshape(-1).view(kind)
+
+
+def all_calls(x, labels, axis):
+    """What is made of rows, each in turn, and in place."""
+    yield numbakern.log_softmax(x, axis)
+    yield numbakern.logsumexp(x, axis)
+    yield numbakern.softmax_backward(x, x, axis)
+    for reduction in cases.REDUCTIONS:
+        options = {"axis": axis, "reduction": reduction, "ignore_index": 1}
+        loss, lse = numbakern.cross_entropy(x, labels, return_lse=True, **options)
+        yield from (loss, lse)
+        yield from numbakern.cross_entropy_value_and_grad(x, labels, **options)
+        upstream = loss if reduction == "none" else 1.5
+        yield numbakern.cross_entropy_backward(upstream, x, labels, lse=lse, **options)
+        yield numbakern.nll_loss_backward(upstream, x, labels, **options)
+    y = x.clone()
+    yield from numbakern.cross_entropy_value_and_grad(y, labels, axis=axis, out=y)
+
+
+def check_same_bits(torch, choose, way, x, labels, axis):
+    choose(**{way: False})
+    want = list(all_calls(x, labels, axis))
+    choose(**{way: True})
+    for got, one in zip(all_calls(x, labels, axis), want, strict=True):
+        assert torch.equal(bits(torch, got), bits(torch, one))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("classes", [2, 3, 8, 21, 64, 100])
+def test_neighbouring_rows_change_no_bit(torch, choose, name, classes):
+    """So many that lanes have several of them, in one batch axis and in two."""
+    torch.manual_seed(classes)
+    rows = 600_000 if classes <= 8 else 300_000
+    for shape in (classes, rows), (3, classes, rows // 3):
+        x = torch.randn(shape, device="cuda").to(getattr(torch, name))
+        x[..., 5] = torch.nan
+        axis = len(shape) - 2
+        labels = torch.randint(classes, (*shape[:-2], shape[-1]), device="cuda")
+        check_same_bits(torch, choose, "abreast", x, labels, axis)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("rows", [1, 3, 32, 33, 64, 1000, 1024])
+@pytest.mark.parametrize("classes", [1, 10, 1000, 4096, 20_000])
+def test_few_rows_that_count_their_labels_change_no_bit(torch, choose, name, rows, classes):
+    torch.manual_seed(rows)
+    x = torch.randn(rows, classes, device="cuda").to(getattr(torch, name))
+    labels = torch.randint(classes, (rows,), device="cuda")
+    check_same_bits(torch, choose, "counted", x, labels, 1)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("classes", [9, 17, 21, 32, 64, 66, 128, 513, 1000])
+def test_short_rows_that_start_anywhere_change_no_bit(torch, choose, name, classes):
+    torch.manual_seed(classes)
+    for rows, start in itertools.product((2, 100, 5001), (1, 2, 5, 7)):
+        x = torch.randn(rows * classes + 8, device="cuda").to(getattr(torch, name))
+        x = x[start : start + rows * classes].reshape(rows, classes)
+        labels = torch.randint(classes, (rows,), device="cuda")
+        check_same_bits(torch, choose, "realigned", x, labels, 1)
+
+
+@pytest.mark.parametrize("name, eps", [("bfloat16", 2.0**-7), ("float16", 2.0**-10)])
+@pytest.mark.parametrize("classes", [16_385, 16_392, 20_481, 32_001, 50_257, 100_003])
+def test_long_rows_of_halves_that_start_anywhere(torch, choose, name, eps, classes):
+    """Right, and the same bits wherever they start; what lies beside them stays."""
+    torch.manual_seed(classes)
+    choose(realigned=True)
+    rows, found = 7, []
+    logits = torch.randn(rows, classes, device="cuda").to(getattr(torch, name))
+    labels = torch.randint(classes, (rows,), device="cuda")
+    for start in range(8):
+        area = torch.full((2 * rows * classes + 24,), 7.0, device="cuda", dtype=logits.dtype)
+        x, out = (area[at:][: rows * classes] for at in (start, rows * classes + 2 * start))
+        x.copy_(logits.reshape(-1))
+        x, out = x.reshape(rows, classes), out.reshape(rows, classes)
+        made = [numbakern.log_softmax(x, out=out).clone()]
+        made += numbakern.cross_entropy_value_and_grad(x, labels, out=x)
+        made[-1] = made[-1].clone()
+        found.append(made)
+        x[...], out[...] = 7.0, 7.0
+        assert (area == 7.0).all()
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+    wide = logits.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(wide, labels)
+    loss.backward()
+    want = torch.log_softmax(wide.detach(), 1), loss.detach(), wide.grad
+    for got, one, off in zip(found[0], want, (eps, 2e-6, eps), strict=True):
+        torch.testing.assert_close(
+            got.double(), one, rtol=off, atol=1e-7 if name == "float16" else 0.0
+        )
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
