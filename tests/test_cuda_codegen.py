@@ -200,7 +200,7 @@ def test_machine_code_of_few_rows(operation, kind, rows, classes):
 
 NEIGHBOURS = [
     ("log_softmax", "bf", 21, 4),
-    ("log_softmax", "f2", 64, 4),
+    ("log_softmax", "f2", 64, 2),
     ("log_softmax", "bf", 1000, 2),
     ("log_softmax", "f4", 32, 2),
     ("log_softmax", "f8", 3, 2),

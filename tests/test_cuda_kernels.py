@@ -1191,12 +1191,12 @@ def test_who_passes_through_shared_memory():
         assert "staged" not in modes(dtype, classes, step=classes + 1)
         assert "single" in modes(dtype, 1 + classes // 2 * 2, 2000, aligned=False, anywhere=True)
     for dtype, classes in [
-        (bfloat16, 16), (bfloat16, 64), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
+        (bfloat16, 16), (bfloat16, 72), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
         (float32, 8), (float32, 64), (float32, 128), (float32, 257),
     ]:  # fmt: skip
         assert "staged" not in modes(dtype, classes)
         # Nor rows that are read one by one, or by more than a warp, or of a sector.
-        there = (bfloat16, 64), (bfloat16, 256), (float32, 64), (float32, 128)
+        there = (bfloat16, 72), (bfloat16, 256), (float32, 64), (float32, 128)
         found = modes(dtype, classes, aligned=False, anywhere=True)
         assert (found == {"staged anywhere"}) == ((dtype, classes) in there)
     assert modes(float32, 512, aligned=False, anywhere=True) == {"shifted"}
@@ -1324,7 +1324,7 @@ TOGETHER = {  # (float32, halves, float64), without labels
     5: (2, 4, 1),
     8: (2, 4, 1),
     21: (2, 4, 1),
-    64: (2, 4, 1),
+    64: (2, 2, 1),
     100: (2, 2, 1),
 }
 

@@ -57,8 +57,6 @@ BLOCK = 128
 """Threads of a block whose rows are a part each."""
 LANE = 128
 """Bytes of a lane at most."""
-LONELY = 80
-"""The same of one that has a row of halves for itself: one by one, each is of another line."""
 FULL = 4
 """Accesses of a lane from which on it asks once whether all it reads is there."""
 CROWDED, LONE = 256, 40
@@ -152,7 +150,7 @@ def partition(classes, size, halved=False, halves=False):
     if ragged:
         group = ACCESS // size
     most = held // group
-    lanes = 2 if size == 2 and classes * size > LONELY else 1
+    lanes = 1
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
     parts = -(-classes // (lanes * group * most))
