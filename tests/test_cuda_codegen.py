@@ -83,7 +83,10 @@ def check(one, arch):
     if lanes * vectors * group >= 1000 and inputs and one.layout != "columns":
         asked = min(resident, 2048) * vectors * group * size * inputs
         assert asked >= IN_FLIGHT, found
-    whole = one.layout == "whole" and group * size >= 16
+    modes = dict(params["modes"])
+    moved = "realigned" in modes.values()  # read by words, written 16 bytes at once
+    assert found.wide >= vectors * (moved and "out" in modes), found
+    whole = one.layout == "whole" and group * size >= 16 and not moved
     if whole and one.operation != "nll_loss":
         assert found.wide >= vectors, found
         assert found.narrow <= (AGAIN if chunks and found.looped else SINGLE), found
