@@ -1099,7 +1099,7 @@ HALVED = 7, 8
 
 
 @pytest.mark.parametrize("number", range(10))
-@pytest.mark.parametrize("classes", [10, 21, 32, 65])
+@pytest.mark.parametrize("classes", [10, 21, 32, 65, 1000])
 @cases.dtypes(float32, bfloat16)
 def test_all_that_is_done_in_tiles(dtype, classes, number, take):
     """Every operation, in place: the bits of rows that start anywhere, which need not be staged."""
@@ -1117,13 +1117,34 @@ def test_all_that_is_done_in_tiles(dtype, classes, number, take):
         staged = {"staged", "staged anywhere"} & set(modes_of(made).values())
         if number not in HALVED or (offset and not anywhere):
             mode = "staged anywhere" if anywhere else "staged"
-            there = (offset == 0 or anywhere) and classes * x.itemsize > 32
+            there = (offset == 0 or anywhere) and 32 < classes * x.itemsize
+            there = there and (classes < 1000 or (anywhere and dtype == bfloat16))
             assert staged == {mode} if there else not staged
         found.append(arrays)
     for name in ("out", "loss", "row_lse"):
         if name in found[0]:
             for other in found[1:]:
                 assert cases.same_bits(found[0][name], other[name]), name
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("classes", [33, 65, 130, 500, 513, 1000])
+@cases.dtypes(bfloat16, float32)
+def test_sums_over_rows_of_a_tile(dtype, classes, reduction, take):
+    """Rows of 2 to 32 lanes: the losses' sum and gradients of rows that lie apart."""
+    rows = 70
+    logits, labels = cases.logits((rows, classes), dtype), cases.class_labels(rows, classes)
+    apart = np.full((rows, classes + 1), 7, dtype)[:, :classes]
+    apart[...] = logits
+    found = []
+    for x, names in (apart, ()), (placed(logits, 0), ()), (placed(logits, 3), ("realigned",)):
+        take(*names)
+        loss, out = np.full((), 7, np.float32), empty_like(np.ascontiguousarray(x))
+        results = {"loss": loss, "out": placed(out, offset_of(x))}
+        run("cross_entropy", {"x": x, "labels": labels, **results}, 1, reduction=reduction)
+        found.append(results)
+    for other in found[1:]:
+        assert all(cases.same_bits(a, found[0][name]) for name, a in other.items())
 
 
 @pytest.mark.parametrize("classes", [9, 17, 20, 21, 22, 28, 65])

@@ -340,7 +340,7 @@ class _Planner:
         if way.gathers:
             return min(way.gathers, WARP // joiners_of(part))
         if staged and part.lanes > 1:
-            return run_of(True)
+            return run_of(True, part.lanes)
         return WARP // part.lanes if part.single else 1
 
     def _launches(self, params, part):

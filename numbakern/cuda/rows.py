@@ -482,7 +482,7 @@ class Walk:
         self.board = self.shelf = self.held = None
         self.finishing = None  # the warps that finish a row that is not mapped; None for all
         threads = self.way.warps * WARP if self.way.gathers else BLOCK
-        run = run_of(op.added and not self.way.gathers)
+        run = run_of(op.added and not self.way.gathers, self.part.lanes)
         self.tiles = Tiles(walker.accesses, frame, self.part, threads, run, op.narrow)
         self._place_row(frame, op)
         self.row.tiles = self.tiles

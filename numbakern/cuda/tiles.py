@@ -111,13 +111,13 @@ def slots(accesses):
     return found, end
 
 
-def run_of(added):
+def run_of(added, lanes):
     """Rows of a warp that are neighbours, where several lanes have a row.
 
     Those of odd rows that follow one another begin at banks that do: what lanes read would lie in
     the same ones. Where losses are `added` up, pairs are left together for there to be fewer sums.
     """
-    return 2 if added else 1
+    return 2 if added and lanes < WARP else 1
 
 
 def _row_of(thread, lanes, threads, run):
