@@ -406,13 +406,14 @@ class _Planner:
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added
 
-    @staticmethod
-    def _lane_registers(part, single, shelf, maps):
+    def _lane_registers(self, part, single, shelf, maps):
         """Of a lane, about: beside what it holds, more for halves, and yet more one by one."""
         if not maps:
             return _registers(part) if single else LANE_REGISTERS
-        held = shelf // (4 * WARP)
-        return held + (56 if single else 40 if part.held > WARP else 32)
+        held, halves = shelf // (4 * WARP), part.held > WARP
+        if self._halved():  # what it holds less, sums take
+            held, halves = max(held, 24 if single else 32), part.held > WARP // 2
+        return held + (56 if single else 40 if halves else 32)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
