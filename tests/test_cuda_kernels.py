@@ -129,7 +129,7 @@ def small_chunks(monkeypatch):
         return Partition(4 * WARP, most // group, group, True)
 
     monkeypatch.setattr(plans, "partition", partition)
-    for name, number in {"WALKING": 2, "KEEPING": (1, 2), "BUSILY": 0.0}.items():
+    for name, number in {"WALKING": 2, "KEEPING": (1, 2), "BUSILY": (0.0, 0.0)}.items():
         monkeypatch.setattr(ways, name, number)
     monkeypatch.setattr(ways, "HELD", 2)
     plan.cache_clear()

@@ -360,14 +360,15 @@ class _Planner:
         # Halves read one by one want a register for each load in flight, and take long.
         single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
         realigned = any(isinstance(a, Realigned) for a in accesses.values())
+        inputs = 0 if maps is None else max(1, len(accesses))
         found, constants = launches(
             part,
             self.classes,
             self.rows,
             numbers,
             shelf,
-            0 if maps is None else max(1, len(accesses)),
-            self._lane_registers(part, single, shelf, maps is not None),
+            inputs,
+            self._lane_registers(part, single, shelf, inputs),
             columns,
             machine,
             tiles > 0,
@@ -406,11 +407,14 @@ class _Planner:
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added
 
-    def _lane_registers(self, part, single, shelf, maps):
-        """Of a lane, about: beside what it holds, more for halves, and yet more one by one."""
-        if not maps:
+    def _lane_registers(self, part, single, shelf, inputs):
+        """Of a lane, about, where a map reads so many arrays: beside what it holds.
+
+        More for halves of which a map takes other arrays as well, and yet more one by one.
+        """
+        if not inputs:
             return _registers(part) if single else LANE_REGISTERS
-        held, halves = shelf // (4 * WARP), part.held > WARP
+        held, halves = shelf // (4 * WARP), part.held > WARP and inputs > 1
         if self._halved():  # what it holds less, sums take
             held, halves = max(held, 24 if single else 32), part.held > WARP // 2
         return held + (56 if single else 40 if halves else 32)

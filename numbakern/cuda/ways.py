@@ -27,6 +27,7 @@ calls are at work at once, for k·(blocks − 1) + 1. A row has at most one for 
 multiprocessors: 2 calls always find room, 4 to 8 where a multiprocessor holds 2 to 4 blocks.
 """
 
+import math
 import os
 from typing import NamedTuple
 
@@ -56,9 +57,11 @@ REDUCING = (3, 4, 5, 6, 8, 11)
 GATHERED_ROWS, GATHERED_THREADS = 4, 256
 """Rows of several parts that a block finishes together, a warp each; threads of one whose rows have
 one part."""
-BUSILY, ENOUGH = 0.75, 27
-"""Of the warps that find registers, the share that has to be busy for a cluster to be better; busy
-warps of a block that needs none beside it. As measured on an H200."""
+BUSILY, ENOUGH = (0.85, 0.75), 20
+"""Of the warps that find registers, the share that should be busy, and has to be, for a cluster to
+be better; busy warps of a block of two rounds that needs none beside it."""
+SIMPLE = 3
+"""Numbers that say all of a part of a row of which no sums over targets are taken."""
 BUSY = 18
 """Warps of a multiprocessor, of all rows, from which on a warp for each row is enough."""
 HELD = 8
@@ -288,7 +291,8 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
             return found
     shelving, good = None, False
     if shelf and many:
-        shelving, good = _shelved(parts, board, shelf, registers, inputs, machine)
+        simple = inputs == 1 and numbers <= SIMPLE
+        shelving, good = _shelved(parts, board, shelf, registers, simple, machine)
     if good:
         return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
@@ -366,26 +370,30 @@ def _turning(parts, cluster, boards, shelf, registers, machine):
     return [one for _, one in sorted(found)[-1:]]
 
 
-def _shelved(parts, board, shelf, registers, inputs, machine):
+def _shelved(parts, board, shelf, registers, simple, machine):
     """How `_in_rounds` keeps all of a row, None if it can't; whether nothing else is as good.
 
-    By a block, if another finds room beside it, or if it keeps a multiprocessor busy alone, which
-    takes that the map reads nothing else meanwhile. Else by the smallest cluster whose blocks are
-    beside others and busy.
+    By a block, if another finds room beside it, or if it is good alone, which takes that there is
+    nothing else to do. Else by the smallest cluster whose blocks are beside others and busy; of
+    none that are, by one whose blocks are about to be.
     """
-    alone, blocks = None, 1
+    alone, clusters, blocks = None, [], 1
     while blocks <= machine.cluster:
-        found = _shelving(parts, blocks, board, shelf, registers, machine)
+        enough = ENOUGH if simple and blocks == 1 else math.inf
+        found = _shelving(parts, blocks, board, shelf, registers, enough, machine)
         if found:
-            size = board + shelf * found.places
-            kept = "shared", blocks, found.warps, size, found.beside
-            if blocks == 1:
-                alone, good = kept, found.beside > 1 or (found.busy >= ENOUGH and inputs == 1)
-            else:
-                good = found.beside > 1 and found.busy >= BUSILY * REGISTERS / (registers * WARP)
-            if good:
+            kept = "shared", blocks, found.warps, board + shelf * found.places, found.beside
+            if blocks > 1:
+                clusters += [(found.busy, kept)] * (found.beside > 1)
+            elif found.beside > 1 or found.is_enough(enough):
                 return kept, True
+            else:
+                alone = kept
         blocks *= 2
+    for share in BUSILY[not simple :]:
+        for busy, kept in clusters:
+            if busy >= share * REGISTERS / (registers * WARP):
+                return kept, True
     return alone, False
 
 
@@ -408,15 +416,24 @@ class _Shelving(NamedTuple):
     beside: int
     busy: float
 
+    def is_enough(self, busy):
+        """Whether so many warps are busy, and ask for all of their parts at once."""
+        return self.busy >= busy and self.places == self.warps
 
-def _shelving(parts, blocks, board, shelf, registers, machine):
+
+def _shelving(parts, blocks, board, shelf, registers, enough, machine):
     """The _Shelving of a row's parts in so many blocks; None if they are too many.
 
-    Each warp holds its last part in registers. Of two blocks beside one another one can load while
-    the other computes; then the busiest is best, of the fewest rounds.
+    Each warp holds its last part in registers. One that has `enough` busy warps is best. Of two
+    blocks beside one another one can load while the other computes; then the busiest is best, of
+    the fewest rounds.
     """
+
+    def rank(one):
+        return one.is_enough(enough), one.beside > 1, min(one.busy, WARP), one.warps
+
     found = _found(parts, blocks, board, shelf, registers, machine, held=1)
-    return max(found, key=lambda s: (s.beside > 1, min(s.busy, WARP), s.warps), default=None)
+    return max(found, key=rank, default=None)
 
 
 def _found(parts, blocks, board, shelf, registers, machine, held):
