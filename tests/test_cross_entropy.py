@@ -547,3 +547,38 @@ def test_lse_of_the_unbatched_case_is_a_scalar():
     assert type(lse) is np.float64
     grad = cross_entropy_backward(1.0, x, 2, lse=lse)
     np.testing.assert_array_max_ulp(grad, cross_entropy_backward(1.0, x, 2), 8)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@cases.dtypes(float32, float64, bfloat16)
+def test_the_weight_of_a_class_that_is_no_label(dtype, reduction, value):
+    """It counts for nothing, whatever it is, unless labels are smoothed."""
+    x, labels = cases.logits((9, 4), dtype), np.arange(9) % 3
+    weight = np.array([1.0, 0.5, 2.0, value], np.float32)
+    options = {"reduction": reduction}
+    loss, grad = cross_entropy_value_and_grad(x, labels, weight=weight, **options)
+    weight[3] = 3.0
+    want = cross_entropy_value_and_grad(x, labels, weight=weight, **options)
+    assert cases.same_bits(loss, want[0]) and cases.same_bits(grad, want[1])
+    given = np.ones(9) if reduction == "none" else 1.0
+    wide = reference.cross_entropy_backward(given, x, labels, weight=weight, **options)
+    cases.assert_close(grad, wide, dtype)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [2, 3, 21, 100, 1000, 4096, 10_000])
+@cases.dtypes(float16, bfloat16, float32)
+def test_an_ignored_row_of_any_logits(dtype, classes, smoothing):
+    """Its gradient is 0, however low or high they are; of a column too."""
+    for level in (-60_000, -1000, -300, -100, -60, -45, 45, 300, 60_000):
+        x = cases.logits((4, classes), dtype)
+        x[::2] = level
+        labels = np.array([-100, 0, -100, 1])
+        for axis, given in ((1, x), (0, np.ascontiguousarray(x.T))):
+            options = {"axis": axis, "label_smoothing": smoothing}
+            _, grad = cross_entropy_value_and_grad(given, labels, **options)
+            again = cross_entropy_backward(1.0, given, labels, **options)
+            for found in (np.moveaxis(g, axis, 1).astype(np.float64) for g in (grad, again)):
+                assert not found[::2].any()
+                assert np.isfinite(found).all() and found[1::2].any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from numbakern import log_softmax, log_softmax_backward
+from numbakern import log_softmax, log_softmax_backward, logsumexp, softmax
 from tests import cases, reference
 from tests.cases import assert_close, assert_result, bfloat16, float16, float32, float64
 
@@ -367,3 +367,13 @@ def test_backward_empty(shape):
 def test_backward_of_lists():
     g, y = [[1.0, 0.0]], [[-np.log(2), -np.log(2)]]
     assert_result(log_softmax_backward(g, y), [[0.5, -0.5]], float64)
+
+
+@cases.dtypes(*cases.INTEGERS, cases.BOOL)
+@pytest.mark.parametrize("to", [float16, float32, float64])
+def test_integers_as_a_type_that_is_asked_for(dtype, to):
+    x = cases.logits((5, 7), dtype)
+    want = reference.log_softmax(x)
+    cases.assert_close(log_softmax(x, dtype=to), want, to)
+    cases.assert_close(softmax(x, dtype=to), reference.softmax(x), to)
+    assert logsumexp(x, dtype=to).shape == (5,)

@@ -368,7 +368,8 @@ def cross_entropy(
     weight, weight_sum = _class_weights(weight, compute), float(classes)
     if weight is not None:
         with np.errstate(all="ignore"):
-            weight_sum = float(weight.sum(dtype=np.float64))
+            # Without smoothing none but the label's own counts, whatever the others are.
+            weight_sum = float(weight.sum(dtype=np.float64)) if smoothing else 0.0
     smooth = smoothing > 0.0 and not soft
     options = (soft, smooth, with_loss, out is not None, lse is not None)
     plan = _launch().plan(

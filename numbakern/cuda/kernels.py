@@ -546,8 +546,8 @@ class CrossEntropy(Operation):
         """The parameters of `probability`, and the others."""
         skip, sums, rest = params
         base, *factors, scale, less = normalise(*sums, self.elem, m)
-        if self.anew:  # nothing else makes them finite
-            base = where(skip, 0.0, base)
+        if self.anew:  # what is below all is taken as 0 by `rough_exp`, whatever the row holds
+            base = where(skip, math.inf, base)
         factors = base, *factors, where(skip, 0.0, scale), less
         if self.soft and not self.given:
             # The peak is told by its probability: the map needs no logits beside them.

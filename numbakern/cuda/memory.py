@@ -20,7 +20,6 @@ import math
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
-    anything,
     bits_of,
     constant,
     convert,
@@ -122,7 +121,8 @@ class Format:
         if self.real:
             return convert(float_of(raw), self.elem)
         number = self.integer(raw)
-        return convert_unsigned(number) if self.kind == "u8" else convert(number, self.elem)
+        wide = convert_unsigned(number) if self.kind == "u8" else convert(number, "f8")
+        return convert(wide, self.elem)
 
     def integer(self, raw):
         """The int64 in what `load` gave; a uint64 by its bits."""
@@ -284,7 +284,7 @@ class Whole:
 
     def unread(self, like, groups):
         """As many words as `flat` gives of so many groups, for a row that is to be skipped."""
-        return [anything(like, "i8" if self.word == 8 else "i4")] * self.count(groups)
+        return self.format.filled(like, max(4, self.word), self.count(groups))
 
     def largest(self, words):
         """The largest of the numbers in what `flat` gave; NaN if one is."""
