@@ -136,38 +136,39 @@ TILES = [
 ]
 
 
+def check_tiles(one, arch, mode):
+    """(figures, accesses of 16 bytes to a tile, inputs, outputs, elements of a group)."""
+    params = dict(one.step.spec.params)
+    _, vectors, group, *_ = params["part"]
+    modes = dict(params["modes"])
+    assert set(modes.values()) == {mode}
+    assert one.step.shared <= 32 << 10
+    copied = -(-vectors * group * codegen.size_of(one.kind) // 16)
+    return check(one, arch), copied, sum(n != "out" for n in modes), "out" in modes, group
+
+
 @pytest.mark.parametrize("operation, kind, classes", TILES)
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
 def test_machine_code_of_tiles(operation, kind, classes, arch):
     """Elements pass between global and shared memory 16 bytes at once, but for an array's last."""
     one = case(operation, kind, classes)
-    params, size = dict(one.step.spec.params), codegen.size_of(kind)
-    _, vectors, group, *_ = params["part"]
-    modes = dict(params["modes"])
-    assert set(modes.values()) == {"staged"}
-    found = check(one, arch)
-    copied, inputs = -(-vectors * group * size // 16), len(modes) - ("out" in modes)
+    found, copied, inputs, out, group = check_tiles(one, arch, "staged")
     # Beside them there is what the rows' finish writes, two sums at once.
-    assert 0 <= found.wide - copied * len(modes) <= ("out" not in modes)
-    rest = 16 // (group * size) - 1  # groups of the array's last 16 bytes, an access each
-    assert found.narrow <= inputs * rest + ("out" in modes and rest > 0) + SINGLE
-    assert one.step.shared <= 32 << 10
+    assert 0 <= found.wide - copied * (inputs + out) <= (not out)
+    # Groups of the array's last 16 bytes, an access each.
+    rest = 16 // (group * codegen.size_of(kind)) - 1
+    assert found.narrow <= inputs * rest + (out and rest > 0) + SINGLE
 
 
 @pytest.mark.parametrize("operation, kind, classes", [*TILES, ("softmax", "bf", 1000)])
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
 def test_machine_code_of_tiles_that_start_anywhere(operation, kind, classes, arch):
     """They are written 16 bytes at once, and read by words, of halves that are not at one by 5."""
-    one = case(operation, kind, classes, "shifted", codegen.CHOSEN)
-    params, size = dict(one.step.spec.params), codegen.size_of(kind)
-    _, vectors, group, *_ = params["part"]
-    modes = dict(params["modes"])
-    assert set(modes.values()) == {"staged anywhere"}
-    found = check(one, arch)
-    copied, inputs = -(-vectors * group * size // 16), len(modes) - ("out" in modes)
-    assert copied * ("out" in modes) <= found.wide <= copied * ("out" in modes) + 1
+    one, size = case(operation, kind, classes, "shifted", codegen.CHOSEN), codegen.size_of(kind)
+    found, copied, inputs, out, _ = check_tiles(one, arch, "staged anywhere")
+    assert copied * out <= found.wide <= copied * out + 1
     words = {2: 4 + 5, 4: 4, 8: 2}[size]
-    edges = inputs * (16 // size - 1) + 2 * ("out" in modes)
+    edges = inputs * (16 // size - 1) + 2 * out
     assert 0 <= found.narrow - copied * inputs * words <= edges + SINGLE
 
 

@@ -52,11 +52,11 @@ TAKEN: dict[str, bool] = {}
 
 @pytest.fixture
 def take():
-    """From its call on ways of these names are chosen; of none, none is."""
+    """From its call on the ways that are True are chosen, and no others."""
 
-    def choose(*names):
+    def choose(**fields):
         TAKEN.clear()
-        TAKEN.update(dict.fromkeys(names, True))
+        TAKEN.update(fields)
 
     yield choose
     TAKEN.clear()
@@ -550,7 +550,7 @@ def test_nll(dtype, weighted, reduction):
 @pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
 def test_sums_over_many_rows(rows, counted, take):
     """Sums by a warp that has all rows, in one step and in two, to an ulp."""
-    take(*["counted"] * counted)
+    take(counted=counted)
     x = cases.logits((rows, 2), float64, scale=30.0)
     labels = cases.class_labels(rows, 2, np.int32)
     labels[::3] = 1
@@ -635,7 +635,7 @@ def test_few_rows_count_their_labels_themselves(dtype, rows, weighted, smoothing
     weight = weight if weighted else None
     call = {"ignores": True, "ignore_index": -100, "reduction": "mean", "smooth": smoothing > 0}
     call |= smoothing_values(smoothing, classes)
-    take("counted")
+    take(counted=True)
     results, made = training_calls(x, labels, weight, 1, **call)
     for one in made:
         assert ("count" in kernels_of(one)) == ("divisor" in dict(one.temporaries)) == (rows > 1024)
@@ -671,7 +671,7 @@ def test_few_rows_in_every_way(dtype, classes, axis, machine, take):
     labels, weight = cases.class_labels(rows, classes), cases.class_weights(classes, float32)
     arrays = {"x": x, "labels": labels, "weight": weight}
     call = {"reduction": "mean", "machine": machine}
-    take("counted")
+    take(counted=True)
     found = []
     for bad in 3, classes:
         given, record = labels.copy(), np.full(1, NONE)
@@ -710,7 +710,7 @@ def test_means_of_nothing(dtype, rows, ignored, take):
     """0 / 0 where all labels are ignored, or all weights are 0, of either sign."""
     x, labels = cases.logits((rows, 5), dtype), np.full(rows, -100 if ignored else 2)
     call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
-    take("counted")
+    take(counted=True)
     found = []
     for zero in 0.0, -0.0:
         weight = np.full(5, zero, dtype)
@@ -731,7 +731,7 @@ def test_means_of_nothing(dtype, rows, ignored, take):
 @cases.dtypes(float32, float64)
 def test_a_warp_that_has_all_rows(dtype, classes, axis, reduction, operation, take):
     """It leaves nothing to add up, and has the bits of more rows, which are ignored."""
-    take("counted")
+    take(counted=True)
     few = (1, 2) if classes < 100 else (1,)
     for rows, with_grad in itertools.product(few, (False, True)):
         call = {"ignores": True, "ignore_index": -100, "reduction": reduction}
@@ -1057,7 +1057,7 @@ def test_rows_of_a_tile_that_starts_anywhere(dtype, classes, take):
     whole, each = cases.logits((129, classes), dtype, scale=4.0), 16 // dtype.itemsize
     want = empty_like(whole)
     run("log_softmax", {"x": whole, "out": want}, 1)
-    take("realigned")
+    take(realigned=True)
     for rows, shift in itertools.product((2, 31, 127, 129), {1, each // 2, each - 1}):
         x = placed(whole[:rows], shift)
         for other in {0, shift, 3 * shift % each}:
@@ -1106,7 +1106,7 @@ def test_all_that_is_done_in_tiles(dtype, classes, number, take):
     rows = 131
     found = []
     for offset, anywhere in (0, False), (1, False), (3, True):
-        take(*["realigned"] * anywhere)
+        take(realigned=anywhere)
         x = placed(cases.logits((rows, classes), dtype, scale=4.0), offset)
         y = placed(cases.probabilities((rows, classes), 1, np.float32).astype(dtype), offset)
         labels = cases.class_labels(rows, classes)
@@ -1137,8 +1137,8 @@ def test_sums_over_rows_of_a_tile(dtype, classes, reduction, take):
     apart = np.full((rows, classes + 1), 7, dtype)[:, :classes]
     apart[...] = logits
     found = []
-    for x, names in (apart, ()), (placed(logits, 0), ()), (placed(logits, 3), ("realigned",)):
-        take(*names)
+    for x, anywhere in (apart, False), (placed(logits, 0), False), (placed(logits, 3), True):
+        take(realigned=anywhere)
         loss, out = np.full((), 7, np.float32), empty_like(np.ascontiguousarray(x))
         results = {"loss": loss, "out": placed(out, offset_of(x))}
         call = {"reduction": reduction, "smooth": True} | smoothing_values(0.125, classes)
@@ -1154,7 +1154,7 @@ def test_tiles_of_other_types(dtype, to, classes, take):
     """Results that are wider or narrower than what is read have a tile of their own."""
     found = []
     for offset, anywhere in (0, False), (1, False), (1, True):
-        take(*["realigned"] * anywhere)
+        take(realigned=anywhere)
         x = placed(cases.logits((131, classes), dtype, scale=4.0), offset)
         out = placed(np.full(x.shape, 7, to), offset)
         made = run("log_softmax", {"x": x, "out": out}, 1, elem=compute_of(to))
@@ -1319,7 +1319,7 @@ def test_columns_in_chunks(dtype, operation, small_chunks):
 @pytest.fixture
 def many_rows(monkeypatch, take):
     """Of rows side by side lanes have several, as if there were enough to fill a machine."""
-    take("abreast")
+    take(abreast=True)
     monkeypatch.setattr(ways, "FULL", 0)
     plan.cache_clear()
     yield
@@ -1626,18 +1626,18 @@ def reference_softmax(x, log):
 
 @pytest.mark.parametrize("offset", range(8))
 @pytest.mark.parametrize("classes", [16_385, 16_390, 18_432, 20_479, 20_481, 22_532])
-@pytest.mark.parametrize("way", ["default", "realigned"])
+@pytest.mark.parametrize("realigned", [False, True])
 @cases.dtypes(float16, bfloat16)
-def test_long_rows_that_start_anywhere(dtype, way, classes, offset, take):
+def test_long_rows_that_start_anywhere(dtype, realigned, classes, offset, take):
     """Of any number of classes, at any half, apart: right, nothing beside them written."""
-    take(*{way} - {"default"})
+    take(realigned=realigned)
     gap = (3 * offset + classes) % 11
     x = placed(cases.logits((3, classes + gap), dtype, scale=3.0), offset)[:, :classes]
     base = placed(np.full((3, classes + gap), 7, dtype), (5 * offset) % 8)
     out = base[:, :classes]
     made = run("log_softmax", {"x": x, "out": out}, 1)
     found = modes_of_rows(made)
-    if way == "realigned":
+    if realigned:
         aligned = classes % 8 == gap % 8 == offset == 0
         assert found <= ({"whole", "realigned"} if aligned else {"realigned"})
     else:
@@ -1650,7 +1650,7 @@ def test_long_rows_that_start_anywhere(dtype, way, classes, offset, take):
 @pytest.mark.parametrize("number", range(11))
 def test_all_that_is_done_with_realigned_rows(number, classes, take, dtype=bfloat16):
     """By every way, in place, at other places, columns and strided: the same bits."""
-    take("realigned")
+    take(realigned=True)
     x = cases.logits((3, classes), dtype, scale=4.0)
     y = cases.probabilities(x.shape, 1, dtype)
     operation, inputs, results, call = long_row_calls(x, y)[number]
@@ -1695,11 +1695,11 @@ def test_all_that_is_done_with_realigned_rows(number, classes, take, dtype=bfloa
     assert len(taken) >= (1 if call.get("given") or "out" not in results else 3)
 
 
-@pytest.mark.parametrize("way", ["default", "realigned"])
+@pytest.mark.parametrize("realigned", [False, True])
 @pytest.mark.parametrize("classes", [16_385, 18_436])
-def test_long_rows_of_special_values(classes, way, take, dtype=float16):
+def test_long_rows_of_special_values(classes, realigned, take, dtype=float16):
     """At the parts' ends: −inf, a NaN in one row, +inf in another, an ignored one."""
-    take(*{way} - {"default"})
+    take(realigned=realigned)
     x = placed(cases.logits((5, classes), dtype), 1)
     for at in (0, 7, 8, 255, 256, 2047, 2048, classes - 2, classes - 1):
         x[:, at] = -np.inf
@@ -1723,7 +1723,7 @@ def test_long_rows_of_special_values(classes, way, take, dtype=float16):
 
 def test_which_rows_are_realigned(take):
     """Long ones of halves alone that do not start and end at 16 bytes, whatever is made of them."""
-    take("realigned")
+    take(realigned=True)
 
     def modes(operation, x, out, axis=1, **more):
         return modes_of_rows(run(operation, {"x": x, "out": out, **more}, axis))

@@ -11,6 +11,7 @@ gives the same bits in every kernel.
 
 import functools
 import inspect
+import itertools
 import sys
 from typing import Any
 
@@ -317,9 +318,12 @@ def pair(low, high, upper=False):
     return low.like(low.machine.pair(low.value, high.value, upper), "i4")
 
 
-def funnel(low, high, bits):
-    """32 bits of two words, from this number of bits on: 0 to 32."""
-    return low.like(low.machine.funnel(low.value, high.value, bits.value))
+def funneled(words, bits):
+    """The words of 32 bits, one fewer, that begin so many bits behind these: 0 to 32."""
+    return [
+        low.like(low.machine.funnel(low.value, high.value, bits.value))
+        for low, high in itertools.pairwise(words)
+    ]
 
 
 def larger_halves(a, b, kind):

@@ -546,7 +546,7 @@ class CrossEntropy(Operation):
         """The parameters of `probability`, and the others."""
         skip, sums, rest = params
         base, *factors, scale, less = normalise(*sums, self.elem, m)
-        if self.anew:  # what is below all is taken as 0 by `rough_exp`, whatever the row holds
+        if self.anew:  # of a skipped row x is 0 by now (`forget`): it lies below whatever m was
             base = where(skip, math.inf, base)
         factors = base, *factors, where(skip, 0.0, scale), less
         if self.soft and not self.given:

@@ -20,6 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
+    anything,
     bits_of,
     constant,
     convert,
@@ -284,7 +285,7 @@ class Whole:
 
     def unread(self, like, groups):
         """As many words as `flat` gives of so many groups, for a row that is to be skipped."""
-        return self.format.filled(like, max(4, self.word), self.count(groups))
+        return [anything(like, "i8" if self.word == 8 else "i4")] * self.count(groups)
 
     def largest(self, words):
         """The largest of the numbers in what `flat` gave; NaN if one is."""

@@ -148,7 +148,8 @@ def plan(operation, options, shape, axis, elem, layouts, machine=MACHINE):
         the shape without the class axis under "none", else a scalar). What is there says what is
         computed: out the gradient, loss the loss, row_lse the log-sum-exp.
     machine : Machine
-        What it is for. No bit of a result depends on it.
+        What it is for. No bit of a result depends on it, but for the last ones of long rows of
+        halves that are `realigned`.
     """
     return _Planner(operation, dict(options), shape, axis, elem, dict(layouts), machine).plan()
 
@@ -177,7 +178,7 @@ class _Planner:
     # -- one value a row
 
     @property
-    def _counted(self):
+    def _blocks_may_count(self):
         """Whether there are so few rows that a block can count all labels."""
         return self.machine.counted and self.rows <= totals.COUNTED
 
@@ -201,7 +202,7 @@ class _Planner:
             ("dimensions", len(sizes)),
         )
         sums, scale = Sums(1, self.elem == "f8"), ("upstream", upstream and upstream.kind)
-        if self._counted and self.machine.is_quick(launch.grid * launch.threads):
+        if self._blocks_may_count and self.machine.is_quick(launch.grid * launch.threads):
             return *params, ("sums", tuple(sums)), scale
         self.temporaries.append(("divisor", 16))
         last = ("result", "divisor"), ("kind", "f8"), scale
@@ -354,7 +355,7 @@ class _Planner:
         # What stores may take of it, and sums of the warps.
         room = 0 if maps is None else maps.room * KEEPING[1]
         scales = self._counts and maps is not None  # by what all labels come to
-        room += totals.ROOM if scales and self._counted else 0
+        room += totals.ROOM if scales and self._blocks_may_count else 0
         ahead = self.machine.ahead and can_copy(part, accesses, op.both)
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         # Halves read one by one want a register for each load in flight, and take long.
@@ -368,7 +369,7 @@ class _Planner:
             numbers,
             shelf,
             inputs,
-            self._lane_registers(part, single, shelf, inputs),
+            self._lane_registers(part, op.halves, single, shelf, inputs),
             columns,
             machine,
             tiles > 0,
@@ -407,17 +408,17 @@ class _Planner:
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added
 
-    def _lane_registers(self, part, single, shelf, inputs):
+    def _lane_registers(self, part, halves, single, shelf, inputs):
         """Of a lane, about, where a map reads so many arrays: beside what it holds.
 
-        More for halves of which a map takes other arrays as well, and yet more one by one.
+        More for halves of which more than one array is read or summed, yet more for single ones.
         """
         if not inputs:
             return _registers(part) if single else LANE_REGISTERS
-        held, halves = shelf // (4 * WARP), part.held > WARP and inputs > 1
-        if self._halved():  # what it holds less, sums take
-            held, halves = max(held, 24 if single else 32), part.held > WARP // 2
-        return held + (56 if single else 40 if halves else 32)
+        held, sums = shelf // (4 * WARP), self._halved()
+        if sums:  # they take what the row holds less
+            held = max(held, 24 if single else 32)
+        return held + (56 if single else 40 if halves and (sums or inputs > 1) else 32)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""

@@ -14,7 +14,7 @@ from numbakern.cuda.device import (
     constant,
     convert,
     either,
-    funnel,
+    funneled,
     load,
     narrow,
     pair,
@@ -90,7 +90,7 @@ class Realigned(Whole):
             warp_barrier(at.lane)
             words = [shared_words(at.chunk + 4 * k, 4, 1)[0] for k in range(WORDS)]
             words += shared_words(at.chunk + ACCESS, 4, 1, at.bits > 0, None)
-            chunk = [funnel(words[k], words[k + 1], at.bits) for k in range(WORDS)]
+            chunk = funneled(words, at.bits)
             # That in which the first group begins has the end of others', who write it.
             mask = at.is_whole(n) & at.begins_here if len(own) == 1 else at.is_whole(n)
             store(at.start + 2 * n, 4, chunk, ok & mask)
@@ -205,7 +205,7 @@ class _Words:
         """The groups' words, flat, from those that each lies in."""
         found = []
         for each in words:
-            found += [funnel(a, b, self.bits) for a, b in zip(each, each[1:], strict=False)]
+            found += funneled(each, self.bits)
         return found
 
 

@@ -15,7 +15,7 @@ from numbakern.cuda.device import (
     distance,
     dynamic_shared,
     either,
-    funnel,
+    funneled,
     load,
     narrow,
     put_shared_words,
@@ -345,8 +345,7 @@ class _MovedTile(_Tile):
             begin = load(address, 2, 1, there, None)[0] << 16
             words = [load(address + at, WORD, 1, there, None)[0] for at in range(2, 14, WORD)]
             words = [begin, *words, *load(address + 14, 2, 1, there, None)]
-            half = constant(begin, 16, "i4")
-            found += [funnel(a, b, half) for a, b in zip(words, words[1:], strict=False)]
+            found += funneled(words, constant(begin, 16, "i4"))
         return found
 
     def store(self):
@@ -369,4 +368,4 @@ class _MovedTile(_Tile):
             return words
         last = self.access.at(place + ACCESS)
         words += shared_words(last, self.word, 1, there & (odd > 0), None)
-        return [funnel(a, b, odd << 3) for a, b in zip(words, words[1:], strict=False)]
+        return funneled(words, odd << 3)

@@ -1,9 +1,10 @@
 """Who takes the parts of the rows, and where a row stays meanwhile: the launches of an operation.
 
-Nothing here changes a result: how a row is divided is settled (`rows.partition`). Rows of one part
-are several to a block, which may copy them (`tiles`), the smallest several to a lane; so may
-be those side by side of which one access takes several (`abreast`). Those that a
-block holds in registers are a block each. For longer ones there are
+Nothing here changes a result: how a row is divided is settled (`rows.partition`, which asks
+whether rows are to be `Machine.realigned`). Rows of one part are several to a block, which may copy
+them (`tiles`), the smallest several to a lane; so may be those side by side of which one access
+takes several (`abreast`). Those that a block holds in registers are a block each. For longer ones
+there are
 
 - a small block each, which goes through it part by part, if it is only reduced; of rows that
   registers would hold a warp each, if there are many: a block has several then, for one warp to
