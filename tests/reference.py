@@ -145,10 +145,16 @@ def row_scales(grad_output, count, divisor, reduction, work):
 
 
 @quiet
-def target_losses(logp, targets, counted):
-    """-Σ a·logp of each row; a class that is no target adds nothing, even where logp is -inf."""
-    terms = np.where(targets == 0, 0, targets * logp)
-    return np.where(counted, -np.sum(terms, axis=1), 0)
+def target_losses(logp, targets, counted, of):
+    """-Σ a·logp of each row, over the classes that have a target: 0 times -inf is NaN."""
+    return np.where(counted, -np.sum(np.where(of, targets * logp, 0), axis=1), 0)
+
+
+def classes_with_targets(labels, classes, label_smoothing):
+    """The label alone, unless labels are smoothed or probabilities."""
+    if label_smoothing or is_probabilities(labels):
+        return True
+    return np.asarray(labels).reshape(-1, 1) == np.arange(classes)
 
 
 @quiet
@@ -157,7 +163,8 @@ def nll_loss(
 ):
     logp, shape, _ = rows_of(log_probs, axis, work)
     targets, counted, divisor = class_targets(labels, shape[-1], weight, ignore_index, 0.0, work)
-    return reduce_rows(target_losses(logp, targets, counted), divisor, reduction, shape)
+    losses = target_losses(logp, targets, counted, classes_with_targets(labels, shape[-1], 0.0))
+    return reduce_rows(losses, divisor, reduction, shape)
 
 
 @quiet
@@ -195,7 +202,8 @@ def cross_entropy(
         targets, counted, divisor = class_targets(
             labels, shape[-1], weight, ignore_index, label_smoothing, work
         )
-    losses = target_losses(log_softmax(x, work=work), targets, counted)
+    of = classes_with_targets(labels, shape[-1], label_smoothing)
+    losses = target_losses(log_softmax(x, work=work), targets, counted, of)
     return reduce_rows(losses, divisor, reduction, shape)
 
 

@@ -12,7 +12,7 @@ from numbakern import (
     nll_loss,
     nll_loss_backward,
 )
-from tests import cases, reference
+from tests import accuracy, cases, reference
 from tests.cases import assert_close, assert_result, bfloat16, float16, float32, float64, loss_type
 from tests.test_nll_loss import LOSS_SHAPES, label_shape, upstream
 
@@ -405,6 +405,66 @@ def test_a_target_that_is_out_of_the_question(classes, axis):
         want = reference.cross_entropy_backward([1.0, 1.0], x, target, reduction="none", **options)
         for got in grad, by_lse:
             assert_close(np.moveaxis(got, axis, 1), want, float32, scale=4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [3, 100, 300, 20_000])
+@pytest.mark.parametrize("kind", ["probability", "label", "smoothed", "smoothed label"])
+def test_a_target_of_zero(kind, classes, axis):
+    """0 times an infinite or undefined log p is NaN, as in PyTorch; the gradient is as ever."""
+    x, weight, options = cases.logits((3, classes)), np.ones(classes, float32), {}
+    x[0, 1], x[1, 2] = -INF, NAN
+    if kind == "probability":
+        target = cases.probabilities(x.shape, 1)
+        target[:2, 1] = 0
+    else:
+        target = [1, 1, 0] if kind.endswith("label") else [0, 1, 0]
+        weight[1] = 0
+        options = {"weight": weight, "label_smoothing": 0.1 * kind.startswith("smoothed")}
+    want = reference.cross_entropy(x, target, reduction="none", **options)
+    assert np.array_equal(np.isnan(want), [True, True, False])
+    x_turned = np.moveaxis(x, 1, axis)
+    turned = np.moveaxis(target, 1, axis) if np.ndim(target) == 2 else target
+    rows, fused, grad, by_lse = everything(x_turned, turned, axis=axis, **options)
+    assert_close(rows, want, float32)
+    assert_close(fused, want, float32)
+    want = reference.cross_entropy_backward(np.ones(3), x, target, reduction="none", **options)
+    assert np.isfinite(want[0]).all() and np.isnan(want[1]).all()
+    for got in grad, by_lse:
+        assert_close(np.moveaxis(got, axis, 1), want, float32, scale=4)
+
+
+@pytest.mark.skipif(not accuracy.HAS_LONG_DOUBLE, reason="long double is no wider than float64")
+@pytest.mark.parametrize("smoothing", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@cases.dtypes(float32, float64)
+def test_the_gradient_at_a_smoothed_label(dtype, classes, weighted, smoothing):
+    """Neither p − q nor what stands for it at a confident label cancels more than p and q do."""
+    x = cases.logits((200, classes), dtype)
+    x[::2] *= 8
+    labels = np.arange(200) % classes
+    weight = cases.class_weights(classes, dtype) if weighted else None
+    if weighted:
+        weight[0] = 0
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+    want = reference.cross_entropy_backward(np.ones(200), x, labels, work=np.longdouble, **options)
+    targets, _, _ = reference.class_targets(labels, classes, weight, None, smoothing, np.longdouble)
+    at = np.arange(200), labels
+    q = targets[at]
+    log_p = reference.log_softmax(x)[at]
+    share = np.exp(log_p) * np.sum(targets, axis=1)
+    ulp = np.spacing(np.maximum(share, q).astype(dtype)).astype(np.longdouble)
+    allowed = np.where(share < q, 4, 4 - log_p) * ulp
+    found = [
+        cross_entropy_value_and_grad(x, labels, **options)[1],
+        cross_entropy_backward(np.ones(200), x, labels, **options),
+    ]
+    if dtype is float32:  # of float64 the gradient is as good as lse's own rounding
+        _, lse = cross_entropy(x, labels, return_lse=True, **options)
+        found.append(cross_entropy_backward(np.ones(200), x, labels, lse=lse, **options))
+    for grad in found:
+        assert np.all(np.abs(grad[at] - want[at]) <= allowed)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -360,34 +360,44 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 put_f64(at + S_X_LABEL, x_element(x0 + t * step))
 
     def margin(state):
-        """log p at the label, and 1 − p there as the share of all other classes."""
+        """At the label log p, p, and 1 − p as the share of all other classes."""
         m, x = get(state, "m"), get(state, "x_label")
         if given:
             d = where(is_finite(m) | (m != m), x - m, math.nan)
-            return d, -expm1_nonpositive(where(d > 0.0, 0.0, d))
+            below = where(d > 0.0, 0.0, d)
+            return d, exp_nonpositive(below), -expm1_nonpositive(below)
         k, rest, log_sum = (get(state, name) for name in ("k", "rest", "log_sum"))
-        others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - m, elem))
-        return (x - m) - log_sum, where(log_sum == log_sum, others / (k + rest), math.nan)
+        e = exp_nonpositive(x - m, elem)
+        others = where(x == m, (k - 1.0) + rest, (k + rest) - e)
+        others = where(log_sum == log_sum, others / (k + rest), math.nan)
+        return (x - m) - log_sum, e / (k + rest), others
 
     @traced
     def settle_eight(state, i, count, losses, scale, keep, spread, weight_sum):
         """Losses and the parameters of the gradient of eight rows."""
-        log_p, others = margin(state)
+        log_p, p, others = margin(state)
         value = 0.0  # Σ of the targets times −log p
         if summed:
             value = whole_sum(get(state, "sum_a"), get(state, "sum_a_low"))
         if soft:
             total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
+            more = total - q  # Σ of all other classes' targets
         else:
             w = get(state, "w_label") if weighted else 1.0
             total, q = w * keep + spread * weight_sum, w * (keep + spread)
+            more = spread * (weight_sum - w) if smooth else 0.0
             value = value - w * keep * log_p
         if loss:
             put_rows(losses, i, count, where(get(state, "skip") != 0.0, 0.0, value))
         if grad:
             scale = get(state, "row_scale") * scale
             # p − q cancels at a confident label; 1 − p is known as the share of the others
-            label_grad = scale * ((total - q) - total * others)
+            label_grad = more - total * others
+            if smooth:  # and that cancels at an improbable one, whose target may be small too
+                label_grad = where(
+                    others > 0.5, formulas.cross_entropy_grad(p, total, q), label_grad
+                )
+            label_grad = scale * label_grad
             factor = where(get(state, "skip") != 0.0, 0.0, scale * total)
             put(state, p0=factor, label_grad=label_grad)
             if spread_out:

@@ -560,40 +560,49 @@ class CrossEntropy(Operation):
     def _put_loss(self, row, m, log_sum, q, nll):
         losses = []
         if self.summed:
-            losses.append(nll + where(q == 0.0, 0.0, q * log_sum))
+            losses.append(nll + q * log_sum)
         if not self.soft:
             loss, own = formulas.nll_value(row.x_label, m, log_sum), self._own(row)
-            losses.append(loss if own is None else where(own == 0.0, 0.0, own * loss))
+            losses.append(loss if own is None else own * loss)
         weight = row.counts
         if self.weighted and not self.soft:
             weight = where(weight, row.w_label, 0.0)
         self.put_loss(self.formats, row, row.or_void(sum_tree(losses)), weight)
 
-    def _own(self, row, more=None):
-        """A label's own target, or with so much `more`, times its weight; None for 1."""
-        own = None if self.whole else row.keep if more is None else row.keep + more
+    def _own(self, row):
+        """A label's own target, of which the smoothed part is none; None for 1."""
+        return self._weighed(row, None if self.whole else row.keep)
+
+    def _weighed(self, row, target):
+        """Such a target of the label (None for 1), times its weight."""
         if not self.weighted:
-            return own
-        return row.w_label if own is None else row.w_label * own
+            return target
+        return row.w_label if target is None else row.w_label * target
 
     def _hard(self, row, m, k, rest, scale, q):
         """(factor of p, target, label, gradient there): p − q cancels at a confident label.
 
-        1 − p is known there as the share of all other classes.
+        1 − p is known there as the share of all other classes, which at an improbable one cancels.
         """
         x = row.x_label
         if self.given:
             d = x - m
-            others = -expm1_nonpositive(where(d > 0.0, 0.0, d))
+            d = where(d > 0.0, 0.0, d)
+            p, others = exp_nonpositive(d), -expm1_nonpositive(d)
         else:
-            others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - safe(m)))
-            others = divide(others, k + rest, self.elem)
+            e = exp_nonpositive(x - safe(m))
+            others = where(x == m, (k - 1.0) + rest, (k + rest) - e)
+            p, others = (divide(v, k + rest, self.elem) for v in (e, others))
         total, target = self._own(row), None
         if self.whole:
             label_grad = -(others if total is None else total * others)
         else:
-            total, own = total + q, self._own(row, row.spread)
-            label_grad = (total - own) - total * others
+            total, own = total + q, self._weighed(row, row.keep + row.spread)
+            label_grad = where(
+                others > 0.5,
+                formulas.cross_entropy_grad(p, total, own),
+                (q - self._weighed(row, row.spread)) - total * others,
+            )
             target = convert(scale * row.spread, self.elem)
         # 0 of either sign is +0.
         label_grad = where(row.skip, 0.0, fma(scale, label_grad, 0.0))
@@ -677,7 +686,7 @@ class Nll(Operation):
         loss, weight = -convert(row.x_label, "f8"), row.counts
         if "weight" in self.formats:
             w = convert(row.w_label, "f8")
-            loss, weight = where(w == 0.0, 0.0, loss * w), where(weight, w, 0.0)
+            loss, weight = loss * w, where(weight, w, 0.0)
         self.put_loss(self.formats, row, row.or_void(loss), weight)
 
 

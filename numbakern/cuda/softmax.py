@@ -147,8 +147,7 @@ def share_of(op, row, left, numbers, m):
                 continue
             there = is_there(left, i, x)
             q, own = op.target(row, y, w)
-            # A class that is no target adds nothing, not even where its logit is −inf.
-            nll = where(there & (own != 0.0), own * (subtracted - x), 0.0)
+            nll = where(there, own * (subtracted - x), 0.0)
             yield rest, below, where(there, q, 0.0), nll
 
     rest, below, *linear = tree(_pairs(terms()), _sums)
