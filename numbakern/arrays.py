@@ -113,14 +113,14 @@ def integer_axis(axis: Any, ndim: int) -> int:
 
 
 def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
-    """The axes that an int, a tuple of ints or None (all) stands for."""
+    """The axes that an int, a tuple of ints or None (all) stands for, in the array's order."""
     if axis is None:
         return tuple(range(ndim))
     if not isinstance(axis, (tuple, list)):
         if ndim == 0 and _integer("axis", axis) in (0, -1):
             return ()
         return (integer_axis(axis, ndim),)
-    axes = tuple(integer_axis(a, ndim) for a in axis)
+    axes = tuple(sorted(integer_axis(a, ndim) for a in axis))
     if len(set(axes)) != len(axes):
         raise ValueError(f"axis: expected distinct axes, got {axis}")
     return axes

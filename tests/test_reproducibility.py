@@ -77,6 +77,14 @@ def company(x, labels, position, before=7, after=30):
 # --- batch and position --------------------------------------------------------------------------
 
 
+@cases.dtypes(float16, float32, float64)
+def test_the_order_in_which_axes_are_named(dtype):
+    x = cases.logits((7, 40, 6, 30), dtype, scale=4.0)
+    for function in numbakern.log_softmax, numbakern.softmax, numbakern.logsumexp:
+        for one, other in ((1, 3), (3, 1)), ((0, 2, 3), (-1, 0, -2)), (None, (2, 0, 3, 1)):
+            assert same_bits(function(x, one), function(x, other))
+
+
 @cases.dtypes(float32, float64)
 @pytest.mark.parametrize("classes", LENGTHS + LONG)
 def test_alone_or_in_company(classes, dtype):
