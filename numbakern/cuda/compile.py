@@ -188,11 +188,12 @@ def compile_well(function, arg_types, arch, threads, room=0):
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
-    more = (threads, blocks + 1), LITTLE if threads >= LARGE else 0
+    little = LITTLE if threads >= LARGE else 0
+    more = (threads, blocks + 1), little
     tried: list[tuple[tuple[int, int] | None, int]] = []  # launch bounds, stack that is accepted
     if room:
         if blocks < room <= blocks_of(threads, LEAN):
-            tried.append(((threads, room), LITTLE))
+            tried.append(((threads, room), little))
         elif blocks == 1 and room > 1:
             tried.append(more)
         tried.append(((threads, min(room, blocks)), 0))
