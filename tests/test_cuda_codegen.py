@@ -20,10 +20,9 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numbakern.cuda import codegen  # noqa: E402
 from numbakern.cuda import compile as compiler  # noqa: E402
-from numbakern.cuda.codegen import ARCHITECTURES, case, figures  # noqa: E402
+from numbakern.cuda.codegen import ARCHITECTURES, MACHINES, case, figures  # noqa: E402
 from numbakern.cuda.plan import Layout, Spec, build, plan  # noqa: E402
 from numbakern.cuda.rows import Way  # noqa: E402
-from numbakern.cuda.ways import Machine  # noqa: E402
 
 try:
     from cuda import pathfinder
@@ -414,11 +413,7 @@ def test_machine_code_of_long_rows(operation, kind, way, arch):
     check_way(operation, kind, way, arch)
 
 
-IN_TURN = {
-    "sm_80": Machine(108, 163 << 10, ahead=True),
-    "sm_90a": Machine(132, cluster=8, ahead=True),
-}
-"""An A100, an H100 or H200."""
+IN_TURN = {arch: MACHINES[arch]._replace(ahead=True) for arch in ("sm_80", "sm_90a")}
 TURNS = [
     *(("log_softmax", "f4", n, arch) for n, arch in ((20_000, "sm_80"), (262_144, "sm_90a"))),
     *(("cross_entropy_value_and_grad", "bf", n, "sm_90a") for n in (20_000, 65_536)),
@@ -482,7 +477,10 @@ def test_rows_are_asked_for_before_their_labels_have_come(classes, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "one, arch", named((one, arch) for arch in ARCHITECTURES for one in codegen.cases())
+    "one, arch",
+    named(
+        (one, arch) for arch, machine in MACHINES.items() for one in codegen.cases(machine=machine)
+    ),
 )
 def test_machine_code_of_everything(one, arch):
     check(one, arch)

@@ -90,7 +90,8 @@ def _need_folder(path):
 def _run(options, kinds):
     if options.command == "code":
         for arch in options.architectures or codegen.ARCHITECTURES:
-            print(codegen.table(codegen.cases(), arch), flush=True)
+            shown = codegen.cases(machine=codegen.MACHINES.get(arch, ways.MACHINE))
+            print(codegen.table(shown, arch), flush=True)
             print()
     elif options.command == "model":
         cases = predictions.judged(

@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 from numbakern.cuda import compile as compiler
 from numbakern.cuda import totals
 from numbakern.cuda.plan import Layout, Step, plan
-from numbakern.cuda.ways import MACHINE
+from numbakern.cuda.ways import CLUSTER, MACHINE
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+MACHINES = {
+    "sm_80": MACHINE._replace(multiprocessors=108, shared=163 << 10),
+    "sm_90a": MACHINE._replace(cluster=CLUSTER),
+    "sm_100a": MACHINE._replace(multiprocessors=148, cluster=CLUSTER),
+}
+"""Of each architecture that is looked at: an A100, an H100 or H200, a B200."""
+ARCHITECTURES = tuple(MACHINES)
 KINDS = ("f4", "bf", "f2", "f8")
 COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
     "f4": (64, 1000, 4096, 65536),
@@ -24,8 +30,9 @@ COUNTS = {  # classes of a part of a warp, a warp, a block, chunks
 }
 ROWS, ROWS_ABREAST = 16384, 1 << 20
 """Enough that no way for few of them is taken; the same where they lie side by side."""
-CHOSEN = MACHINE._replace(realigned=True, abreast=True, counted=True)
-"""With the ways that may be chosen of rows as they are in `cases`."""
+CHOICE = {"realigned": True, "abreast": True, "counted": True}
+"""The ways that may be chosen of rows as they are in `cases`."""
+CHOSEN = MACHINE._replace(**CHOICE)
 
 
 class Case(NamedTuple):
@@ -141,7 +148,7 @@ def case(operation, kind, classes, layout="whole", machine=MACHINE):
     made, _ = call(operation, kind, rows, classes, layout, machine)
     # Beside it there are steps of one value a row, and before it what only reduces.
     *_, step = (s for s in made.steps if s.spec.kernel not in totals.KERNELS)
-    return Case(operation, kind, classes, layout, step, machine is not MACHINE)
+    return Case(operation, kind, classes, layout, step)
 
 
 def call(operation, kind, rows, classes, layout="whole", machine=MACHINE):
@@ -152,16 +159,17 @@ def call(operation, kind, rows, classes, layout="whole", machine=MACHINE):
     return plan(name, options, shape, axis, elem, arrays, machine), dict(arrays)
 
 
-def cases(operations=OPERATIONS, kinds=KINDS):
-    """The kernels that ship: every operation, kind, way through a row, and layout."""
+def cases(operations=OPERATIONS, kinds=KINDS, machine=MACHINE):
+    """The kernels that ship for a machine: every operation, kind, way through a row, and layout."""
+    choice = machine._replace(**CHOICE)
     for operation in operations:
         for kind in kinds:
             for classes, layout in _sizes(operation, kind):
-                default = case(operation, kind, classes, layout)
-                chosen = case(operation, kind, classes, layout, CHOSEN)
+                default = case(operation, kind, classes, layout, machine)
+                chosen = case(operation, kind, classes, layout, choice)
                 yield default
                 if chosen.step != default.step:
-                    yield chosen
+                    yield chosen._replace(chosen=True)
 
 
 def _sizes(operation, kind):
