@@ -128,12 +128,17 @@ def is_probabilities(labels):
     return np.asarray(labels).dtype.kind not in "iu"
 
 
+def mean_of(total, divisor):
+    """Where nothing counts, and where weights sum to 0, there is no mean."""
+    return total / divisor if divisor != 0 else total * np.nan
+
+
 @quiet
 def reduce_rows(row_losses, divisor, reduction, shape):
     if reduction == "none":
         return row_losses.reshape(shape[:-1])
     total = np.sum(row_losses)
-    return total if reduction == "sum" else total / divisor
+    return total if reduction == "sum" else mean_of(total, divisor)
 
 
 @quiet
@@ -141,7 +146,7 @@ def row_scales(grad_output, count, divisor, reduction, work):
     g = exact(grad_output, work)
     if reduction == "none":
         return g.reshape(-1)
-    return np.full(count, g if reduction == "sum" else g / divisor, work)
+    return np.full(count, g if reduction == "sum" else mean_of(g, divisor), work)
 
 
 @quiet

@@ -9,6 +9,7 @@ from numbakern import (
     cross_entropy,
     cross_entropy_backward,
     cross_entropy_value_and_grad,
+    log_softmax,
     nll_loss,
     nll_loss_backward,
 )
@@ -624,6 +625,56 @@ def test_the_weight_of_a_class_that_is_no_label(dtype, reduction, value):
     given = np.ones(9) if reduction == "none" else 1.0
     wide = reference.cross_entropy_backward(given, x, labels, weight=weight, **options)
     cases.assert_close(grad, wide, dtype)
+
+
+@pytest.mark.parametrize(
+    "labels, first", [([0, 0], 0.0), ([-100, 0], 0.0), ([0, 1], 1.0), ([1, 0], 1.0)]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_mean_over_weights_that_sum_to_0(axis, smoothing, labels, first):
+    """It is that of nothing, also where other classes' weights have a part in the losses."""
+    x, weight = cases.logits((2, 40)), np.ones(40, float32)
+    weight[:2] = first, -first
+    x = np.moveaxis(x, 1, axis)
+    options = {"weight": weight, "label_smoothing": smoothing, "axis": axis}
+    loss, grad = cross_entropy_value_and_grad(x, labels, **options)
+    assert np.isnan(loss) and np.isnan(cross_entropy(x, labels, **options))
+    for found in grad, cross_entropy_backward(1.0, x, labels, **options):
+        for row, label in zip(np.moveaxis(found, axis, 1), labels, strict=True):
+            assert not row.any() if label == -100 else np.isnan(row).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("classes", [3, 100, 5000])
+@cases.dtypes(bfloat16, float32, float64)
+def test_an_ignored_row_whatever_the_weights(dtype, classes, reduction, smoothing, value):
+    x, weight = cases.logits((3, classes), dtype), np.ones(classes)
+    weight[2] = value
+    labels, options = [-100, 1, 0], {"reduction": reduction, "label_smoothing": smoothing}
+    given = np.ones(3) if reduction == "none" else 1.0
+    loss, lse = cross_entropy(x, labels, weight=weight, return_lse=True, **options)
+    if reduction == "none":
+        assert loss[0] == 0
+    for grad in (
+        cross_entropy_value_and_grad(x, labels, weight=weight, **options)[1],
+        cross_entropy_backward(given, x, labels, weight=weight, **options),
+        cross_entropy_backward(given, x, labels, weight=weight, lse=lse, **options),
+    ):
+        assert not np.asarray(grad[0], float64).any()
+
+
+def test_an_infinite_weight_of_a_label_under_mean():
+    """It is all that counts: what other labels have is divided by infinity."""
+    x, weight = cases.logits((3, 4)), np.array([1, 1, INF, 1], float32)
+    loss, grad = cross_entropy_value_and_grad(x, [0, 2, 1], weight=weight)
+    again = nll_loss_backward(1.0, log_softmax(x), [0, 2, 1], weight=weight)
+    assert np.isnan(loss)
+    for found in grad, again:
+        assert not found[[0, 2]].any()
+    assert np.isnan(grad[1]).all() and np.isnan(again[1, 2])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

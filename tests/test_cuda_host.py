@@ -718,6 +718,12 @@ def test_bad_labels_and_checks_of_a_remembered_call(mocked, monkeypatch):
     bad[2] = 2**40
     call = lambda: numbakern.cross_entropy(x, mocked("torch", bad))  # noqa: E731
     check(call, IndexError, "labels[2]", f"got {2**40}")
+    monkeypatch.delenv("NUMBAKERN_CHECK")
+    call()
+    monkeypatch.setenv("NUMBAKERN_CHECK", "1")
+    bad[2] = good[2]  # what an earlier call has left is told as it was
+    check(call, IndexError, "labels[2]", "got 8388607 or more")
+    call()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -123,7 +123,7 @@ def bound(dtype, full):
 def small_chunks(monkeypatch):
     """Rows in parts of 128 float32 or 64 float64; a block holds four, or walks two at a time."""
 
-    def partition(classes, size, halved, _halves):
+    def partition(classes, size, halved, _halves, _one):
         most = max(2, min(8, 16 // size))
         group = min(most, classes & -classes or most)
         return Partition(4 * WARP, most // group, group, True)
@@ -762,9 +762,9 @@ FEW_OF_MANY = Machine(multiprocessors=1)
 @pytest.mark.parametrize(
     "dtype, classes",
     [
-        (float32, 33), (float32, 999), (float32, 2100), (float32, 9000), (float32, 13_000),
+        (float32, 41), (float32, 999), (float32, 2100), (float32, 9000), (float32, 13_000),
         (float64, 40), (float64, 1100), (float64, 3900),
-        (bfloat16, 66), (bfloat16, 1000), (float16, 6000), (bfloat16, 10_000), (bfloat16, 1001),
+        (bfloat16, 82), (bfloat16, 1000), (float16, 6000), (bfloat16, 10_000), (bfloat16, 1001),
     ],
 )  # fmt: skip
 def test_rows_that_are_finished_together(dtype, classes, reduction):
@@ -1194,6 +1194,18 @@ def test_lanes_meet_in_few_banks(dtype, classes, monkeypatch):
     assert 1 <= max(seen) <= (3 if classes == 257 else 2)
 
 
+@pytest.mark.parametrize(
+    "dtype, classes, rows", [(float32, 49, 64), (float32, 65, 32), (bfloat16, 95, 64)]
+)
+def test_a_tile_takes_no_more_than_its_rows(dtype, classes, rows):
+    """What of L1 it leaves is for loads in flight."""
+    x = cases.logits((1000, classes), dtype)
+    made = run("log_softmax", {"x": placed(x, 0), "out": empty_like(placed(x, 0))}, 1)
+    assert modes_of(made) == {"x": "staged", "out": "staged"}
+    size = rows * classes * x.itemsize
+    assert size <= made.steps[0].shared < size + 128
+
+
 def test_who_passes_through_shared_memory():
     """Short rows without gaps between them that start at 16 bytes, of few lanes."""
 
@@ -1203,7 +1215,7 @@ def test_who_passes_through_shared_memory():
         arrays = ("x", array), ("out", array)
         shape, machine = (rows, classes), Machine(realigned=anywhere)
         made = plan("log_softmax", (), shape, 1, compute_of(dtype), arrays, machine)
-        assert made.steps[0].shared <= 16 << 10
+        assert made.steps[0].shared <= 20 << 10
         return set(modes_of(made).values())
 
     for dtype, classes in [(bfloat16, 17), (bfloat16, 513), (float32, 9), (float32, 65)]:
@@ -1213,12 +1225,12 @@ def test_who_passes_through_shared_memory():
         assert "staged" not in modes(dtype, classes, step=classes + 1)
         assert "single" in modes(dtype, 1 + classes // 2 * 2, 2000, aligned=False, anywhere=True)
     for dtype, classes in [
-        (bfloat16, 16), (bfloat16, 72), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
+        (bfloat16, 16), (bfloat16, 88), (bfloat16, 256), (bfloat16, 1025), (bfloat16, 2049),
         (float32, 8), (float32, 64), (float32, 128), (float32, 257),
     ]:  # fmt: skip
         assert "staged" not in modes(dtype, classes)
         # Nor rows that are read one by one, or by more than a warp, or of a sector.
-        there = (bfloat16, 72), (bfloat16, 256), (float32, 64), (float32, 128)
+        there = (bfloat16, 88), (bfloat16, 256), (float32, 64), (float32, 128)
         found = modes(dtype, classes, aligned=False, anywhere=True)
         assert (found == {"staged anywhere"}) == ((dtype, classes) in there)
     assert modes(float32, 512, aligned=False, anywhere=True) == {"shifted"}
@@ -1452,7 +1464,7 @@ def test_losses_of_neighbouring_rows(dtype, classes, reduction, many_rows):
     assert cases.same_bits(found[3][1], found[1][1])
 
 
-@pytest.mark.parametrize("classes", [2, 21, 40])
+@pytest.mark.parametrize("classes", [2, 21, 48])
 @cases.dtypes(float32, bfloat16)
 def test_one_value_of_neighbouring_rows(dtype, classes, many_rows):
     """Labels, gradients, losses of any type, that may be read at once or not."""
@@ -2039,8 +2051,12 @@ def test_a_row_that_needs_all_of_a_multiprocessor_keeps_it_busy(classes):
     """With a warp for each two parts; another block would have fewer for both."""
     ((way, _, threads, _, beside),) = ways_of(classes, 264, Machine(cluster=8))
     assert (way.cluster, beside) == (1, 1) and 20 * 32 <= threads <= 1024
-    ((way, _, _, _, beside),) = ways_of(classes, 264, Machine(cluster=8), maps=2)
-    assert (way.cluster > 1 or classes == 40_000) and beside > 1
+    # Of two arrays, if each lane finds the registers for both.
+    ((way, _, threads, _, beside),) = ways_of(classes, 264, Machine(cluster=8), maps=2)
+    if classes in (50_304, 57_344):
+        assert (way.cluster, beside) == (1, 1) and 20 * 32 <= threads <= 28 * 32
+    else:
+        assert (way.cluster > 1 or classes == 40_000) and beside > 1
 
 
 @pytest.mark.parametrize("classes", [4096, 5000, 16384])

@@ -215,10 +215,8 @@ class _Labels:
 
 
 def _divide(a, b):
-    """a / b as IEEE has it."""
-    if b != 0.0:
-        return a / b
-    return math.nan if a == 0.0 or a != a else math.copysign(math.inf, a) * math.copysign(1.0, b)
+    """a / b; by 0 NaN, the mean of nothing."""
+    return a / b if b != 0.0 else math.nan
 
 
 def _reduce(rows, plan, reduction, divisor, dtype):

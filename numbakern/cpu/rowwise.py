@@ -22,7 +22,7 @@ from numbakern.cpu.simd import (
     where,
     zeros,
 )
-from numbakern.vmath import two_sum
+from numbakern.vmath import two_sum, whole_sum
 
 _i64, _i64_llvm = types.int64, ir.IntType(64)
 PAGE = 1 << 16
@@ -94,7 +94,7 @@ def _weigh(labels, n, ignored, weight, single):
         if t != ignored:
             w = _weight4(weights, t) if single else _weight8(weights, t)
             total, low = _plus(total, low, w)
-    return total + low
+    return _whole(total, low)
 
 
 @traced
@@ -111,6 +111,11 @@ def _weight8(weights, t):
 def _plus(total, low, value):
     total, e = two_sum(total, value)
     return total, low + e
+
+
+@traced
+def _whole(total, low):
+    return whole_sum(total, low)
 
 
 _LANES = 16
@@ -162,9 +167,7 @@ def _total(values, n):
     while i < n:
         result, rest = _plus(result, rest, _value(at + 8 * i))
         i += 1
-    if result - result != 0.0:  # an infinity or a NaN: the errors are NaN
-        return result
-    return result + rest
+    return _whole(result, rest)
 
 
 @functools.cache

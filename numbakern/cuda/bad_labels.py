@@ -80,6 +80,10 @@ class Found(NamedTuple):
     classes: int | None
     ignore_index: int | None
 
+    def is_bad(self, value):
+        """Whether such a label would be in a call of this kind, if that is known."""
+        return value != self.ignore_index and not 0 <= value < self.classes
+
     def error(self):
         """The IndexError that tells of it."""
         if self.batch is None:

@@ -166,8 +166,9 @@ def blocks_of(threads, registers):
     return warps // -(-threads // 32)
 
 
-LITTLE, LARGE = 24, 256
-"""Bytes of a thread's stack that one block more of so many threads is worth."""
+LITTLE, LARGE, MANY = 24, 256, 1.25
+"""Bytes of a thread's stack that one block more of so many threads is worth, or of any if there are
+so many times as many then."""
 LEAN = 64
 """Registers of a thread that may be asked for."""
 NEARLY, FEW = 72, 8
@@ -188,12 +189,12 @@ def compile_well(function, arg_types, arch, threads, room=0):
     first = compile_kernel(function, arg_types, arch, threads)
     used = resources(first)
     blocks = blocks_of(threads, used.registers)
-    little = LITTLE if threads >= LARGE else 0
-    more = (threads, blocks + 1), little
+    more = (threads, blocks + 1), LITTLE if threads >= LARGE else 0
     tried: list[tuple[tuple[int, int] | None, int]] = []  # launch bounds, stack that is accepted
     if room:
         if blocks < room <= blocks_of(threads, LEAN):
-            tried.append(((threads, room), little))
+            many = room >= MANY * blocks
+            tried.append(((threads, room), LITTLE if many or threads >= LARGE else 0))
         elif blocks == 1 and room > 1:
             tried.append(more)
         tried.append(((threads, min(room, blocks)), 0))

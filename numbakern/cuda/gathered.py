@@ -23,6 +23,11 @@ class Gathered(Rows):
 class _Gathered(Walk):
     """A warp's way through the parts of one of the block's rows, or of several of one part each."""
 
+    @property
+    def boards(self):
+        """As Walk.boards."""
+        return 8 * self.way.gathers * numbers_of(self.part, width(self.op))
+
     def _place_row(self, frame, op):
         lanes = min(self.part.lanes, WARP)
         self.lane, row = self.thread & (lanes - 1), self._team(lanes.bit_length() - 1)
@@ -34,8 +39,7 @@ class _Gathered(Walk):
     def _take(self, number, leader, lanes):
         """Go on with a row of the block, by its number there, and its board."""
         entries = width(self.op)
-        place = number * (8 * numbers_of(self.part, entries)) + self.tiles.size
-        place = dynamic_shared(self.thread) + place
+        place = dynamic_shared(self.thread) + number * (8 * numbers_of(self.part, entries))
         self.board = SharedBoard(entries, place, 1)
         p = self._known(self.first + convert(number, "i8"))
         self.row = self.op.row(self.frame, p, self.ok, leader, lanes, self._peek)

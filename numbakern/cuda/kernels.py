@@ -632,9 +632,10 @@ class CrossEntropy(Operation):
         p = probability(self, x, *factors)
         if self.soft:
             return self._soft_value(rest, p, x, y, w)
-        factor, target, _, _ = rest
+        factor, target, label, _ = rest
+        if self.smooth and self.weighted:  # of a row to skip 0, whatever weights there are
+            return where(label < 0, 0.0, formulas.cross_entropy_grad(p, factor, target * w))
         if self.smooth:
-            target = target * w if self.weighted else target
             return formulas.cross_entropy_grad(p, factor, target)
         return p * factor
 

@@ -29,7 +29,7 @@ from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
 from numbakern.cuda.rows import Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
-from numbakern.cuda.tiles import WORD, Staged, StagedAnywhere, run_of, slots
+from numbakern.cuda.tiles import WORD, Staged, StagedAnywhere, run_of, size_of
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import (
     KEEPING,
@@ -286,7 +286,8 @@ class _Planner:
         lead = layouts.get("x") or layouts["out"]
         lead_size = 8 if self.elem == "f8" else _size(lead.kind)  # as it is held
         halves = self.machine.realigned and all(a.kind in ("f2", "bf") for a in layouts.values())
-        part = partition(self.classes, lead_size, self._halved(), halves)
+        one = sum(n != "out" for n in full) == 1
+        part = partition(self.classes, lead_size, self._halved(), halves, one)
         if self.operation == "nll":
             part = Partition(1, 1, 1, False)
         walker, modes, together = self._walk(layouts, part)
@@ -347,7 +348,7 @@ class _Planner:
     def _launches(self, params, part):
         """The steps of the operation on the rows; its sums, as they lie in `row_loss`, or None."""
         op, accesses = _made(self.operation, dict(params))
-        _, tiles = slots(accesses)  # bytes of a thread
+        tiles = {name: access for name, access in accesses.items() if access.staged}
         parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
         columns = dict(params)["together"] if dict(params)["walker"] == "columns" else 0
         # What nothing is made of is not kept.
@@ -372,7 +373,7 @@ class _Planner:
             self._lane_registers(part, op.halves, single, shelf, inputs),
             columns,
             machine,
-            tiles > 0,
+            bool(tiles),
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         meets = any(launch.way.meets(numbers) for launch in found)
@@ -386,13 +387,13 @@ class _Planner:
         if added:
             added = added._replace(
                 terms=1 if scales and not counted else added.terms,
-                rows=self._neighbours(part, found[-1].way, columns, tiles > 0),
+                rows=self._neighbours(part, found[-1].way, columns, bool(tiles)),
             )
             if self.machine.counted and added.rows >= self.rows:  # who has a node has all there is
                 result = self.layouts["loss"].kind, self._division(added)
             params |= {"added": tuple(added), "result": result}
         for way, grid, threads, shared, beside in found:
-            shared += tiles * threads
+            shared += size_of(tiles, part, self.classes, threads)
             name = self.operation + "_parts" * (way.stage == "reduce")
             params["counted"] = counted and totals.counted(counted, threads)
             spec = Spec(name, (*params.items(), ("way", tuple(way))))

@@ -55,8 +55,8 @@ from numbakern.cuda.totals import Counted
 
 BLOCK = 128
 """Threads of a block whose rows are a part each."""
-LANE = 128
-"""Bytes of a lane at most."""
+LANE, WIDE = 128, 160
+"""Bytes of a lane at most; of one that has a row of a single array, of no float64."""
 FULL = 4
 """Accesses of a lane from which on it asks once whether all it reads is there."""
 CROWDED, LONE = 256, 40
@@ -132,11 +132,11 @@ class Partition(NamedTuple):
         return -(-classes // self.span) if self.chunks else max(1, self.lanes // WARP)
 
 
-def partition(classes, size, halved=False, halves=False):
+def partition(classes, size, halved=False, halves=False, one=False):
     """The Partition of rows of `classes` elements of `size` bytes.
 
     `halved`: of half as many elements a lane, for an operation that holds more than the row.
-    `halves`: all arrays are of halves.
+    `halves`: all arrays are of halves. `one`: one array is read.
 
     Groups are of as many elements as divide every row and take 16 bytes: rows of an odd number are
     read element by element, neighbouring lanes side by side. Parts are of a warp, of so few lanes
@@ -150,6 +150,8 @@ def partition(classes, size, halved=False, halves=False):
     if ragged:
         group = ACCESS // size
     most = held // group
+    if one and not halved and size < 8 and classes * size <= WIDE:
+        most = max(most, -(-classes // group))
     lanes = 1
     while lanes < WARP and lanes * group * most < classes:
         lanes *= 2
@@ -483,9 +485,13 @@ class Walk:
         self.finishing = None  # the warps that finish a row that is not mapped; None for all
         threads = self.way.warps * WARP if self.way.gathers else BLOCK
         run = run_of(op.added and not self.way.gathers, self.part.lanes)
-        self.tiles = Tiles(walker.accesses, frame, self.part, threads, run, op.narrow)
+        short, begin = op.narrow, self.boards
+        self.tiles = Tiles(walker.accesses, frame, self.part, threads, run, short, begin)
         self._place_row(frame, op)
         self.row.tiles = self.tiles
+
+    boards = 0
+    """Bytes of shared memory for the boards of a block that has tiles."""
 
     def _place_row(self, frame, op):
         """Which row, which parts, and their board."""

@@ -29,6 +29,8 @@ from numbakern.cuda.reduce import WARP
 
 WORD = 4
 """Bytes of a word of what is copied."""
+SWIZZLED = 128
+"""Bytes within which places are exchanged."""
 
 
 class Staged(Single):
@@ -50,6 +52,7 @@ class Staged(Single):
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
         self.full = groups * self.bytes // ACCESS  # those of the row that has the fewest
+        self.always = max(self.full, self.copied - 1)  # those that there is room for
         # 8 lanes, each of which has a row, are to meet all banks; of rows of 4 or 8 accesses they
         # would meet the same ones.
         self.swizzled = self.chunk == ACCESS and part.vectors % 4 == 0
@@ -96,7 +99,7 @@ class StagedAnywhere(Staged):
 
 
 def slots(accesses):
-    """({name: where the tile of each array begins}, where the last one ends), in bytes a thread.
+    """{name: where the tile of each array begins}, in bytes a thread.
 
     Results take the place of an input of elements as large: a lane writes over what it has read.
     """
@@ -108,7 +111,21 @@ def slots(accesses):
             at = next(same, None) if name == "out" else None
             found[name] = end if at is None else at
             end += access.copied * ACCESS if at is None else 0
-    return found, end
+    return found
+
+
+def size_of(accesses, part, classes, threads):
+    """Bytes of a block's tiles, of the last one no more than its rows have; 0 if there are none.
+
+    What is not taken is left to L1.
+    """
+    found = slots(accesses)
+    if not found:
+        return 0
+    last = max(found, key=lambda name: found[name])
+    rows = threads // part.lanes * classes * accesses[last].format.size
+    rows = max(-(-rows // SWIZZLED) * SWIZZLED, accesses[last].always * ACCESS * threads)
+    return found[last] * threads + rows
 
 
 def run_of(added, lanes):
@@ -154,25 +171,24 @@ class Tiles:
         As `run_of`.
     short : bool
         Whether the numbers of rows, and distances between them, fit into 32 bits.
+    begin : int
+        Bytes of shared memory before them, a multiple of `SWIZZLED`.
 
     Attributes
     ----------
     found : dict of str to int
         As `slots`; empty where nothing is copied.
-    size : int
-        Bytes of shared memory.
     row : Value
         The number in the block of a thread's row, if there are tiles.
     """
 
-    def __init__(self, accesses, frame, part, threads, run, short):
-        self.found, each = slots(accesses)
-        self.size, self.tiles, self.thread = each * threads, {}, frame.thread
+    def __init__(self, accesses, frame, part, threads, run, short, begin):
+        self.found, self.tiles, self.thread = slots(accesses), {}, frame.thread
         if self.found:
             self.row = _row_of(self.thread, part.lanes, threads, run)
-            self._place(accesses, frame, part, threads, short)
+            self._place(accesses, frame, part, threads, short, begin)
 
-    def _place(self, accesses, frame, part, threads, short):
+    def _place(self, accesses, frame, part, threads, short, begin):
         rows = threads // part.lanes
         first = frame.block * rows
         there = narrow(smaller_integer(frame.rows - first, rows))
@@ -181,9 +197,11 @@ class Tiles:
         self.classes = narrow(frame.classes) if known is None else known
         for name, at in self.found.items():
             start = getattr(frame, name) + distance(first, getattr(frame, f"{name}_step0"))
-            size = there * self.classes * accesses[name].format.size
+            row = self.classes * accesses[name].format.size
             kind = _MovedTile if isinstance(accesses[name], StagedAnywhere) else _Tile
-            self.tiles[name] = kind(accesses[name], start, size, at * threads, frame, threads)
+            at = begin + at * threads
+            sizes = row * there, row * rows
+            self.tiles[name] = kind(accesses[name], start, *sizes, at, frame, threads)
 
     def start(self, name):
         """The place of a lane's row."""
@@ -220,8 +238,8 @@ class _Tile:
     Parameters
     ----------
     access : Staged
-    start, size : Value
-        The address; how many.
+    start, size, room : Value
+        The address; how many; how many if all of the block's rows were there.
     at : int
         The place.
     frame : device.Frame
@@ -231,8 +249,8 @@ class _Tile:
 
     word = WORD
 
-    def __init__(self, access, start, size, at, frame, threads):
-        self.access, self.start, self.size, self.at = access, start, size, at
+    def __init__(self, access, start, size, room, at, frame, threads):
+        self.access, self.start, self.size, self.room, self.at = access, start, size, room, at
         self.thread, self.threads = frame.thread, threads
         word, count = access.edge
         self.edge = word * count
@@ -261,11 +279,15 @@ class _Tile:
 
     def put(self):
         """Put them into the tile, with what there is behind the last one."""
-        # There is room for all, and something for rows that there are not.
-        always = constant(self.thread, True, "b1")
-        place = self.access.at(self.thread * ACCESS + self.at)
+        first = self.thread * ACCESS
+        place = self.access.at(first + self.at)
         for i, words in enumerate(self.words):
-            put_shared_words(place + i * self.threads * ACCESS, self.word, words, always)
+            # Something for rows that there are not.
+            more = i * self.threads * ACCESS
+            mask = first < self.room - more
+            if i < self.access.always:
+                mask = constant(mask, True, "b1")
+            put_shared_words(place + more, self.word, words, mask)
         if self.edge < ACCESS:
             whole = self._whole()
             rest = self.size - whole * ACCESS
@@ -313,10 +335,10 @@ class _MovedTile(_Tile):
         Bytes before the first 16 of global memory.
     """
 
-    def __init__(self, access, start, size, at, frame, threads):
-        super().__init__(access, start, size, at, frame, threads)
+    def __init__(self, access, *others):
+        super().__init__(access, *others)
         self.word = max(WORD, access.format.size)
-        self.before = -narrow(start) & (ACCESS - 1)
+        self.before = -narrow(self.start) & (ACCESS - 1)
 
     def load(self):
         """As _Tile.load."""

@@ -52,13 +52,13 @@ ROOM = 512
 
 
 def quotient(a, b):
-    """a / b of float64, as IEEE has it for b of 0 and infinity."""
+    """a / b of float64, as IEEE has it for b of infinity; NaN for 0, the mean of nothing."""
     size = float_of(bits_of(b) & 0x7FFFFFFFFFFFFFFF)
     q = divide(a, where(size == 0.0, 1.0, size))
     q = where(is_finite(a), q, a)
     q = where(b < 0.0, -q, q)
     q = where(size == math.inf, where(is_finite(a), constant(a, 0.0, "f8"), math.nan), q)
-    return where(size == 0.0, a * math.inf, q)
+    return where(size == 0.0, math.nan, q)
 
 
 # ---------------------------------------------------------------- sums

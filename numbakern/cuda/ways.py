@@ -58,9 +58,14 @@ REDUCING = (3, 4, 5, 6, 8, 11)
 GATHERED_ROWS, GATHERED_THREADS = 4, 256
 """Rows of several parts that a block finishes together, a warp each; threads of one whose rows have
 one part."""
-BUSILY, ENOUGH = (0.85, 0.75), 20
+BUSILY = 0.85, 0.75
 """Of the warps that find registers, the share that should be busy, and has to be, for a cluster to
-be better; busy warps of a block of two rounds that needs none beside it."""
+be better."""
+ENOUGH, ENOUGH_OF_TWO, LEAST_OF_TWO = 20, 0.625, 72
+"""Busy warps of a block of two rounds that needs none beside it; where a map reads two arrays, of
+the warps that find registers the share that has to be busy, each lane with no fewer registers."""
+NONE = math.inf, 0
+"""A range of warps in which there are none."""
 SIMPLE = 3
 """Numbers that say all of a part of a row of which no sums over targets are taken."""
 BUSY = 18
@@ -140,8 +145,7 @@ class Machine(NamedTuple):
 
     def waves(self, blocks, warps, registers):
         """How often all multiprocessors are filled with blocks of so many warps."""
-        beside = REGISTERS // (registers * WARP * warps)
-        return _ceil(blocks, beside * self.multiprocessors)
+        return _ceil(blocks, int(_warps(registers) // warps) * self.multiprocessors)
 
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
@@ -292,8 +296,9 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
             return found
     shelving, good = None, False
     if shelf and many:
+        enough = _enough(registers, numbers, inputs)
         simple = inputs == 1 and numbers <= SIMPLE
-        shelving, good = _shelved(parts, board, shelf, registers, simple, machine)
+        shelving, good = _shelved(parts, board, shelf, registers, enough, simple, machine)
     if good:
         return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
@@ -371,29 +376,41 @@ def _turning(parts, cluster, boards, shelf, registers, machine):
     return [one for _, one in sorted(found)[-1:]]
 
 
-def _shelved(parts, board, shelf, registers, simple, machine):
+def _enough(registers, numbers, inputs):
+    """Busy warps that need no block beside theirs, a range; none where one array is summed up."""
+    if inputs > 1:
+        return ENOUGH_OF_TWO * _warps(registers), _warps(LEAST_OF_TWO)
+    return (ENOUGH if numbers <= SIMPLE else math.inf), WARP
+
+
+def _warps(registers):
+    """Warps of a multiprocessor that find so many registers for each lane, on average."""
+    return REGISTERS / (registers * WARP)
+
+
+def _shelved(parts, board, shelf, registers, enough, simple, machine):
     """How `_in_rounds` keeps all of a row, None if it can't; whether nothing else is as good.
 
-    By a block, if another finds room beside it, or if it is good alone, which takes that there is
-    nothing else to do. Else by the smallest cluster whose blocks are beside others and busy; of
-    none that are, by one whose blocks are about to be.
+    By a block, if another finds room beside it, or if it is good alone, which is even better where
+    there is nothing else to do (`simple`). Else by the smallest cluster whose blocks are beside
+    others and busy; of none that are, by one whose blocks are about to be.
     """
     alone, clusters, blocks = None, [], 1
     while blocks <= machine.cluster:
-        enough = ENOUGH if simple and blocks == 1 else math.inf
-        found = _shelving(parts, blocks, board, shelf, registers, enough, machine)
+        best = enough if simple and blocks == 1 else NONE
+        found = _shelving(parts, blocks, board, shelf, registers, best, machine)
         if found:
             kept = "shared", blocks, found.warps, board + shelf * found.places, found.beside
             if blocks > 1:
                 clusters += [(found.busy, kept)] * (found.beside > 1)
-            elif found.beside > 1 or found.is_enough(enough):
+            elif found.beside > 1 or found.is_enough(*enough):
                 return kept, True
             else:
                 alone = kept
         blocks *= 2
     for share in BUSILY[not simple :]:
         for busy, kept in clusters:
-            if busy >= share * REGISTERS / (registers * WARP):
+            if busy >= share * _warps(registers):
                 return kept, True
     return alone, False
 
@@ -417,21 +434,22 @@ class _Shelving(NamedTuple):
     beside: int
     busy: float
 
-    def is_enough(self, busy):
-        """Whether so many warps are busy, and ask for all of their parts at once."""
-        return self.busy >= busy and self.places == self.warps
+    def is_enough(self, least, most):
+        """Whether so many warps are busy, of at most so many, and ask for all parts at once."""
+        few = self.beside * self.warps <= most
+        return self.busy >= least and few and self.places == self.warps
 
 
-def _shelving(parts, blocks, board, shelf, registers, enough, machine):
+def _shelving(parts, blocks, board, shelf, registers, best, machine):
     """The _Shelving of a row's parts in so many blocks; None if they are too many.
 
-    Each warp holds its last part in registers. One that has `enough` busy warps is best. Of two
+    Each warp holds its last part in registers. One with so many busy warps is best. Of two
     blocks beside one another one can load while the other computes; then the busiest is best, of
     the fewest rounds.
     """
 
     def rank(one):
-        return one.is_enough(enough), one.beside > 1, min(one.busy, WARP), one.warps
+        return one.is_enough(*best), one.beside > 1, min(one.busy, WARP), one.warps
 
     found = _found(parts, blocks, board, shelf, registers, machine, held=1)
     return max(found, key=rank, default=None)
@@ -448,7 +466,7 @@ def _found(parts, blocks, board, shelf, registers, machine, held):
         warps = _ceil(parts, rounds * blocks)
         places = (rounds - held) * warps
         size = board + shelf * places
-        beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
+        beside = min(machine.beside(size), int(_warps(registers) // warps))
         if size <= machine.shared and beside:
             yield _Shelving(warps, places, beside, beside * parts / (rounds * blocks))
 

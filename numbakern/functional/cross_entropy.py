@@ -100,7 +100,8 @@ def cross_entropy(
     Returns
     -------
     loss : scalar or array
-        float64 for float64 and integers, else float32. The mean of nothing is NaN.
+        float64 for float64 and integers, else float32. The mean of nothing is NaN, and so is a
+        row's loss where a weight or probability of 0 meets an infinite log p, as in PyTorch.
     lse : float64 scalar or array
         Only with `return_lse`: log Σ exp(x) of each row, of the labels' shape.
 

@@ -36,7 +36,8 @@ def nll_loss(
     Returns
     -------
     scalar or array
-        float64 for float64 and integers, else float32. The mean of nothing is NaN.
+        float64 for float64 and integers, else float32. The mean of nothing is NaN, and so is a
+        row's loss where a weight of 0 meets an infinite log p, as in PyTorch.
 
     Raises
     ------
