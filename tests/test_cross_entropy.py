@@ -666,6 +666,27 @@ def test_an_ignored_row_whatever_the_weights(dtype, classes, reduction, smoothin
         assert not np.asarray(grad[0], float64).any()
 
 
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("axis", [0, 1])
+@cases.dtypes(bfloat16, float32, float64)
+def test_losses_with_an_infinite_weight(dtype, axis, value):
+    """They are infinite wherever its class is, at the maximum too."""
+    x = cases.logits((40, 21), dtype)
+    x[np.arange(21), np.arange(21)] = 9
+    weight, labels = np.ones(21, float32), np.arange(40) % 21
+    weight[3] = value
+    for target, smoothing in (labels, 0.1), (cases.probabilities(x.shape, 1, dtype), 0.0):
+        options = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+        want = reference.cross_entropy(x, target, **options)
+        assert np.array_equal(want, np.full(40, value))
+        given = [np.moveaxis(a, 1, axis) if np.ndim(a) == 2 else a for a in (x, target)]
+        for loss in (
+            cross_entropy(*given, axis=axis, **options),
+            cross_entropy_value_and_grad(*given, axis=axis, **options)[0],
+        ):
+            assert np.array_equal(loss, want)
+
+
 def test_an_infinite_weight_of_a_label_under_mean():
     """It is all that counts: what other labels have is divided by infinity."""
     x, weight = cases.logits((3, 4)), np.array([1, 1, INF, 1], float32)

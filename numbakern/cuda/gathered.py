@@ -25,7 +25,7 @@ class _Gathered(Walk):
 
     @property
     def boards(self):
-        """As Walk.boards."""
+        """As Walk.boards; one of each row."""
         return 8 * self.way.gathers * numbers_of(self.part, width(self.op))
 
     def _place_row(self, frame, op):

@@ -560,7 +560,8 @@ class CrossEntropy(Operation):
     def _put_loss(self, row, m, log_sum, q, nll):
         losses = []
         if self.summed:
-            losses.append(nll + q * log_sum)
+            # An infinite weight is all that counts, of the maximum as well.
+            losses.append(where(is_finite(q), nll, 0.0) + q * log_sum)
         if not self.soft:
             loss, own = formulas.nll_value(row.x_label, m, log_sum), self._own(row)
             losses.append(loss if own is None else own * loss)

@@ -475,6 +475,9 @@ class Walk:
         What it shares with the others, if they are neighbours.
     """
 
+    boards = 0
+    """Bytes of shared memory for boards, before the tiles of a block."""
+
     def __init__(self, walker, frame, op, turn=0, beside=None):
         self.walker, self.frame, self.op, self.turn = walker, frame, op, turn
         self.beside = beside
@@ -489,9 +492,6 @@ class Walk:
         self.tiles = Tiles(walker.accesses, frame, self.part, threads, run, short, begin)
         self._place_row(frame, op)
         self.row.tiles = self.tiles
-
-    boards = 0
-    """Bytes of shared memory for the boards of a block that has tiles."""
 
     def _place_row(self, frame, op):
         """Which row, which parts, and their board."""
