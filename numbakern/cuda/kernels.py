@@ -588,16 +588,18 @@ class CrossEntropy(Operation):
         x = row.x_label
         if self.given:
             d = x - m
-            d = where(d > 0.0, 0.0, d)
-            p, others = exp_nonpositive(d), -expm1_nonpositive(d)
+            others = -expm1_nonpositive(where(d > 0.0, 0.0, d))
         else:
-            e = exp_nonpositive(x - safe(m))
-            others = where(x == m, (k - 1.0) + rest, (k + rest) - e)
-            p, others = (divide(v, k + rest, self.elem) for v in (e, others))
+            others = where(x == m, (k - 1.0) + rest, (k + rest) - exp_nonpositive(x - safe(m)))
+            others = divide(others, k + rest, self.elem)
         total, target = self._own(row), None
         if self.whole:
             label_grad = -(others if total is None else total * others)
         else:
+            if self.given:
+                p = exp_nonpositive(where(d > 0.0, 0.0, d))
+            else:
+                p = divide(exp_nonpositive(x - safe(m)), k + rest, self.elem)
             total, own = total + q, self._weighed(row, row.keep + row.spread)
             label_grad = where(
                 others > 0.5,
