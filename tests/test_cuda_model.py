@@ -1026,7 +1026,6 @@ CLIFFS = (
     ("cross_entropy_value_and_grad", "f4", "single", 114689, 147457, 0.15, ALONE),
     ("cross_entropy_value_and_grad", "bf", "shifted", 12, 64, 4.70, STARTS),
     ("cross_entropy_value_and_grad", "bf", "single", 11, 63, 4.60, STARTS),
-    ("cross_entropy_value_and_grad", "bf", "staged", 17, 17, 0.15, ROOM),
     ("cross_entropy_value_and_grad", "bf", "shifted", 66, 128, 4.80, STARTS),
     ("cross_entropy_value_and_grad", "bf", "single", 65, 127, 4.75, STARTS),
     ("cross_entropy_value_and_grad", "bf", "shifted", 130, 904, 1.00, STARTS),

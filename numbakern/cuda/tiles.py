@@ -52,7 +52,8 @@ class Staged(Single):
         self.sure = groups * part.lanes * part.group  # elements of a row that has the fewest
         self.copied = -(-part.held * fmt.size // ACCESS)  # accesses of a thread, for its own part
         self.full = groups * self.bytes // ACCESS  # those of the row that has the fewest
-        self.always = max(self.full, self.copied - 1)  # those that there is room for
+        # Those that there is room for: of a lane that has a row nearly all of its own is taken.
+        self.always = self.copied if part.lanes == 1 else max(self.full, self.copied - 1)
         # 8 lanes, each of which has a row, are to meet all banks; of rows of 4 or 8 accesses they
         # would meet the same ones.
         self.swizzled = self.chunk == ACCESS and part.vectors % 4 == 0
