@@ -645,10 +645,10 @@ def test_the_mean_over_weights_that_sum_to_0(axis, smoothing, labels, first):
             assert not row.any() if label == -100 else np.isnan(row).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
-@pytest.mark.parametrize("classes", [3, 100, 5000])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("classes", [3, 5000])
 @cases.dtypes(bfloat16, float32, float64)
 def test_an_ignored_row_whatever_the_weights(dtype, classes, reduction, smoothing, value):
     x, weight = cases.logits((3, classes), dtype), np.ones(classes)
