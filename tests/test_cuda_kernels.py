@@ -15,7 +15,7 @@ from numbakern.arrays import kind_of
 from numbakern.cuda import device, totals, ways
 from numbakern.cuda import plan as plans
 from numbakern.cuda.plan import Layout, kernel_of, plan
-from numbakern.cuda.rows import Partition, Way, partition
+from numbakern.cuda.rows import BLOCK, WIDE, Partition, Way, partition
 from numbakern.cuda.ways import MACHINE, Machine
 from tests import accuracy, cases, emulator, reference
 from tests.cases import bfloat16, float16, float32, float64
@@ -1215,7 +1215,7 @@ def test_who_passes_through_shared_memory():
         arrays = ("x", array), ("out", array)
         shape, machine = (rows, classes), Machine(realigned=anywhere)
         made = plan("log_softmax", (), shape, 1, compute_of(dtype), arrays, machine)
-        assert made.steps[0].shared <= 20 << 10
+        assert made.steps[0].shared <= BLOCK * WIDE
         return set(modes_of(made).values())
 
     for dtype, classes in [(bfloat16, 17), (bfloat16, 513), (float32, 9), (float32, 65)]:

@@ -81,7 +81,7 @@ class Found(NamedTuple):
     ignore_index: int | None
 
     def is_bad(self, value):
-        """Whether such a label would be in a call of this kind, if that is known."""
+        """Whether such a label is no class, and not ignored, in calls of this kind."""
         return value != self.ignore_index and not 0 <= value < self.classes
 
     def error(self):

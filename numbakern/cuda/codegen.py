@@ -33,6 +33,7 @@ ROWS, ROWS_ABREAST = 16384, 1 << 20
 CHOICE = {"realigned": True, "abreast": True, "counted": True}
 """The ways that may be chosen of rows as they are in `cases`."""
 CHOSEN = MACHINE._replace(**CHOICE)
+"""MACHINE with them."""
 
 
 class Case(NamedTuple):

@@ -571,11 +571,11 @@ class CrossEntropy(Operation):
         self.put_loss(self.formats, row, row.or_void(sum_tree(losses)), weight)
 
     def _own(self, row):
-        """A label's own target, of which the smoothed part is none; None for 1."""
+        """A label's target without its share of the smoothing, times its weight; None for 1."""
         return self._weighed(row, None if self.whole else row.keep)
 
     def _weighed(self, row, target):
-        """Such a target of the label (None for 1), times its weight."""
+        """A target of the label (None for 1), times the label's weight."""
         if not self.weighted:
             return target
         return row.w_label if target is None else row.w_label * target

@@ -283,11 +283,10 @@ class _Tile:
         first = self.thread * ACCESS
         place = self.access.at(first + self.at)
         for i, words in enumerate(self.words):
-            # Something for rows that there are not.
             more = i * self.threads * ACCESS
-            mask = first < self.room - more
-            if i < self.access.always:
-                mask = constant(mask, True, "b1")
+            # Rows that there are not get something, too: lanes read it.
+            always = i < self.access.always
+            mask = constant(first, True, "b1") if always else first < self.room - more
             put_shared_words(place + more, self.word, words, mask)
         if self.edge < ACCESS:
             whole = self._whole()

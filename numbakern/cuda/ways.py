@@ -145,7 +145,8 @@ class Machine(NamedTuple):
 
     def waves(self, blocks, warps, registers):
         """How often all multiprocessors are filled with blocks of so many warps."""
-        return _ceil(blocks, int(_warps(registers) // warps) * self.multiprocessors)
+        beside = REGISTERS // (registers * WARP * warps)
+        return _ceil(blocks, beside * self.multiprocessors)
 
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
@@ -296,9 +297,7 @@ def _mapped(parts, count, numbers, shelf, registers, inputs, machine):
             return found
     shelving, good = None, False
     if shelf and many:
-        enough = _enough(registers, numbers, inputs)
-        simple = inputs == 1 and numbers <= SIMPLE
-        shelving, good = _shelved(parts, board, shelf, registers, enough, simple, machine)
+        shelving, good = _shelved(parts, board, numbers, shelf, registers, inputs, machine)
     if good:
         return _in_rounds(parts, count, *shelving)
     blocks = _ceil(parts, HELD)
@@ -376,25 +375,27 @@ def _turning(parts, cluster, boards, shelf, registers, machine):
     return [one for _, one in sorted(found)[-1:]]
 
 
-def _enough(registers, numbers, inputs):
+def _enough(registers, simple, inputs):
     """Busy warps that need no block beside theirs, a range; none where one array is summed up."""
     if inputs > 1:
         return ENOUGH_OF_TWO * _warps(registers), _warps(LEAST_OF_TWO)
-    return (ENOUGH if numbers <= SIMPLE else math.inf), WARP
+    return (ENOUGH, WARP) if simple else NONE
 
 
 def _warps(registers):
-    """Warps of a multiprocessor that find so many registers for each lane, on average."""
+    """Warps of a multiprocessor that find so many registers for each lane; no whole number."""
     return REGISTERS / (registers * WARP)
 
 
-def _shelved(parts, board, shelf, registers, enough, simple, machine):
+def _shelved(parts, board, numbers, shelf, registers, inputs, machine):
     """How `_in_rounds` keeps all of a row, None if it can't; whether nothing else is as good.
 
     By a block, if another finds room beside it, or if it is good alone, which is even better where
     there is nothing else to do (`simple`). Else by the smallest cluster whose blocks are beside
     others and busy; of none that are, by one whose blocks are about to be.
     """
+    simple = inputs == 1 and numbers <= SIMPLE
+    enough = _enough(registers, simple, inputs)
     alone, clusters, blocks = None, [], 1
     while blocks <= machine.cluster:
         best = enough if simple and blocks == 1 else NONE
@@ -466,7 +467,7 @@ def _found(parts, blocks, board, shelf, registers, machine, held):
         warps = _ceil(parts, rounds * blocks)
         places = (rounds - held) * warps
         size = board + shelf * places
-        beside = min(machine.beside(size), int(_warps(registers) // warps))
+        beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
         if size <= machine.shared and beside:
             yield _Shelving(warps, places, beside, beside * parts / (rounds * blocks))
 
