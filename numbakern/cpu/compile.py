@@ -19,6 +19,8 @@ import llvmlite.binding
 import numba
 from numba import njit, types
 from numba.core.ccallback import CFunc
+from numba.core.codegen import CPUCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.dispatcher import _FunctionCompiler  # type: ignore[attr-defined]
 from numba.core.registry import CPUDispatcher
 from numba.core.runtime import rtsys
@@ -101,6 +103,24 @@ def _identity(value):
     return type(value), value  # 1 and True differ
 
 
+class _Part(CPUCodeLibrary):
+    """Code that is optimised and turned into machine code once: in the kernel it ends in."""
+
+    def _optimize_functions(self, ll_module):
+        ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalized = True
+
+
+class _PartPipeline(Compiler):
+    def __init__(self, typing, target, _library, *rest):
+        super().__init__(typing, target, _Part(target.codegen(), "part"), *rest)
+
+
 class _DeviceCompiler(_FunctionCompiler):
     def _customize_flags(self, flags):
         flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
@@ -109,12 +129,8 @@ class _DeviceCompiler(_FunctionCompiler):
     def compile(self, args, return_type):
         # Numba knows a compiled function by its entry point: this one needs an identity only.
         result = super().compile(args, return_type)._replace(entry_point=object())
-        library = result.library
-        # It is optimised and turned into machine code once, as part of the kernel it ends in.
-        library._optimize_final_module = lambda: None
-        library._finalize_final_module = lambda: setattr(library, "_finalized", True)
         context = self.targetdescr.target_context
-        context.insert_user_function(result.entry_point, result.fndesc, [library])
+        context.insert_user_function(result.entry_point, result.fndesc, [result.library])
         return result
 
 
@@ -124,7 +140,7 @@ class _DeviceDispatcher(CPUDispatcher):
         super().__init__(function, targetoptions=options)
         own = self._compiler
         self._compiler = _DeviceCompiler(
-            own.py_func, own.targetdescr, own.targetoptions, own.locals, own.pipeline_class
+            own.py_func, own.targetdescr, own.targetoptions, own.locals, _PartPipeline
         )
 
     def add_overload(self, result):
