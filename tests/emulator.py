@@ -346,6 +346,10 @@ class Emulator:
             out.append(word)
         return out
 
+    def prefetch(self, address, mask):
+        addresses, mask = self._places(address, mask)
+        self._read(addresses, 1, self.number[mask])
+
     def _read(self, addresses, width, numbers):
         """So many bytes at each of some threads' addresses."""
         raw = np.zeros((len(addresses), width), np.uint8)

@@ -475,6 +475,17 @@ def test_rows_are_asked_for_before_their_labels_have_come(classes, kind):
     assert logit and logit.start() > sass.index("LDG.E.128")
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("kind, classes", [("f4", 128), ("f4", 1024), ("bf", 1000), ("bf", 257)])
+def test_labels_come_to_l1_with_the_rows(kind, classes, arch):
+    """They are on their way before a row is waited for, and read when it is reduced."""
+    step = case("cross_entropy", kind, classes).step
+    assert Way(*dict(step.spec.params)["way"]).gathers
+    sass = compiler.sass(compiler.cubin(step.spec, arch, step.block, step.blocks))
+    used = re.search(r"\b(FMNMX|HMNMX2|STS)\b", sass).start()
+    assert sass.index("CCTL.E.PF1") < used < sass.index("BAR.SYNC") < sass.rindex("LDG.E.64")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "one, arch",

@@ -547,7 +547,7 @@ def test_nll(dtype, weighted, reduction):
 
 
 @pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000])
+@pytest.mark.parametrize("rows", [1, 31, 33, 2047, 2048, 2049, 70_000, 262_145])
 def test_sums_over_many_rows(rows, counted, take):
     """Sums by a warp that has all rows, in one step and in two, to an ulp."""
     take(counted=counted)
@@ -559,7 +559,9 @@ def test_sums_over_many_rows(rows, counted, take):
         loss = np.full((), np.nan)
         made = run("nll", {"x": x, "labels": labels, "loss": loss}, 1, reduction=reduction)
         alone = counted and rows <= WARP
-        assert len(made.steps) == (3 if rows == 70_000 else 1 if alone else 2)
+        assert len(made.steps) == (3 if rows == 262_145 else 1 if alone else 2)
+        threads = 512 if rows == 70_000 else 256
+        assert alone or made.steps[-1].block == threads
         want = losses.sum() if reduction == "sum" else losses.mean()
         size = abs(losses).sum() / (1 if reduction == "sum" else rows)
         assert abs(loss - want) <= size * 2.0**-52
@@ -574,9 +576,10 @@ def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
     weight = cases.class_weights(3, dtype)
     call = {"ignores": True, "ignore_index": -100, "reduction": "mean"}
     logits = cases.logits((*batch, 3), dtype)
-    for span, keeper in itertools.product((2048, 256), (np.ascontiguousarray, cases.fortran)):
-        monkeypatch.setattr(totals, "SPAN", span)
-        monkeypatch.setattr(totals, "EACH", span // totals.BLOCK)
+    for each, keeper in itertools.product((8, 2, 1), (np.ascontiguousarray, cases.fortran)):
+        monkeypatch.setattr(totals, "SPAN", each * totals.BLOCK)
+        monkeypatch.setattr(totals, "EACH", each)
+        monkeypatch.setattr(totals, "MOST", 2 * each)
         for cached in plan, plans.kernel_of:
             cached.cache_clear()
         arrays = {"x": keeper(logits), "labels": keeper(labels), "weight": weight}
@@ -585,7 +588,8 @@ def test_sums_have_the_same_bits_whoever_adds(dtype, monkeypatch):
         of_warps = keeper is np.ascontiguousarray
         nodes = 113 if of_warps else 3600
         assert made.constants["row_loss_count"] == nodes
-        assert len(made.steps) == 2 + (nodes > span)
+        at_once = 2048 * each if dtype == float32 else 1024 * each
+        assert len(made.steps) == 2 + (nodes > at_once)
         run("cross_entropy", {**arrays, "loss": same, "out": empty_like(arrays["x"])}, 2, **call)
         found |= {loss.tobytes(), same.tobytes()}
         want = reference.cross_entropy(logits, labels, axis=2, weight=weight, work=WORK)

@@ -241,7 +241,7 @@ def test_the_board_of_a_block_has_an_end(monkeypatch):
 def test_totals_miss_their_barrier(monkeypatch):
     rows, loss = np.ones(3000), np.zeros((), np.float32)
     made = ("source", "row_loss"), ("sums", (1, False)), ("result", "loss"), ("kind", "f4")
-    kernel = kernel_of(Spec("total", made))
+    kernel = kernel_of(Spec("total", (*made, ("shape", (totals.BLOCK, totals.EACH)))))
     slots = {"row_loss": rows.ctypes.data, "loss": loss.ctypes.data, "row_loss_count": 2000}
 
     def start():

@@ -65,7 +65,7 @@ class _Ahead(Walk):
     def _take(self, turn):
         """The row of a turn; one that there is not has no elements."""
         first = self.frame.block >> (self.way.cluster.bit_length() - 1)
-        p = self._known(first + turn * self.frame.stride)
+        p, self.ok = self._known(first + turn * self.frame.stride)
         leader = (self.own == 0) & (self.lane == 0)
         row = self.op.row(self.frame, p, self.ok, leader, WARP, self._peek)
         row.fold, row.team = team_fold, self.team

@@ -131,7 +131,8 @@ class _Columns(Walk):
             self.column = (self.thread >> low) & (rows - 1)
             self.lane = (self.thread & (self.near - 1)) | ((self.thread >> high) << low)
         if self.beside:
-            p = self._known((p * rows + convert(self.column, "i8")) * together, together)
+            p = (p * rows + convert(self.column, "i8")) * together
+            p, self.ok = self._known(p, together)
         else:
             p = self._in_turn(p, rows, self.column)
         if not self.part.single:

@@ -439,6 +439,11 @@ def load(address, size, count, mask=None, fill=0):
     return tuple(address.like(w, elem) for w in words)
 
 
+def prefetch(address, mask):
+    """Have what lies at this address on its way to L1, where the mask holds."""
+    address.machine.prefetch(address.value, mask.value)
+
+
 def store(address, size, words, mask=None):
     """Write words of `size` bytes to an aligned address in one access, where the mask holds."""
     mask = None if mask is None else mask.value

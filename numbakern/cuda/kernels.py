@@ -18,6 +18,7 @@ from numbakern.cuda.device import (
     fma,
     load,
     narrow,
+    prefetch,
     store,
     sum_tree,
     when,
@@ -83,6 +84,9 @@ class Row:
         The addresses of what there is of it in the arrays.
     counts, skip : Value
         Whether its label is a class that is not ignored; whether it is ignored (`Labels.look`).
+    prompt : bool
+        Whether its label is read as it begins, else when it is looked at, if it is at all; who
+        waits for something else before had better have it come to L1 meanwhile (`hint`).
     """
 
     x_label = fold = team = tiles = None
@@ -147,7 +151,7 @@ class Operation:
         """
         return self.exponential and self.softmax and self.elem == "f4" and not self.anew
 
-    def row(self, frame, p, ok, leader, lanes, peek, turn=0, beside=None):
+    def row(self, frame, p, ok, leader, lanes, peek, turn=0, beside=None, prompt=True):
         """Row number p of the batch; an int32 if distances between rows and classes are, too.
 
         Or number `turn` of those that lie `beside` one another, the first of which that is.
@@ -167,7 +171,7 @@ class Operation:
         lane = frame.thread & (WARP - 1)
         row = Row(places, frame.classes, ok, leader, p, lane, lanes, peek)
         row.divisor = self.result and divisor_of(frame, self.result[1])
-        row.at, row.turn, row.beside = at, turn, beside or Beside()
+        row.at, row.turn, row.beside, row.prompt = at, turn, beside or Beside(), prompt
         self.begin(frame, row)
         return row
 
@@ -202,6 +206,9 @@ class Operation:
             for i in range(0, len(found), each):
                 words = [word for _, word in found[i : i + each]]
                 store(found[i][0], fmt.size, words, row.leader)
+
+    def hint(self, row):
+        """Have what `look` reads come to L1; a lane of the row sees to that."""
 
     def look(self, frame, row):
         """Whether the row is read at all; may wait for what `begin` reads."""
@@ -461,17 +468,24 @@ class CrossEntropy(Operation):
         row.total_classes = frame.classes
         if self.grad:
             row.scale = self.scale(frame)
-        if not self.soft:
+        if self.labels and row.prompt:
             row.raw_label = self.read(row, "labels", self.labels.format)
         if self.given:
             row.lse = self.number(row, "row_lse", self.formats)
         if "row_scale" in row.at:
             row.own_scale = self.number(row, "row_scale", self.formats)
 
+    def hint(self, row):
+        """As Operation.hint."""
+        if self.labels:
+            prefetch(row.at["labels"], row.leader)
+
     def look(self, frame, row):
         """As Operation.look: of an ignored row nothing is read."""
         row.skip, row.counts = (constant(frame.classes, v, "b1") for v in (False, True))
         if not self.soft:
+            if not row.prompt:
+                row.raw_label = self.read(row, "labels", self.labels.format)
             self.labels.look(frame, row)
             if not self.lse:
                 row.classes = where(row.skip, 0, row.classes)

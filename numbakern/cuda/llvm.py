@@ -271,6 +271,12 @@ class LLVM:
         args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
         return self._loaded(code, elem, count, constraints, args, mask, fill)
 
+    def prefetch(self, address, mask):
+        """See device.prefetch."""
+        constraints, args = ["l"], [address]
+        code = self._masked("prefetch.global.L1 [$0];", mask, constraints, args)
+        self._assembly(code, _void, constraints, args)
+
     def store(self, address, size, words, mask):
         """See device.store."""
         width = {1: "b8", 2: "b16", 4: "b32", 8: "b64"}[size]

@@ -226,15 +226,20 @@ class _Planner:
     def _sum(self, kernel, params, sums, count, last):
         """The steps that add up so many items, the last of which has these parameters."""
         name = "row_loss" if kernel == "total" else kernel
-        while count > totals.SPAN:
+        while not (shape := totals.shape_for(count, sums)):
             count, name = -(-count // totals.SPAN), name + "_left"
             left = sums._replace(rows=sums.rows * totals.SPAN)
             self.temporaries.append((name, left.size * count))
             self.constants[f"{name}_count"] = count
-            spec = Spec(kernel, (*params, ("sums", tuple(sums)), ("target", name)))
-            self._step(spec, count, totals.BLOCK)
+            several = totals.BLOCK, totals.EACH
+            self._sum_step(kernel, params, sums, several, ("target", name), grid=count)
             kernel, params, sums = "total", (("source", name),), left
-        self._step(Spec(kernel, (*params, ("sums", tuple(sums)), *last)), 1, totals.BLOCK)
+        self._sum_step(kernel, params, sums, shape, *last)
+
+    def _sum_step(self, kernel, params, sums, shape, *others, grid=1):
+        params = *params, ("sums", tuple(sums)), ("shape", shape), *others
+        blocks = min(grid, REGISTERS // (LEAN * shape[0]))  # all items are asked for at once
+        self._step(Spec(kernel, params), grid, shape[0], blocks=blocks)
 
     def _step(self, spec, grid, block, shared=0, cluster=1, blocks=0):
         args = tuple(kernel_of(spec).args)
@@ -406,6 +411,8 @@ class _Planner:
                 blocks = _roomy(part, threads)
             elif maps is None and realigned:  # ptxas takes a few registers more than it needs
                 blocks = REGISTERS // (LEAN * threads)
+            elif way.gathers and part.single and op.halves and "labels" in op.arrays:  # or too few
+                blocks = self.machine.beside(shared)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added
 

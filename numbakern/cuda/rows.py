@@ -528,18 +528,15 @@ class Walk:
     def _in_turn(self, block, rows, number):
         """The number of a block's row, of which it has so many in each turn."""
         first = (block * self.way.abreast + self.turn) * rows
-        return self._known(first + convert(number, "i8"))
+        p, self.ok = self._known(first + convert(number, "i8"))
+        return p
 
     def _known(self, p, count=1):
-        """The number of the first of so many rows, or of the last ones if there are none.
-
-        Then these are not `ok`.
-        """
+        """The number of the first of so many rows, or of the last ones; whether there are those."""
         rows = self.frame.rows
         if self.op.narrow:
             p, rows = narrow(p), narrow(rows)
-        self.ok = p < rows
-        return smaller_integer(p, rows - count)
+        return smaller_integer(p, rows - count), p < rows
 
     def _room(self):
         """The warp's shared memory for what it writes; None if that takes none."""

@@ -39,9 +39,10 @@ from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import WARP, offsets
 from numbakern.vmath import is_finite, two_sum, whole_sum
 
-BLOCK = 256
-EACH = 8
-"""Items of a thread in a step."""
+BLOCK, EACH = 256, 8
+"""Threads of a step's blocks, and items of each."""
+LARGE, MOST = 1024, 16
+"""The same of a block that is alone, at most; half of them where each is a sum in two parts."""
 SPAN = BLOCK * EACH
 KERNELS = ("total", "count")
 COUNTED = 1024
@@ -190,12 +191,22 @@ def _whole(numbers):
 # ---------------------------------------------------------------- steps
 
 
+def shape_for(count, sums):
+    """Of one block that adds up so many items: threads, and items of each; None for several."""
+    threads, each = BLOCK, EACH
+    while threads * each < count and threads < LARGE:
+        threads *= 2
+    while threads * each < count and each < MOST // (2 if sums.exact else 1):
+        each *= 2
+    return (threads, each) if threads * each >= count else None
+
+
 def kernel(name, params):
     """The kernel `name` of a step: "count" adds up labels' weights, "total" nodes in memory.
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
     what it is divided by: nothing, the "second" sum, or `divisor_of` it.
-    A divisor has behind it what it makes of the gradients' scale.
+    A divisor has behind it what it makes of the gradients' scale. Of blocks of such a `shape`.
     """
     sums = Sums(*params["sums"])
     args = _count_args(params) if name == "count" else {params["source"]: "i8"}
@@ -213,9 +224,10 @@ def kernel(name, params):
 
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
-        first = (frame.block * BLOCK + convert(frame.thread, "i8")) * EACH
-        node, leader = _of_warp(sums, items(first, EACH)), frame.thread == 0
-        node = _of_block(frame, sums, node, BLOCK // WARP)
+        threads, each = params["shape"]
+        numbers = _numbers(frame.thread, each, frame.block * (threads * each))
+        node = _of_warp(sums, items(numbers), frame.thread)
+        node, leader = _of_block(frame, sums, node, threads // WARP), frame.thread == 0
         if not result:
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
@@ -229,16 +241,23 @@ def kernel(name, params):
     return Kernel(name, body, args)
 
 
+def _numbers(thread, each, first=0):
+    """The numbers of a lane's items, of a warp's neighbours: those of an access are, too."""
+    lane = thread & (WARP - 1)
+    first = convert((thread - lane) * each + lane, "i8") + first
+    return [first + i * WARP for i in range(each)]
+
+
 class _Nodes:
-    """The nodes that a step before this one has left: so many, from the first one on."""
+    """The nodes that a step before this one has left."""
 
     def __init__(self, frame, params, sums):
         self.first = getattr(frame, params["source"])
         self.count = getattr(frame, f"{params['source']}_count")
         self.sums = sums
 
-    def __call__(self, first, count):
-        return (self._node(first + n) for n in range(count))
+    def __call__(self, numbers):
+        return [self._node(i) for i in numbers]
 
     def _node(self, i):
         return self.sums.load(self.first + i * self.sums.size, i < self.count)
@@ -269,18 +288,18 @@ def _scale(frame, params):
 
 
 class _Weights:
-    """The weights of so many rows' labels as nodes: 0 for one that is ignored or no class."""
+    """The weights of rows' labels as nodes: 0 for one that is ignored or no class."""
 
     def __init__(self, frame, params):
         self.frame, self.labels, self.params = frame, Format(params["labels"], "f8"), params
         self.weight = params["weight"] and Format(params["weight"], "f8")
 
-    def __call__(self, first, count):
-        return self.of(first, self.read(first, count))
+    def __call__(self, numbers):
+        return self.of(numbers, self.read(numbers))
 
-    def read(self, first, count):
+    def read(self, numbers):
         """The labels as they lie in memory; of a row that there is not, the last one's."""
-        return [self._read(first + n) for n in range(count)]
+        return [self._read(i) for i in numbers]
 
     def _read(self, i):
         frame = self.frame
@@ -288,9 +307,9 @@ class _Weights:
         (at,) = offsets(_Prefixed(frame, "count_"), row, self.params["dimensions"], ("labels",))
         return load(frame.labels + at, self.labels.size, 1)[0]
 
-    def of(self, first, labels):
+    def of(self, numbers, labels):
         """The nodes of such labels."""
-        return (self._of(first + n, raw) for n, raw in enumerate(labels))
+        return [self._of(i, raw) for i, raw in zip(numbers, labels, strict=True)]
 
     def _of(self, i, raw):
         frame, t = self.frame, self.labels.integer(raw)
@@ -314,9 +333,30 @@ class _Prefixed:
         return getattr(self._frame, self._prefix + name)
 
 
-def _of_warp(sums, nodes):
-    """The node of a warp, each lane of which has some nodes: neighbours."""
-    return sums.over_lanes(tree(nodes, sums.joined), 1, WARP)
+def _of_warp(sums, nodes, thread):
+    """The node of a warp, lane l of which has number l of each so many neighbours, a power of two.
+
+    Neighbouring lanes join each other's, one those of the first of two runs, one of the second.
+    """
+    each, offset = len(nodes), 1
+    while len(nodes) > 1:
+        second = (thread & offset) > 0
+        pairs = zip(nodes[::2], nodes[1::2], strict=True)
+        nodes = [_exchanged(sums, *pair, second, offset) for pair in pairs]
+        offset *= 2
+    # Lane l has what is the same in its last bits of run number l & (each − 1).
+    (node,) = nodes
+    return sums.over_lanes(sums.over_lanes(node, each, WARP), 1, each)
+
+
+def _exchanged(sums, first, second, is_second, offset):
+    """Joined with the other lane's: the first node, or the second."""
+    pairs = [list(zip(a, b, strict=True)) for a, b in zip(first, second, strict=True)]
+    own = [tuple(where(is_second, b, a) for a, b in numbers) for numbers in pairs]
+    other = [
+        tuple(shuffle_xor(where(is_second, a, b), offset) for a, b in numbers) for numbers in pairs
+    ]
+    return sums.joined(own, other)
 
 
 def _of_block(frame, sums, node, warps):
@@ -353,7 +393,7 @@ class Counted:
     """The scale of a block's gradients, over the weights of all labels of the batch.
 
     The bits are those of the steps that leave it in memory: it is the same tree. Each thread reads
-    a few neighbouring labels, and waits for none of them before `scale`.
+    a few labels, and waits for none of them before `scale`.
 
     Parameters
     ----------
@@ -364,19 +404,21 @@ class Counted:
 
     def __init__(self, frame, params):
         self.frame, self.params = frame, params
-        thread, each = convert(frame.thread, "i8"), params["each"]
-        self.weights, self.first = _Weights(frame, params), thread * each
-        self.there = (thread & -WARP) * each < frame.rows  # of any lane of the warp
-        self.labels = self.weights.read(self.first, each)
+        self.weights = _Weights(frame, params)
+        self.numbers = _numbers(frame.thread, params["each"])
+        first = convert((frame.thread & -WARP) * params["each"], "i8")
+        self.there = first < frame.rows  # of any lane of the warp
+        self.labels = self.weights.read(self.numbers)
 
     def scale(self):
         """The scale; all threads of the block wait for one another."""
         sums, warps = Sums(*self.params["sums"]), COUNTED // (WARP * self.params["each"])
 
         def compute():
-            return _of_warp(sums, self.weights.of(self.first, self.labels))[0]
+            nodes = self.weights.of(self.numbers, self.labels)
+            return _of_warp(sums, nodes, self.frame.thread)[0]
 
-        nothing = [constant(self.first, 0.0, "f8")] * (2 if sums.exact else 1)
+        nothing = [constant(self.numbers[0], 0.0, "f8")] * (2 if sums.exact else 1)
         node = [tuple(when(self.there, compute, nothing))]
         (numbers,) = _of_block(self.frame, sums, node, warps)
         return quotient(_scale(self.frame, self.params), _whole(numbers))
