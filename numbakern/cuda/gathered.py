@@ -6,13 +6,7 @@ block's rows leave their parts' sums on boards beside one another, and one warp,
 part, joins and finishes all of them at once.
 """
 
-from numbakern.cuda.device import (
-    constant,
-    convert,
-    dynamic_shared,
-    smaller_integer,
-    when,
-)
+from numbakern.cuda.device import constant, convert, dynamic_shared, smaller_integer, when
 from numbakern.cuda.reduce import WARP, SharedBoard, team_fold
 from numbakern.cuda.rows import Rows, Walk, joiners_of, nothing
 from numbakern.cuda.softmax import reduced_of, width

@@ -205,8 +205,9 @@ def kernel(name, params):
     """The kernel `name` of a step: "count" adds up labels' weights, "total" nodes in memory.
 
     It leaves nodes of its own, a block each, or as one block the result, of which `division` says
-    what it is divided by: nothing, the "second" sum, or `divisor_of` it.
-    A divisor has behind it what it makes of the gradients' scale. Of blocks of such a `shape`.
+    what it is divided by: nothing, the "second" sum, or `divisor_of` it. `shape`: threads of a
+    block, and items of each.
+    A divisor has behind it what it makes of the gradients' scale.
     """
     sums = Sums(*params["sums"])
     args = _count_args(params) if name == "count" else {params["source"]: "i8"}
@@ -225,6 +226,7 @@ def kernel(name, params):
     def body(frame):
         items = _Weights(frame, params) if name == "count" else _Nodes(frame, params, sums)
         threads, each = params["shape"]
+        divisor = divisor_of(frame, division)  # asked for before the items
         numbers = _numbers(frame.thread, each, frame.block * (threads * each))
         node = _of_warp(sums, items(numbers), frame.thread)
         node, leader = _of_block(frame, sums, node, threads // WARP), frame.thread == 0
@@ -232,7 +234,7 @@ def kernel(name, params):
             left = sums._replace(rows=sums.rows * SPAN)
             left.store(getattr(frame, params["target"]) + frame.block * left.size, node, leader)
             return
-        at, divisor = getattr(frame, result), divisor_of(frame, division)
+        at = getattr(frame, result)
         value = put_result(node, at, params["kind"], divisor, leader)
         if result == "divisor":
             scale = quotient(_scale(frame, params), value)
@@ -242,7 +244,7 @@ def kernel(name, params):
 
 
 def _numbers(thread, each, first=0):
-    """The numbers of a lane's items, of a warp's neighbours: those of an access are, too."""
+    """The numbers of a lane's items: neighbours are in one access of neighbouring lanes."""
     lane = thread & (WARP - 1)
     first = convert((thread - lane) * each + lane, "i8") + first
     return [first + i * WARP for i in range(each)]
