@@ -411,7 +411,7 @@ class _Planner:
                 blocks = _roomy(part, threads)
             elif maps is None and realigned:  # ptxas takes a few registers more than it needs
                 blocks = REGISTERS // (LEAN * threads)
-            elif way.gathers and part.single and op.halves and "labels" in op.arrays:  # or too few
+            elif way.gathers and part.single and (tiles or op.halves) and "labels" in op.arrays:
                 blocks = self.machine.beside(shared)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added
