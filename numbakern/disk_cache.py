@@ -56,7 +56,7 @@ def _base():
         local = os.environ.get("LOCALAPPDATA")
         return Path(local) / "numbakern" if local else None
     chosen = os.environ.get("XDG_CACHE_HOME")
-    if chosen:
+    if chosen and os.path.isabs(chosen):  # others are to be ignored, says its specification
         return Path(chosen) / "numbakern"
     home = os.environ.get("HOME", os.path.expanduser("~"))
     return Path(home) / ".cache" / "numbakern" if home else None

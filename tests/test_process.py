@@ -171,6 +171,69 @@ def test_a_cache_that_cannot_be_written(python, tmp_path, place):
     assert answer(done) == answer(python(CALL))
 
 
+def test_a_relative_cache_home_is_none(python, tmp_path):
+    """As the specification of XDG's folders says."""
+    home, script = tmp_path / "home", CALL + "print(*sorted(os.listdir()))\n"
+    home.mkdir()
+    settings = {"NUMBA_CACHE_DIR": None, "HOME": str(home), "XDG_CACHE_HOME": "here"}
+    done = python("import os\n" + script, **settings)
+    assert done.stdout.splitlines()[-1] == ""
+    assert contents(home / ".cache" / "numbakern")
+
+
+# --- settings of Numba ---------------------------------------------------------------------------
+
+
+def test_nothing_to_compile_with(python, tmp_path):
+    script = """
+        import numpy as np
+        import numbakern
+        try:
+            numbakern.log_softmax(np.zeros((3, 4), np.float32))
+        except RuntimeError as error:
+            print(error)
+        """
+    warm = str(tmp_path / "warm")
+    python(CALL, NUMBA_CACHE_DIR=warm)
+    for cache in (str(tmp_path / "cold"), warm):
+        done = python(script, NUMBA_DISABLE_JIT="1", NUMBA_CACHE_DIR=cache)
+        assert done.stdout.strip() == (
+            "NUMBA_DISABLE_JIT: expected 0, for kernels have to be compiled, got 1"
+        )
+
+
+def test_kernels_that_are_to_be_debugged(python, tmp_path):
+    script = CALL + "print(numbakern.cross_entropy(np.ones((2, 99), np.float32), [0, 1]))\n"
+    plain = python(script)
+    cache = str(tmp_path / "debugged")
+    done = python(script, options=("-W", "ignore"), NUMBA_DEBUGINFO="1", NUMBA_CACHE_DIR=cache)
+    assert answer(done) == answer(plain)
+
+
+def test_the_collector_of_a_process_forked_from_one_that_compiles(python, tmp_path):
+    script = """
+        import gc, os, threading, time
+        import numpy as np
+        import numbakern
+        x = np.zeros((3, 4), np.float32)
+        at_work = threading.Thread(target=numbakern.log_softmax, args=(x,))
+        at_work.start()
+        while gc.isenabled() and at_work.is_alive():
+            time.sleep(0.001)
+        assert not gc.isenabled(), "it compiled too fast to be watched"
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if gc.isenabled() else 9)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        at_work.join()
+        print(gc.isenabled())
+        """
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    done = python(script, options=("-W", "ignore"), NUMBA_CACHE_DIR=str(tmp_path / "none"))
+    assert done.stdout.split() == ["0", "True"]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
 def test_a_read_only_cache_folder(python, tmp_path):
     cache = tmp_path / "cache"

@@ -178,24 +178,46 @@ class _Kernel(CFunc):
         return result
 
 
-@contextlib.contextmanager
-def _collector_at_rest():
-    """No collection of cycles meanwhile: it would walk the compiler's many objects again and again.
+class _Collector:
+    """The collector of cycles, at rest while kernels are compiled.
 
-    They live until the end anyway; without it a kernel compiles in four fifths of the time.
+    It would walk the compiler's many objects again and again, which live until the end anyway: a
+    kernel compiles in four fifths of the time.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
+
+    def __init__(self):
+        self.rests = False  # and is to go on
+        if hasattr(os, "register_at_fork"):  # the thread that would see to that is not in a child
+            os.register_at_fork(after_in_child=self.go_on)
+
+    def go_on(self):
+        if self.rests:
+            self.rests = False
             gc.enable()
 
+    @contextlib.contextmanager
+    def at_rest(self):
+        if gc.isenabled():
+            self.rests = True
+            gc.disable()
+        try:
+            yield
+        finally:
+            self.go_on()
 
-@_collector_at_rest()
+
+_collector = _Collector()
+
+
+def _require_compiler():
+    if numba.config.DISABLE_JIT:  # then `njit` gives back the function
+        raise RuntimeError("NUMBA_DISABLE_JIT: expected 0, for kernels have to be compiled, got 1")
+
+
+@_collector.at_rest()
 def compile_kernel(function, name):
     """Address of `function(frame, first, last, scratch)` as machine code; names are unique."""
+    _require_compiler()
     function.__qualname__ = "kernel_" + name.replace("-", "_")
     compiled = _Kernel(function, (_KERNEL, types.void), {}, {"error_model": "numpy"})
     compiled._cache = _DiskCache(name)
@@ -207,9 +229,10 @@ def compile_kernel(function, name):
 _keep: list[object] = []
 
 
-@_collector_at_rest()
+@_collector.at_rest()
 def compile_function(function, name, signature, **options):
     """`function` compiled for one signature, called without Numba's type dispatch."""
+    _require_compiler()
     dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
     dispatcher._cache = _DiskCache(name)
     dispatcher.compile(signature)

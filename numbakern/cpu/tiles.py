@@ -368,6 +368,7 @@ class Tiles:
             @device
             def pack_ahead(frame, state):
                 """Tiles are packed when it is their turn."""
+                return  # as in `rows`
 
         @traced
         def centre_on(state, c, most):

@@ -37,7 +37,8 @@ def check():
     Raises
     ------
     IndexError
-        Names the position and the value of the first such label of a call.
+        Names the position and the value of the first such label of a call; of a value beyond 23
+        bits and a sign, that it is.
     """
     for device in list(launch.devices):
         found = device.take_bad_label()
