@@ -258,7 +258,7 @@ _LINE = re.compile(
 _REST = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _TARGET = re.compile(r"\.L_x_\d+")
-_GLOBAL = re.compile(r"(LDG|STG|LD|ST)\.")
+_GLOBAL = re.compile(r"(LDG|STG)\.")  # ST. is to another block's shared memory
 
 
 def program(sass):
