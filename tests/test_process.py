@@ -210,6 +210,7 @@ def test_kernels_that_are_to_be_debugged(python, tmp_path):
     assert answer(done) == answer(plain)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_the_collector_of_a_process_forked_from_one_that_compiles(python, tmp_path):
     script = """
         import gc, os, threading, time
@@ -228,8 +229,6 @@ def test_the_collector_of_a_process_forked_from_one_that_compiles(python, tmp_pa
         at_work.join()
         print(gc.isenabled())
         """
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
     done = python(script, options=("-W", "ignore"), NUMBA_CACHE_DIR=str(tmp_path / "none"))
     assert done.stdout.split() == ["0", "True"]
 

@@ -117,6 +117,8 @@ class _Part(CPUCodeLibrary):
 
 
 class _PartPipeline(Compiler):
+    """The compiler of a _Part: it would make a library of Numba's own."""
+
     def __init__(self, typing, target, _library, *rest):
         super().__init__(typing, target, _Part(target.codegen(), "part"), *rest)
 

@@ -12,7 +12,7 @@ from numbakern import arrays
 from numbakern.cuda import copies, kernels, totals
 from numbakern.cuda.ahead import Ahead, can_copy
 from numbakern.cuda.columns import Columns, side_by_side
-from numbakern.cuda.compile import LEAN
+from numbakern.cuda.compile import LEAN, blocks_of
 from numbakern.cuda.device import Kernel
 from numbakern.cuda.gathered import Gathered
 from numbakern.cuda.memory import (
@@ -89,7 +89,9 @@ class Step(NamedTuple):
         Of a multiprocessor that the compiler is told of: as many as are to keep rows beside one
         another (`Launch.beside`); with another map those that it has shared memory for, of a
         crowded Partition or long rows of halves read one by one; without one those that it has
-        registers for, of halves read one by one or put into place; 0 of others.
+        registers for, of halves read one by one or put into place and of what adds up, and those
+        that it has shared memory for, of rows of one part that are finished together and are of
+        halves or copied there; 0 of others.
     """
 
     spec: Spec
@@ -238,7 +240,7 @@ class _Planner:
 
     def _sum_step(self, kernel, params, sums, shape, *others, grid=1):
         params = *params, ("sums", tuple(sums)), ("shape", shape), *others
-        blocks = min(grid, REGISTERS // (LEAN * shape[0]))  # all items are asked for at once
+        blocks = min(grid, blocks_of(shape[0], LEAN))  # all items are asked for at once
         self._step(Spec(kernel, params), grid, shape[0], blocks=blocks)
 
     def _step(self, spec, grid, block, shared=0, cluster=1, blocks=0):
@@ -410,8 +412,9 @@ class _Planner:
             elif maps is None and single and not columns:
                 blocks = _roomy(part, threads)
             elif maps is None and realigned:  # ptxas takes a few registers more than it needs
-                blocks = REGISTERS // (LEAN * threads)
+                blocks = blocks_of(threads, LEAN)
             elif way.gathers and part.single and (tiles or op.halves) and "labels" in op.arrays:
+                # For one block more ptxas would read a row in two halves, one after the other.
                 blocks = self.machine.beside(shared)
             self._step(spec, grid, threads, shared, way.cluster, blocks)
         return None if result else added

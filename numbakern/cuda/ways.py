@@ -145,8 +145,7 @@ class Machine(NamedTuple):
 
     def waves(self, blocks, warps, registers):
         """How often all multiprocessors are filled with blocks of so many warps."""
-        beside = REGISTERS // (registers * WARP * warps)
-        return _ceil(blocks, beside * self.multiprocessors)
+        return _ceil(blocks, _beside(warps, registers) * self.multiprocessors)
 
     def beside(self, shared):
         """Blocks of so many bytes that a multiprocessor has shared memory for."""
@@ -382,6 +381,11 @@ def _enough(registers, simple, inputs):
     return (ENOUGH, WARP) if simple else NONE
 
 
+def _beside(warps, registers):
+    """Blocks of so many warps of a multiprocessor that find so many registers for each lane."""
+    return REGISTERS // (registers * WARP * warps)
+
+
 def _warps(registers):
     """Warps of a multiprocessor that find so many registers for each lane; no whole number."""
     return REGISTERS / (registers * WARP)
@@ -467,7 +471,7 @@ def _found(parts, blocks, board, shelf, registers, machine, held):
         warps = _ceil(parts, rounds * blocks)
         places = (rounds - held) * warps
         size = board + shelf * places
-        beside = min(machine.beside(size), REGISTERS // (registers * WARP * warps))
+        beside = min(machine.beside(size), _beside(warps, registers))
         if size <= machine.shared and beside:
             yield _Shelving(warps, places, beside, beside * parts / (rounds * blocks))
 
