@@ -563,16 +563,17 @@ class _Shared:
 
     def _unseen(self, other, warp, when, mine):
         """Whether an access of another thread, of this warp, may not have come before ours."""
-        machine = self.machine
-        same_block = (other - 1) // machine.threads == (mine - 1) // machine.threads
-        reached = np.where(same_block, machine.time, machine.cluster_time)
+        machine, reached = self.machine, self.machine.time
+        if machine.cluster > 1:
+            same_block = (other - 1) // machine.threads == (mine - 1) // machine.threads
+            reached = np.where(same_block, reached, machine.cluster_time)
         reached = np.where(warp == self._warp_of(mine), machine.warp_time, reached)
         return (other != mine) & (when >= reached)
 
-    def _warp_of(self, thread):
-        """The number of a thread's warp among all, from 1."""
-        block, thread = np.divmod(thread - 1, self.machine.threads)
-        return block * -(-self.machine.threads // WARP) + thread // WARP + 1
+    @staticmethod
+    def _warp_of(thread):
+        """The number of a thread's warp among all, from 1; blocks are of whole warps."""
+        return (thread + WARP - 1) // WARP
 
     def load(self, at, width, mask):
         machine, where = self.machine, self._index(at[mask], width, np.nonzero(mask)[0])

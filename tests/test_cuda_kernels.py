@@ -30,6 +30,7 @@ COUNTS = {
     "f8": [1, 2, 3, 4, 5, 10, 17, 33, 64, 65, 100, 200, 500, 513, 1025],
     "half": [1, 2, 3, 8, 9, 17, 33, 100, 256, 257, 1000, 1001, 2048, 2049],
 }
+SLOW = pytest.mark.slow  # what takes seconds and differs little from others
 CHUNKED = {"f4": [16385, 20000], "f8": [8193, 9000], "half": [33000]}
 
 
@@ -317,7 +318,7 @@ def long_row_calls(x, y):
 
 
 @pytest.mark.parametrize("number", range(11))
-@pytest.mark.parametrize("classes", [900, pytest.param(4100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [900, pytest.param(4100, marks=SLOW)])
 def test_who_takes_the_parts_changes_no_bit(
     classes, number, small_chunks, one_block_at_a_time, dtype=float32
 ):
@@ -392,7 +393,6 @@ def machines_in_turn(operation, arrays, options, most):
     return found
 
 
-SLOW = pytest.mark.slow
 SOME_IN_TURN = [(float32, 0), (float32, 5), (float32, 7), (bfloat16, 3), (bfloat16, 5)]
 
 
@@ -730,8 +730,11 @@ def test_means_of_nothing(dtype, rows, ignored, take):
 
 @pytest.mark.parametrize("operation", ["cross_entropy", "nll"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("classes", [1, 3, 21, 70, 1001, 2100, 16500])
+@pytest.mark.parametrize(
+    ("axis", "classes"),
+    [*itertools.product([0, 1], [1, 3, 21, 70, 1001, 2100]), (1, 16500)]
+    + [pytest.param(0, 16500, marks=SLOW)],
+)
 @cases.dtypes(float32, float64)
 def test_a_warp_that_has_all_rows(dtype, classes, axis, reduction, operation, take):
     """It leaves nothing to add up, and has the bits of more rows, which are ignored."""
@@ -1053,8 +1056,16 @@ ANYWHERE = {  # of which aligned ones are read and written at once
 }
 
 
+LITTLE_NEW = [(float16, n) for n in ANYWHERE["half"] if n != 65]
+LITTLE_NEW += [(bfloat16, 257), (bfloat16, 904)]
+
+
 @pytest.mark.parametrize(
-    "dtype, classes", [(t, n) for t in cases.FLOATS for n in ANYWHERE[family(t)]], ids=str
+    "dtype, classes",
+    [
+        pytest.param(*one, id=f"{one[0]}-{one[1]}", marks=SLOW if one in LITTLE_NEW else [])
+        for one in ((t, n) for t in cases.FLOATS for n in ANYWHERE[family(t)])
+    ],
 )
 def test_rows_of_a_tile_that_starts_anywhere(dtype, classes, take):
     """At some distances from 16 bytes, results at others: what lies beside them stays."""
@@ -1662,7 +1673,7 @@ def test_long_rows_that_start_anywhere(dtype, realigned, classes, offset, take):
     assert np.all(base[:, classes:] == 7)
 
 
-@pytest.mark.parametrize("classes", [16_385, 16_396, 21_001])
+@pytest.mark.parametrize("classes", [16_385, 16_396, pytest.param(21_001, marks=SLOW)])
 @pytest.mark.parametrize("number", range(11))
 def test_all_that_is_done_with_realigned_rows(number, classes, take, dtype=bfloat16):
     """By every way, in place, at other places, columns and strided: the same bits."""
