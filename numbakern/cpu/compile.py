@@ -148,6 +148,10 @@ class _DeviceDispatcher(CPUDispatcher):
     def add_overload(self, result):
         self.overloads[tuple(result.signature.args)] = result  # nothing to call from Python
 
+    def get_call_template(self, args, kws):
+        # A number in a call is known as such when the kernel is optimised: no code of its own.
+        return super().get_call_template([types.unliteral(a) for a in args], kws)
+
 
 @shared
 def device(function):
