@@ -12,9 +12,13 @@ from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer, real
 from numbakern.cpu.rows import make_element, make_put_element
 from numbakern.cpu.simd import (
+    SIZES,
     any_lane,
     convert,
+    each,
+    gather,
     load_scalar,
+    load_vector,
     prefetch,
     splat,
     to_integer,
@@ -26,11 +30,13 @@ from numbakern.cpu.state import (
     CENTRED,
     LANES,
     SLOT,
+    Eight,
+    centre_on,
     each_eight,
     get,
     get_f64,
     get_i64,
-    make_centre_on,
+    normalise,
     put,
     put_f64,
     put_i64,
@@ -49,9 +55,7 @@ from numbakern.vmath import (
 )
 
 S_M, S_K, S_REST = (SLOT[name] for name in ("m", "k", "rest"))
-S_LABEL, S_X_LABEL, S_W_LABEL, S_Q_LABEL = (
-    SLOT[name] for name in ("label", "x_label", "w_label", "q_label")
-)
+S_LABEL, S_X_LABEL, S_Q_LABEL = (SLOT[name] for name in ("label", "x_label", "q_label"))
 
 
 def each_batch(walker, work):
@@ -70,18 +74,11 @@ def each_batch(walker, work):
     return kernel
 
 
-@traced
-def _put_eight_lse(state, i, count, values):
-    m, log_sum = get(state, "m"), get(state, "log_sum")
+def log_sum_exp(rows):
+    """m + log Σ exp(x − m) of eight rows."""
+    m, log_sum = get(rows, "m"), get(rows, "log_sum")
     # An infinite maximum is the result itself.
-    put_rows(values, i, count, where(is_finite(m) | (m != m), m + log_sum, m))
-
-
-@device
-def put_lse(state, count, values):
-    """Write m + log Σ exp(x − m) of every row."""
-    for i in range(0, count, LANES):
-        _put_eight_lse(state + 8 * i, i, count, values)
+    return where(is_finite(m) | (m != m), m + log_sum, m)
 
 
 def exponential(x, base, magic, floor, *constants):
@@ -116,7 +113,7 @@ def log_softmax(walker):
 
     @device
     def work(frame, state, p, count):
-        reduce(frame, state, count)
+        reduce(frame, state, p, count)
         sweep(frame, state, count)
 
     return each_batch(walker, work)
@@ -129,12 +126,15 @@ def softmax(walker):
         p = e * params[0]
         return where(p > 1.0, 1.0, p)  # rounding may end one ulp above
 
-    reduce = walker.softmax(rest_count_and_all, keep=True)
+    def then(_frame, _p, _count):
+        return lambda rows, _i: normalise(rows)
+
+    reduce = walker.softmax(rest_count_and_all, keep=True, then=then)
     sweep = walker.map_exp(value, exponential, ("scale",), kept=True)
 
     @device
     def work(frame, state, p, count):
-        reduce(frame, state, count)
+        reduce(frame, state, p, count)
         sweep(frame, state, count)
 
     return each_batch(walker, work)
@@ -142,15 +142,13 @@ def softmax(walker):
 
 def logsumexp(walker):
     """row_lse = log Σ exp(x)."""
-    reduce = walker.softmax(rest_and_count)
     row_lse = data("row_lse")
 
-    @device
-    def work(frame, state, p, count):
-        reduce(frame, state, count)
-        put_lse(state, count, row_lse(frame) + 8 * p)
+    def then(frame, p, count):
+        values = row_lse(frame) + 8 * p
+        return lambda rows, i: put_rows(values + 8 * i, count - i, log_sum_exp(rows))
 
-    return each_batch(walker, work)
+    return each_batch(walker, walker.softmax(rest_and_count, then=then))
 
 
 def log_softmax_backward(walker):
@@ -164,8 +162,8 @@ def log_softmax_backward(walker):
         return formulas.log_softmax_grad(grad, exp(y), *params)
 
     @each_eight
-    def total(state):
-        put(state, p0=whole_sum(get(state, "sum_a"), get(state, "sum_a_low")))
+    def total(rows):
+        put(rows, p0=whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low")))
 
     return _backward(walker, terms, total, value, ("p0",))
 
@@ -183,10 +181,10 @@ def softmax_backward(walker):
         return formulas.softmax_grad(grad - high, y, low)
 
     @each_eight
-    def total(state):
-        a, low = get(state, "sum_a"), get(state, "sum_a_low")
+    def total(rows):
+        a, low = get(rows, "sum_a"), get(rows, "sum_a_low")
         high = convert(convert(whole_sum(a, low), elem), "f8")
-        put(state, p0=high, p1=where(is_finite(high), (a - high) + low, 0.0))
+        put(rows, p0=high, p1=where(is_finite(high), (a - high) + low, 0.0))
 
     return _backward(walker, terms, total, value, ("p0", "p1"))
 
@@ -287,57 +285,35 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     labels, weights, row_scale = data("labels"), data("weight"), data("row_scale")
     row_lse, row_loss = data("row_lse"), data("row_loss")
     scale_of, keep_of, spread_of = real("scale"), real("keep"), real("spread")
-    weight_sum = real("weight_sum")
+    weight_sum_of = real("weight_sum")
     x_element, class_weight = make_element(walker.x_access), make_class_weight(elem)
     y_element = make_element(walker.y_access) if soft else None
     find = make_find(walker.x_access)
     load, put_x_labels, x_of, y_of = walker.load, walker.put_x_labels, walker.x_of, walker.y_of
 
     @traced
-    def prepare_eight(state, i, count, targets, ignore, keep, spread):
-        if soft:
-            put(state, skip=zeros(state, "f8", LANES))
-        else:
-            t = take_labels(targets, i, count)
-            prefetch(targets + 8 * i + 8 * count)  # the next batch's
-            skip = t == convert(ignore, "f8")
-            put(state, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
-        if summed:
-            put(state, p1=splat(keep, "f8", LANES), p2=splat(spread, "f8", LANES))
-
-    @traced
-    def take_lse(state, i, count, values):
-        put(state, m=take_rows(values, i, count))
-
-    @traced
-    def take_scale(state, i, count, values):
-        put(state, row_scale=take_rows(values, i, count))
-
-    @traced
-    def unit_scale(state):
-        put(state, row_scale=zeros(state, "f8", LANES) + 1.0)
-
-    @device
     def prepare(frame, state, p, count):
         """Each row's label, what is there, whether to skip the row, its log-sum-exp if given."""
-        keep, spread, lse, scales = keep_of(frame), spread_of(frame), row_lse(frame), 0
-        if grad:
-            scales = row_scale(frame)
-        for i in range(0, count, LANES):
-            at = state + 8 * i
-            prepare_eight(at, i, count, labels(frame) + 8 * p, ignored(frame), keep, spread)
+        keep, spread, lse = keep_of(frame), spread_of(frame), row_lse(frame) + 8 * p
+        targets, ignore = labels(frame) + 8 * p, convert(ignored(frame), "f8")
+
+        def eight(i):
+            rows = Eight(state, i)
+            if soft:
+                put(rows, skip=zeros(state, "f8", LANES))
+            else:
+                t = take_labels(targets + 8 * i, count - i)
+                prefetch(targets + 8 * i + 8 * count)  # the next batch's
+                skip = t == ignore
+                put(rows, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
+            if summed:
+                put(rows, p1=splat(keep, "f8", LANES), p2=splat(spread, "f8", LANES))
             if given:
-                take_lse(at, i, count, lse + 8 * p)
-            if grad and scales == 0:
-                unit_scale(at)
-            elif grad:
-                take_scale(at, i, count, scales + 8 * p)
+                put(rows, m=take_rows(lse + 8 * i, count - i))
+
+        each(count, LANES, eight)
         if not soft:
             put_x_labels(frame, state, count)
-            if weighted:
-                for i in range(count):
-                    t = get_i64(state + S_LABEL + 8 * i)
-                    put_f64(state + S_W_LABEL + 8 * i, class_weight(weights(frame), max(t, 0)))
 
     @device
     def find_peaks(frame, state, count):
@@ -359,63 +335,84 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 put_f64(at + S_Q_LABEL, q)
                 put_f64(at + S_X_LABEL, x_element(x0 + t * step))
 
-    def margin(state):
+    def margin(rows):
         """At the label log p, p, and 1 − p as the share of all other classes."""
-        m, x = get(state, "m"), get(state, "x_label")
+        m, x = get(rows, "m"), get(rows, "x_label")
         if given:
             d = where(is_finite(m) | (m != m), x - m, math.nan)
             below = where(d > 0.0, 0.0, d)
             return d, exp_nonpositive(below), -expm1_nonpositive(below)
-        k, rest, log_sum = (get(state, name) for name in ("k", "rest", "log_sum"))
+        k, rest, log_sum = (get(rows, name) for name in ("k", "rest", "log_sum"))
         e = exp_nonpositive(x - m, elem)
         others = where(x == m, (k - 1.0) + rest, (k + rest) - e)
         others = where(log_sum == log_sum, others / (k + rest), math.nan)
         return (x - m) - log_sum, e / (k + rest), others
 
+    def settle(frame, p, count):
+        """Losses and the parameters of the gradient, as `state.make_finish` runs it."""
+        keep, spread, weight_sum = keep_of(frame), spread_of(frame), weight_sum_of(frame)
+        losses, lse, scales = row_loss(frame), row_lse(frame), row_scale(frame)
+        weight, common_scale = weights(frame), scale_of(frame)
+
+        def step(rows, i):
+            def own(array):
+                """Where an array has these rows' values, and of how many."""
+                there = array != 0
+                return where(there, array + 8 * (p + i), rows), where(there, count - i, 0)
+
+            if not given:
+                put_rows(*own(lse), log_sum_exp(rows))
+            log_p, prob, others = margin(rows)
+            value = 0.0  # Σ of the targets times −log p
+            if summed:
+                value = whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low"))
+            if soft:
+                total, q = get(rows, "sum_b"), get(rows, "q_label")  # Σ of the targets; the label's
+                more = total - q  # Σ of all other classes' targets
+            else:
+                w = label_weight(rows, weight) if weighted else 1.0
+                total, q = w * keep + spread * weight_sum, w * (keep + spread)
+                more = spread * (weight_sum - w) if smooth else 0.0
+                value = value - w * keep * log_p
+            if loss:
+                value = where(get(rows, "skip") != 0.0, 0.0, value)
+                put_rows(losses + 8 * (p + i), count - i, value)
+            if grad:
+                scale = take_rows(*own(scales), 1.0) * common_scale
+                # p − q cancels at a confident label; 1 − p is known as the share of the others
+                label_grad = more - total * others
+                if smooth:  # and that cancels at an improbable one, whose target may be small too
+                    label_grad = where(
+                        others > 0.5, formulas.cross_entropy_grad(prob, total, q), label_grad
+                    )
+                label_grad = scale * label_grad
+                factor = where(get(rows, "skip") != 0.0, 0.0, scale * total)
+                put(rows, p0=factor, label_grad=label_grad)
+                if spread_out:
+                    put(rows, p1=scale * keep, p2=scale * spread)
+                if given:  # slot m holds the log-sum-exp
+                    centre_on(rows, get(rows, "m"), elem)
+                else:
+                    normalise(rows, skipping=True)
+
+        return step
+
+    def label_weight(rows, weight):
+        """The weight of the label; 0 of a row that is skipped."""
+        t = load_vector(rows + S_LABEL, "i8", LANES)
+        return convert(gather(weight + t * SIZES[elem], elem, t >= 0), "f8")
+
     @traced
-    def settle_eight(state, i, count, losses, scale, keep, spread, weight_sum):
-        """Losses and the parameters of the gradient of eight rows."""
-        log_p, p, others = margin(state)
-        value = 0.0  # Σ of the targets times −log p
-        if summed:
-            value = whole_sum(get(state, "sum_a"), get(state, "sum_a_low"))
-        if soft:
-            total, q = get(state, "sum_b"), get(state, "q_label")  # Σ of the targets; the label's
-            more = total - q  # Σ of all other classes' targets
-        else:
-            w = get(state, "w_label") if weighted else 1.0
-            total, q = w * keep + spread * weight_sum, w * (keep + spread)
-            more = spread * (weight_sum - w) if smooth else 0.0
-            value = value - w * keep * log_p
-        if loss:
-            put_rows(losses, i, count, where(get(state, "skip") != 0.0, 0.0, value))
-        if grad:
-            scale = get(state, "row_scale") * scale
-            # p − q cancels at a confident label; 1 − p is known as the share of the others
-            label_grad = more - total * others
-            if smooth:  # and that cancels at an improbable one, whose target may be small too
-                label_grad = where(
-                    others > 0.5, formulas.cross_entropy_grad(p, total, q), label_grad
-                )
-            label_grad = scale * label_grad
-            factor = where(get(state, "skip") != 0.0, 0.0, scale * total)
-            put(state, p0=factor, label_grad=label_grad)
-            if spread_out:
-                put(state, p1=scale * keep, p2=scale * spread)
+    def settle_all(frame, state, p, count):
+        step = settle(frame, p, count)
+        each(count, LANES, lambda i: step(Eight(state, i), i))
 
-    @device
-    def settle(frame, state, p, count):
-        scale, keep, spread = scale_of(frame), keep_of(frame), spread_of(frame)
-        total, losses, lse = weight_sum(frame), row_loss(frame) + 8 * p, row_lse(frame)
-        if not given and lse != 0:
-            put_lse(state, count, lse + 8 * p)
-        for i in range(0, count, LANES):
-            settle_eight(state + 8 * i, i, count, losses, scale, keep, spread, total)
-
-    reduce = add = sweep = centre_on = None
+    reduce = add = sweep = None
     kept = grad and not given and not summed
+    at_once = not given and not summed  # settled as they are reduced
     if not given:
-        reduce = walker.softmax(rest_count_and_all if kept else rest_and_count, keep=kept)
+        terms_of = rest_count_and_all if kept else rest_and_count
+        reduce = walker.softmax(terms_of, keep=kept, then=settle if at_once else None)
     if summed:
         add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"))
     # Exponentials that were summed are finite: scale and p0 of 0 are enough for a row to skip.
@@ -425,7 +422,6 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     if spread_out or given:
         names += ("skip",)
     if grad and given:
-        centre_on = make_centre_on("m", elem)  # slot m holds the log-sum-exp
         names = (*CENTRED, "factor", *names[1:])
         sweep = walker.map(value_of_x, names, labelled=True)
     elif grad:
@@ -436,15 +432,14 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         load(frame, state, count)
         prepare(frame, state, p, count)
         if not given:
-            reduce(frame, state, count)
+            reduce(frame, state, p, count)
         if summed:
             add(frame, state, count)
         if soft and grad:
             find_peaks(frame, state, count)
-        settle(frame, state, p, count)
+        if not at_once:
+            settle_all(frame, state, p, count)
         if grad:
-            if given:
-                centre_on(state, count)
             sweep(frame, state, count)
 
     return each_batch(walker, work)

@@ -25,6 +25,7 @@ from numbakern.cpu.simd import (
     Format,
     any_lane,
     convert,
+    each,
     first_lanes,
     lane_max,
     lane_sum,
@@ -35,6 +36,7 @@ from numbakern.cpu.simd import (
     traced,
     unordered,
     vector_lanes,
+    when,
     where,
     zeros,
 )
@@ -42,14 +44,16 @@ from numbakern.cpu.state import (
     CENTRED,
     SIZE,
     SLOT,
+    centre_on,
     constants,
+    each_eight,
     first_block,
+    get,
     get_f64,
     get_i64,
     join_block,
-    make_centre_on,
     make_finish,
-    make_normalise,
+    make_normalise_block,
     make_put_constants,
     put_f64,
     put_i64,
@@ -328,16 +332,17 @@ def make_put_x_labels(walker):
     x_element, x_of, x_step = make_element(walker.x_access), walker.x_of, integer("x_class")
     s_label, s_x_label = SLOT["label"], SLOT["x_label"]
 
-    @device
     def put_x_labels(frame, state, count):
-        step = x_step(frame)
-        for i in range(count):
-            t, x = get_i64(state + s_label + 8 * i), 0.0
-            if t >= 0:
-                x = x_element(x_of(state, i) + t * step)
-            put_f64(state + s_x_label + 8 * i, x)
+        step, nothing = x_step(frame), convert(count - count, "f8")
 
-    return put_x_labels
+        def put(i):
+            t, at = get_i64(state + s_label + 8 * i), state + s_x_label + 8 * i
+            put_f64(at, nothing)
+            when(t >= 0, lambda: put_f64(at, x_element(x_of(state, i) + t * step)))
+
+        each(count, 1, put)
+
+    return traced(put_x_labels)
 
 
 def make_block_max(access, elem):
@@ -450,7 +455,7 @@ class Rows:
 
         def make_address(slot):
             """address(state, i): where row i of the batch lies."""
-            return device(lambda state, i: get_i64(state + slot + 8 * i))
+            return traced(lambda state, i: get_i64(state + slot + 8 * i))
 
         self.start, self.advance, self.begin = start, advance, begin
         self.x_of, self.y_of, self.out_of = (make_address(s) for s in (s_x, s_y, s_out))
@@ -477,8 +482,8 @@ class Rows:
 
         return traced(params)
 
-    def softmax(self, terms, keep=False):
-        """reduce(frame, state, count): m, k, rest and log_sum of every row.
+    def softmax(self, terms, keep=False, then=None):
+        """reduce(frame, state, p, count): m, k, rest and log_sum of every row.
 
         Where `keep`, the third of the `terms` is left for `map_exp`, as are the blocks' maxima.
         """
@@ -486,7 +491,9 @@ class Rows:
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
         block_max = make_block_max(x_access, self.elem)
         sums = make_sums(terms, self.elem, x_access, None, None)
-        centre_on, finish = make_centre_on("block_m", self.elem), make_finish(self.elem)
+        elem = self.elem
+        centre_block = each_eight(lambda rows: centre_on(rows, get(rows, "block_m"), elem))
+        finish = make_finish(elem, then)
         params = self._exp_params()
         classes, x_step = integer("classes"), integer("x_class")
         s_x, s_block_m = SLOT["x"], SLOT["block_m"]
@@ -494,7 +501,7 @@ class Rows:
         kept_at, elem_size = self._kept, SIZES[self.elem]
 
         @device
-        def reduce(frame, state, count):
+        def reduce(frame, state, p, count):
             n, step = classes(frame), x_step(frame)
             j = 0
             while j == 0 or j < n:
@@ -502,7 +509,7 @@ class Rows:
                 for i in range(count):
                     x = get_i64(state + s_x + 8 * i) + j * step
                     put_f64(state + s_block_m + 8 * i, block_max(x, step, length))
-                centre_on(state, count)
+                centre_block(state, count)
                 ahead = 0 if strided else count * length * size
                 for i in range(count):
                     x = get_i64(state + s_x + 8 * i) + j * step
@@ -519,7 +526,7 @@ class Rows:
                 if n > block:
                     put_f64(state + _BLOCKS + j // block * 8, get_f64(state + s_block_m))
                 j += block
-            finish(state, count)
+            finish(frame, state, p, count)
 
         return reduce
 
@@ -584,7 +591,7 @@ class Rows:
         row_of_x = make_map(value_of_x, self.out_access, *self._inputs)
         operands, put_labels = self._operands, self._make_put_labels()
         params_of_e, params_of_x = self._params(names), self._params((*names, *CENTRED))
-        normalise = make_normalise(self.elem, skipping)
+        normalise_block = make_normalise_block(self.elem, skipping)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
         s_out, s_block_m, s_ref = SLOT["out"], SLOT["block_m"], SLOT["ref"]
         block, size, kept_at = BLOCK[self.elem], SIZES[self.elem], self._kept
@@ -597,7 +604,7 @@ class Rows:
                 length = min(n - j, block)
                 if n > block:  # of one row, then
                     put_f64(state + s_block_m, get_f64(state + _BLOCKS + j // block * 8))
-                normalise(state, count, n <= block)
+                    normalise_block(state, count)
                 for i in range(count):
                     x, x_step, y, y_step, w = operands(frame, state, i)
                     y, w, out = y + j * y_step, w + j * size, get_i64(state + s_out + 8 * i)

@@ -18,7 +18,8 @@ import sys
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.core.extending import _Intrinsic
+from numba.extending import models, register_model
 
 from numbakern.cpu.compile import shared
 
@@ -86,12 +87,25 @@ def _unwrap(context, builder, ty, value):
     return value.value
 
 
+class _Traced(_Intrinsic):
+    """What `traced` makes: for Numba an intrinsic."""
+
+    def __init__(self, call, function):
+        super().__init__(call.__name__, call)
+        self._function = function
+        self._register()
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+
 @shared
 def traced(function):
-    """Make a Python function of `Lanes` callable from jitted code.
+    """Make a Python function of `Lanes` callable from jitted code, and from other traced functions.
 
     It is run when the call is compiled, with `Lanes` (or tuples of them) for its arguments, and
-    returns Lanes, a tuple of them, or None.
+    returns Lanes, a tuple of them, or None. Numba's own compiler takes ten times as long for each
+    statement: what is not a few lines, or branches little, is better traced.
     """
 
     def call(typing, *args):
@@ -114,7 +128,7 @@ def traced(function):
     first = inspect.Parameter("typing", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     call.__signature__ = own.replace(parameters=[first, *own.parameters.values()])
     call.__name__, call.__doc__ = function.__name__, function.__doc__
-    return intrinsic(call)
+    return _Traced(call, function)
 
 
 def _target_context():
@@ -171,6 +185,14 @@ class Lanes:
 
     def __truediv__(self, other):
         return _arithmetic(self, other, "fdiv", None)
+
+    def __floordiv__(self, other):
+        """Of integers that are not negative."""
+        return _arithmetic(self, other, None, "sdiv")
+
+    def __mod__(self, other):
+        """Of integers that are not negative."""
+        return _arithmetic(self, other, None, "srem")
 
     def __neg__(self):
         if self.elem in ("f4", "f8"):
@@ -407,6 +429,34 @@ def transpose(rows):
                 values[r + half] = b.shuffle_vector(*pair, ir.Constant(index, high))
         half //= 2
     return [rows[0].like(v) for v in values]
+
+
+# ---------------------------------------------------------------- control
+
+
+def each(count, step, body):
+    """Run body(i) for i = 0, step, 2·step, … below `count`."""
+    b = count.builder
+    with cgutils.for_range_slice(b, _i64(0), count.value, _i64(step)) as (i, _):
+        body(count.like(i))
+
+
+def when(mask, body):
+    """Run body() where a scalar mask holds."""
+    with mask.builder.if_then(mask.value):
+        body()
+
+
+def smaller(a, b):
+    """The smaller one of two integers."""
+    a, b = _together(a, b)
+    return where(b < a, b, a)
+
+
+def larger(a, b):
+    """The larger one of two integers."""
+    a, b = _together(a, b)
+    return where(b > a, b, a)
 
 
 # ---------------------------------------------------------------- memory

@@ -5,11 +5,12 @@ scratch memory as slots of float64 or addresses, a value a row, so that what hap
 runs on vectors of rows: its latency is paid once a batch.
 """
 
-from numbakern.cpu.compile import device
 from numbakern.cpu.simd import (
     SIZES,
     Format,
+    Lanes,
     convert,
+    each,
     load_scalar,
     load_vector,
     splat,
@@ -32,10 +33,10 @@ _NAMES = (
     "sum_a", "sum_a_low", "sum_b",  # the last sums taken, the first in two parts
     "block_m", "ref",  # a block's maximum; what its exponentials are relative to
     "base", "magic", "floor", "factor",
-    "scale", "p0", "p1", "p2", "skip", "row_scale",  # parameters of a map
+    "scale", "p0", "p1", "p2", "skip",  # parameters of a map
     "panel",  # of the batch alone: see `tiles`
     "label",  # class whose gradient is known better than the map knows it; −1: none
-    "x_label", "w_label", "q_label",  # there: logit, class weight, target
+    "x_label", "q_label",  # there: logit, target
     "label_grad",  # and what the gradient is
 )  # fmt: skip
 _PITCH = 8 * MAX_ROWS + 64  # no power of two: slots of one row fall into different cache sets
@@ -97,78 +98,88 @@ def constants(state, elem):
     return tuple(splat(v, elem, lanes) for v in at)
 
 
-def get(state, name):
-    """Eight rows' values of a slot, inside a traced function."""
-    return load_vector(state + SLOT[name], "f8", LANES)
+class Eight(Lanes):
+    """Where eight rows have their slots, with what is known of these. Inside traced functions."""
+
+    __slots__ = ("known",)
+
+    def __init__(self, state, i):
+        at = state + 8 * i
+        super().__init__(at.builder, at.value, at.elem, at.lanes)
+        self.known = {}
 
 
-def put(state, **values):
-    """Set slots of eight rows, inside a traced function."""
+def get(rows, name):
+    """Eight rows' values of a slot; read once."""
+    if name not in rows.known:
+        rows.known[name] = load_vector(rows + SLOT[name], "f8", LANES)
+    return rows.known[name]
+
+
+def put(rows, **values):
+    """Set slots of eight rows."""
     for name, value in values.items():
-        store_vector(state + SLOT[name], value)
+        store_vector(rows + SLOT[name], value)
+        rows.known[name] = value
 
 
 _f8, _i8 = Format("f8", "f8"), Format("i8", "f8")
 
 
-def put_rows(address, i, count, value):
-    """Write eight rows' values to a float64 array with a value a row. Traced."""
-    _f8.store_first(address + 8 * i, count - i, value)
+def put_rows(address, left, value):
+    """Write the values of the `left` first ones of eight rows where an array has theirs, float64.
+
+    Of an array that is not there these are 0, at any address but 0: masked, that one is slow.
+    """
+    _f8.store_first(address, left, value)
 
 
-def take_rows(address, i, count):
-    """Eight rows' values of a float64 array with a value a row. Traced."""
-    return _f8.load_first(address + 8 * i, count - i, 0.0)
+def take_rows(address, left, missing=0.0):
+    """Their values, and `missing` of the others."""
+    return _f8.load_first(address, left, missing)
 
 
-def take_labels(address, i, count):
-    """Eight rows' labels as float64, which holds every class; 0 behind the last row. Traced."""
-    return _i8.load_first(address + 8 * i, count - i, 0.0)
+def take_labels(address, left):
+    """Their labels as float64, which holds every class; 0 of the others."""
+    return _i8.load_first(address, left, 0.0)
 
 
 def each_eight(function):
-    """run(state, count): call a function of the state for every eight rows of the batch."""
-    step = traced(function)
+    """run(state, count): call a function of their slots for every eight rows of the batch."""
 
-    @device
     def run(state, count):
-        for i in range(0, 8 * count, 8 * LANES):
-            step(state + i)
+        each(count, LANES, lambda i: function(Eight(state, i)))
 
-    return run
-
-
-def make_centre_on(reference, elem):
-    """Fill base, magic, floor and factor from the slot `reference` (see `vmath.centre`)."""
-
-    def centre_on(state):
-        base, magic, floor, factor = centre(get(state, reference), elem)
-        put(state, base=base, magic=magic, floor=floor, factor=factor)
-
-    return each_eight(centre_on)
+    return traced(run)
 
 
-def _block(state):
+def centre_on(rows, reference, elem):
+    """Fill base, magic, floor and factor (see `vmath.centre`)."""
+    base, magic, floor, factor = centre(reference, elem)
+    put(rows, base=base, magic=magic, floor=floor, factor=factor)
+
+
+def _block(rows):
     """Maximum, count and rest (two parts) of the block whose sums were just taken."""
-    m, factor = get(state, "block_m"), get(state, "factor")
+    m, factor = get(rows, "block_m"), get(rows, "factor")
     good = is_finite(m)
-    rest = where(good, get(state, "sum_a") * factor, 0.0)
-    low = where(good, get(state, "sum_a_low") * factor, 0.0)
-    return m, where(good, get(state, "sum_b"), 0.0), rest, low
+    rest = where(good, get(rows, "sum_a") * factor, 0.0)
+    low = where(good, get(rows, "sum_a_low") * factor, 0.0)
+    return m, where(good, get(rows, "sum_b"), 0.0), rest, low
 
 
 @each_eight
-def first_block(state):
+def first_block(rows):
     """Take the first block's maximum and sums over."""
-    m, k, rest, low = _block(state)
-    put(state, m=m, k=k, rest=rest, rest_low=low)
+    m, k, rest, low = _block(rows)
+    put(rows, m=m, k=k, rest=rest, rest_low=low)
 
 
 @each_eight
-def join_block(state):
+def join_block(rows):
     """Join another block's maximum and sums to the rows': each part relative to the new maximum."""
-    block_m, block_k, block_rest, block_low = _block(state)
-    m, k, rest, low = (get(state, name) for name in ("m", "k", "rest", "rest_low"))
+    block_m, block_k, block_rest, block_low = _block(rows)
+    m, k, rest, low = (get(rows, name) for name in ("m", "k", "rest", "rest_low"))
     top = where((block_m > m) | (block_m != block_m), block_m, m)
     below, block_below = m != top, block_m != top
     factor, block_factor = exp_difference(m, top), exp_difference(block_m, top)
@@ -178,61 +189,65 @@ def join_block(state):
     block_low = where(block_below, block_low * block_factor, block_low)
     rest, e = two_sum(rest, block_rest)
     k = where(below, 0.0, k) + where(block_below, 0.0, block_k)
-    put(state, m=top, k=k, rest=rest, rest_low=low + (block_low + e))
+    put(rows, m=top, k=k, rest=rest, rest_low=low + (block_low + e))
 
 
 _NEAR = 40.0
 
 
-def make_normalise(elem, skipping):
-    """normalise(state, count, whole): what a map of a block's exponentials needs.
+def _put_scale(rows, factor, skipping):
+    scale = factor / (get(rows, "k") + get(rows, "rest"))
+    put(rows, scale=where(get(rows, "skip") != 0.0, 0.0, scale) if skipping else scale)
+
+
+def normalise(rows, skipping=False):
+    """What a map of the exponentials of a row needs that is one block, once it is finished.
 
     Slot `ref` is what they are relative to, and slot `scale` makes probabilities of them, zeros
-    where `skipping` and slot `skip` say so. `whole`: the block is the row, and the state is as
-    `make_finish` left it.
+    where `skipping` and slot `skip` say so.
     """
-    centre_on = make_centre_on("ref", elem)
+    put(rows, ref=get(rows, "block_m"))
+    _put_scale(rows, get(rows, "factor"), skipping)
 
-    @each_eight
-    def choose_ref(state):
+
+def make_normalise_block(elem, skipping):
+    """normalise_block(state, count): the same for one of several blocks."""
+
+    def normalise_block(rows):
         # The block's maximum, for so they have been summed; but the row's where that is far above,
         # since the factor between them would leave the range of the type computed in.
-        m, block_m = get(state, "m"), get(state, "block_m")
-        put(state, ref=where(m - block_m <= _NEAR, block_m, m))
+        m, block_m = get(rows, "m"), get(rows, "block_m")
+        ref = where(m - block_m <= _NEAR, block_m, m)
+        put(rows, ref=ref)
+        centre_on(rows, ref, elem)
+        _put_scale(rows, get(rows, "factor") * exp_difference(ref, m), skipping)
 
-    def put_scale(state, factor):
-        scale = factor / (get(state, "k") + get(state, "rest"))
-        put(state, scale=where(get(state, "skip") != 0.0, 0.0, scale) if skipping else scale)
-
-    @each_eight
-    def set_scale(state):
-        put_scale(state, get(state, "factor") * exp_difference(get(state, "ref"), get(state, "m")))
-
-    @each_eight
-    def take_row(state):
-        put(state, ref=get(state, "block_m"))
-        put_scale(state, get(state, "factor"))
-
-    @device
-    def normalise(state, count, whole):
-        if whole:
-            take_row(state, count)
-        else:
-            choose_ref(state, count)
-            centre_on(state, count)
-            set_scale(state, count)
-
-    return normalise
+    return each_eight(normalise_block)
 
 
-def make_finish(elem):
-    """Set rest and log_sum once all blocks are joined."""
+def make_finish(elem, then=None):
+    """finish(frame, state, p, count): set rest and log_sum once all blocks are joined.
 
-    def finish(state):
-        m, k = get(state, "m"), get(state, "k")
-        rest = get(state, "rest") + get(state, "rest_low")
+    `then`: function (frame, p, count) -> step(rows, i), which is run on rows p + i … p + i + 7 of
+    the batch at once: what is known of them need not be read again.
+    """
+
+    def close(rows):
+        m, k = get(rows, "m"), get(rows, "k")
+        rest = get(rows, "rest") + get(rows, "rest_low")
         good = is_finite(m)
         value = log_sum(where(good, k, 1.0), where(good, rest, 0.0), elem)
-        put(state, rest=rest, log_sum=where(good, value, float("nan")))
+        put(rows, rest=rest, log_sum=where(good, value, float("nan")))
 
-    return each_eight(finish)
+    def finish(frame, state, p, count):
+        step = then and then(frame, p, count)
+
+        def run(i):
+            rows = Eight(state, i)
+            close(rows)
+            if step:
+                step(rows, i)
+
+        each(count, LANES, run)
+
+    return traced(finish)

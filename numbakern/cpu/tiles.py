@@ -28,17 +28,20 @@ from numbakern.cpu.rows import (
 from numbakern.cpu.simd import (
     SIZES,
     convert,
+    each,
     gather,
     lane_numbers,
     load_scalar,
     load_vector,
     prefetch,
+    smaller,
     splat,
     spread,
     store_vector,
     traced,
     transpose,
     vector_lanes,
+    when,
     where,
     zeros,
 )
@@ -53,7 +56,7 @@ from numbakern.cpu.state import (
     get_i64,
     join_block,
     make_finish,
-    make_normalise,
+    make_normalise_block,
     make_put_constants,
     put_i64,
 )
@@ -301,8 +304,8 @@ class Tiles:
             """address(state, i): where row i of the batch lies."""
             size = access.size if access else 0
             if adjacent:
-                return device(lambda state, i: get_i64(state + slot) + i * size)
-            return device(lambda state, i: get_i64(state + slot + 8 * i))
+                return traced(lambda state, i: get_i64(state + slot) + i * size)
+            return traced(lambda state, i: get_i64(state + slot + 8 * i))
 
         self.start, self.advance, self.begin = start, advance, begin
         self.x_of = make_address(s_x, self.x_access)
@@ -319,14 +322,14 @@ class Tiles:
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
         elem, panels = self.elem, _panels(self.layout)
 
-        @device
+        @traced
         def packed(frame, state, now):
             """Addresses of the packed panel, x and y, and the bytes from class to class."""
             pitch = panel(frame) * size + _PAD
-            length = (min(classes(frame), block) + lanes - 1) // lanes * lanes * pitch
+            length = (smaller(classes(frame), block) + (lanes - 1)) // lanes * lanes * pitch
             return state + _TILE + now * length, state + _TILE + panels * length, pitch
 
-        @device
+        @traced
         def tiles(frame, state):
             """Addresses of the packed x and y, and the bytes from class to class."""
             x, y, pitch = packed(frame, state, get_i64(state + _NOW))
@@ -370,7 +373,6 @@ class Tiles:
                 """Tiles are packed when it is their turn."""
                 return  # as in `rows`
 
-        @traced
         def centre_on(state, c, most):
             m = load_vector(most + c * size, elem, lanes)
             wide = convert(m, "f8")
@@ -380,22 +382,19 @@ class Tiles:
             for i, v in enumerate((m, *centred)):
                 store_vector(state + (_PARAMS + i * MAX_ROWS * size) + c * size, convert(v, elem))
 
-        @device
+        @traced
         def take_maxima(state, count):
             """The maxima that packing has found, into block_m; what `_exp_params` reads of them."""
             most = state + _MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
             most += get_i64(state + _OFFSET) * size
-            for c in range(0, count, lanes):
-                centre_on(state, c, most)
+            each(count, lanes, lambda c: centre_on(state, c, most))
 
         pack_max = make_pack(pack_x)
         put_from_memory = make_put_x_labels(self)
 
-        @traced
         def put_eight(state, x, pitch):
             t = load_vector(state + SLOT["label"], "i8", LANES)
-            at = spread(x, t) + t * spread(pitch, t) + lane_numbers(t, size)
-            v = gather(at, elem, t >= t.like(t.constant(0, "i8")))
+            v = gather(x + t * pitch + lane_numbers(t, size), elem, t >= 0)
             store_vector(state + SLOT["x_label"], convert(v, "f8"))
 
         @device
@@ -404,15 +403,16 @@ class Tiles:
             if classes(frame) <= block:
                 pack_max(frame, state, count, 0, classes(frame))
 
-        @device
+        def put_from_tile(frame, state, count):
+            x, _, pitch = tiles(frame, state)
+            each(count, LANES, lambda i: put_eight(state + 8 * i, x + i * size, pitch))
+
+        @traced
         def put_x_labels(frame, state, count):
             """`rows.make_put_x_labels`, from the tile where it holds all classes."""
-            if classes(frame) <= block:
-                x, _, pitch = tiles(frame, state)
-                for i in range(0, count, LANES):
-                    put_eight(state + 8 * i, x + i * size, pitch)
-            else:
-                put_from_memory(frame, state, count)
+            short = classes(frame) <= block
+            when(short, lambda: put_from_tile(frame, state, count))
+            when(~short, lambda: put_from_memory(frame, state, count))
 
         self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
         self._pack_ahead = pack_ahead
@@ -440,14 +440,10 @@ class Tiles:
                 store_vector(most, larger(v, load_vector(most, elem, lanes)))
 
         @traced
-        def lowest(most):
-            store_vector(most, zeros(most, elem, lanes) - math.inf)
-
-        @device
         def clear_maxima(most, count):
+            lowest = zeros(most, elem, lanes) - math.inf
             if maxima:
-                for c in range(0, count, lanes):
-                    lowest(most + c * size)
+                each(count, lanes, lambda c: store_vector(most + c * size, lowest))
 
         if self.layout == COLUMNS:
             form_size, form_bytes = form.size, form.size * lanes
@@ -731,15 +727,15 @@ class Tiles:
 
         return put_sums
 
-    def softmax(self, terms, keep=False):
-        """reduce(frame, state, count): m, k, rest and log_sum of every row; packs the tile.
+    def softmax(self, terms, keep=False, then=None):
+        """reduce(frame, state, p, count): m, k, rest and log_sum of every row; packs the tile.
 
         Where `keep`, the third of the `terms` is left for `map_exp`.
         """
         put_sums = self._make_put_sums()
         sums = self._make_column_sums(terms, self.elem, counts=True)
         params = self._exp_params()
-        finish = make_finish(self.elem)
+        finish = make_finish(self.elem, then)
         tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
@@ -749,7 +745,7 @@ class Tiles:
             return convert(length, "f8") - below
 
         @device
-        def reduce(frame, state, count):
+        def reduce(frame, state, p, count):
             n = classes(frame)
             x, _, pitch = tiles(frame, state)
             j = 0
@@ -767,7 +763,7 @@ class Tiles:
                 else:
                     join_block(state, count)
                 j += block
-            finish(state, count)
+            finish(frame, state, p, count)
 
         return reduce
 
@@ -850,19 +846,18 @@ class Tiles:
         out_step, flags = integer("out_class"), integer("flags")
         block, size, lanes = BLOCK[self.elem], self._size, self._lanes
         narrow, unpack = self._make_unpack(value, names, labelled)
-        normalise, elem = make_normalise(self.elem, skipping), self.elem
+        normalise_block, elem = make_normalise_block(self.elem, skipping), self.elem
         narrow_centred = self._narrower(("ref", *CENTRED), False)
         params = self._exp_params()
 
         @traced
-        def one(at, params):
-            _, *centred = params
-            store_vector(at, exponential(load_vector(at, elem, lanes), *centred))
-
-        @device
         def column(at, pitch, n, params):
-            for j in range(n):
-                one(at + j * pitch, params)
+            _, *centred = params
+
+            def put(at):
+                store_vector(at, exponential(load_vector(at, elem, lanes), *centred))
+
+            each(n, 1, lambda j: put(at + j * pitch))
 
         @device
         def sweep(frame, state, count):
@@ -874,9 +869,8 @@ class Tiles:
                 if n > block:
                     pack(frame, state, count, j, length)
                     take_maxima(state, count)
-                normalise(state, count, n <= block)
-                if n > block:  # else `reduce` has left them
-                    narrow_centred(state, count, j, length)
+                    normalise_block(state, count)
+                    narrow_centred(state, count, j, length)  # else `reduce` has left them
                 if not kept or n > block:
                     for c in range(0, count, lanes):
                         column(x + c * size, pitch, length, params(state, c))
@@ -909,26 +903,25 @@ class Tiles:
         at_label = len(names) - 1
         places = tuple(i + (labelled and i == at_label) for i in range(len(names)))
 
-        @traced
         def values(state, at):
             for i, name in zip(places, names, strict=True):
                 v = convert(load_vector(state + SLOT[name], "f8", lanes), elem)
                 store_vector(at + i * pitch, v)
 
-        @traced
         def labels(state, at, j, n):
             label = convert(load_vector(state + SLOT["label"], "i8", lanes) - j, "f8")
             inside = (label >= 0.0) & (label < convert(n, "f8"))
             store_vector(at + at_label * pitch, convert(where(inside, label, -1.0), elem))
 
-        @device
         def narrow(state, count, j, n):
-            for c in range(0, count, lanes):
+            def columns(c):
                 values(state + 8 * c, state + _PARAMS + c * size)
                 if labelled:
                     labels(state + 8 * c, state + _PARAMS + c * size, j, n)
 
-        return narrow
+            each(count, lanes, columns)
+
+        return traced(narrow)
 
     def _map_params(self, state, c, count):
         """What `_narrower` left for the columns from c on. Inside traced functions."""
