@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numbakern.cpu.simd import load_scalar, traced
+from numbakern.cpu.simd import load_scalar, traced, value_if
 
 SHAPE_SLOTS = (  # what follows from shapes and strides alone
     "classes",  # length of the class axis
@@ -68,11 +68,7 @@ def data(name):
 
     def read(frame):
         array = load_scalar(frame + 8 * INDEX[name], "i8")
-        builder = array.builder
-        result = cgutils.alloca_once_value(builder, array.value)
-        with builder.if_then((array != 0).value):
-            builder.store(array_data(array).value, result)
-        return array.like(builder.load(result))
+        return value_if(array != 0, lambda: array_data(array))
 
     return traced(read)
 

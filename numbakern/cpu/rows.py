@@ -29,12 +29,16 @@ from numbakern.cpu.simd import (
     first_lanes,
     lane_max,
     lane_sum,
+    larger,
     load_scalar,
     prefetch,
+    repeat,
+    smaller,
     splat,
     store_vector,
     traced,
     unordered,
+    value_if,
     vector_lanes,
     when,
     where,
@@ -70,27 +74,31 @@ KEPT = 1 << 16
 _BLOCKS = SIZE  # scratch memory: each block's maximum, then the exponentials
 
 
-@device
 def row_offsets(geometry, p, x_row, y_row, out_row):
-    """Where row p starts in x, y and out, in bytes (see `launch.plan`)."""
-    if geometry == 0:
-        return p * x_row, p * y_row, p * out_row
-    x = y = out = 0
-    for d in range(get_i64(geometry), 0, -1):
-        size, dimension = get_i64(geometry + 32 * d - 24), geometry + 32 * d
-        p, i = divmod(p, size)
-        x += i * get_i64(dimension - 16)
-        y += i * get_i64(dimension - 8)
-        out += i * get_i64(dimension)
-    return x, y, out
+    """Where row p starts in x, y and out, in bytes (see `launch.plan`). Inside traced functions."""
+
+    def along(d, p, x, y, out):
+        # The innermost dimension comes last.
+        at = geometry + 32 * (dimensions - d)
+        i = p % get_i64(at - 24)
+        steps = (get_i64(at - 16), get_i64(at - 8), get_i64(at))
+        x, y, out = (start + i * step for start, step in zip((x, y, out), steps, strict=True))
+        return p // get_i64(at - 24), x, y, out
+
+    even = geometry == 0
+    dimensions = value_if(~even, lambda: get_i64(geometry))
+    nothing = p - p
+    _, x, y, out = repeat(dimensions, along, p, nothing, nothing, nothing)
+    # No dimensions: one step from row to row.
+    return tuple(
+        where(even, p * step, start)
+        for start, step in zip((x, y, out), (x_row, y_row, out_row), strict=True)
+    )
 
 
 def _blocks_for(n, block):
     """How many blocks there are, rounded up to a cache line of values."""
-    return (-(-n // block) + 7) // 8 * 8
-
-
-_blocks = device(_blocks_for)
+    return ((n + block - 1) // block + 7) // 8 * 8
 
 
 def scratch_size(elem, classes):
@@ -420,38 +428,42 @@ class Rows:
         s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
         near = 2 * BLOCK[self.elem]
 
-        @device
+        @traced
         def advance(frame, item, last):
             """The next batch from row `item` on: (first row, rows, next item)."""
-            count = max(1, min(BATCH, near // max(1, classes(frame)), last - item))
+            fit = smaller(near // larger(classes(frame), 1), BATCH)
+            count = larger(smaller(fit, last - item), 1)
             return item, count, item + count
 
-        @device
+        @traced
         def begin(frame, state, p, count):
             """Set the addresses of rows p … p + count − 1."""
             shape, x0, y0, out0 = geometry(frame), x_data(frame), y_data(frame), out_data(frame)
-            for i in range(count):
-                x, y, out = row_offsets(shape, p + i, x_row(frame), y_row(frame), out_row(frame))
+            steps = x_row(frame), y_row(frame), out_row(frame)
+
+            def put(i):
+                x, y, out = row_offsets(shape, p + i, *steps)
                 put_i64(state + s_x + 8 * i, x0 + x)
                 put_i64(state + s_y + 8 * i, y0 + y)
                 put_i64(state + s_out + 8 * i, out0 + out)
 
-        @device
+            each(count, 1, put)
+
+        @traced
         def operands(frame, state, i):
             x, y = get_i64(state + s_x + 8 * i), get_i64(state + s_y + 8 * i)
             return x, x_step(frame), y, y_step(frame), weight(frame)
 
         put_constants = make_put_constants(self.elem)
 
-        @device
+        @traced
         def start(state, last):
             """To be called before the first batch."""
             put_constants(state)
 
-        @device
+        @traced
         def load(frame, state, count):
             """To be called before `put_x_labels`: rows are read where they lie."""
-            return  # Numba looks for a statement behind the docstring, if debugged or profiled
 
         def make_address(slot):
             """address(state, i): where row i of the batch lies."""
@@ -627,10 +639,11 @@ class Rows:
         classes, block, size = integer("classes"), BLOCK[self.elem], SIZES[self.elem]
         step = 4 * vector_lanes(self.elem)
 
-        @device
+        @traced
         def kept(frame, state, i):
             n = classes(frame)
-            return state + _BLOCKS + _blocks(n, block) * 8 + i * -(-n // step) * step * size
+            each = (n + step - 1) // step * step
+            return state + _BLOCKS + _blocks_for(n, block) * 8 + i * each * size
 
         self._kept = kept
 
@@ -638,15 +651,16 @@ class Rows:
         out_step, put_element = integer("out_class"), make_put_element(self.out_access)
         s_label, s_grad, s_out = SLOT["label"], SLOT["label_grad"], SLOT["out"]
 
-        @device
+        @traced
         def put_labels(frame, state, count):
             """Overwrite the result where it is known better than the map knows it."""
             step = out_step(frame)
-            for i in range(count):
-                t = get_i64(state + s_label + 8 * i)
-                if t >= 0:
-                    put_element(
-                        get_i64(state + s_out + 8 * i) + t * step, get_f64(state + s_grad + 8 * i)
-                    )
+
+            def put(i):
+                t, out = get_i64(state + s_label + 8 * i), get_i64(state + s_out + 8 * i)
+                grad = get_f64(state + s_grad + 8 * i)
+                when(t >= 0, lambda: put_element(out + t * step, grad))
+
+            each(count, 1, put)
 
         return put_labels

@@ -2,172 +2,114 @@
 
 import functools
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from numbakern.cpu.compile import compile_function, compile_kernel
 from numbakern.cpu.frame import array_data, data, integer
 from numbakern.cpu.simd import (
     BYTES,
+    Lanes,
     any_lane,
     clear,
     convert,
     lane_sum,
+    lanes_of,
     load_scalar,
     load_vector,
-    spread,
-    store_vector,
+    repeat,
     traced,
     where,
-    zeros,
 )
 from numbakern.vmath import two_sum, whole_sum
 
-_i64, _i64_llvm = types.int64, ir.IntType(64)
+_i64 = types.int64
 PAGE = 1 << 16
 """Bytes that `fill` clears as one item."""
 
 
-@traced
-def _start(array):
-    return array_data(array)
-
-
-@traced
-def _label(labels, i):
-    return load_scalar(labels + i * 8, "i8")
-
-
 _WIDE = 16
+"""Rows that are looked at at once."""
 
 
-def _all(t, number):
-    return t.like(t.constant(number, "i8"))
-
-
-@traced
-def _scan_vector(at, bad, counted, classes, ignored):
-    """Of 16 labels: whether one is neither a class nor ignored, how many are not ignored."""
-    t = load_vector(at, "i8", _WIDE)
-    live = t != spread(ignored, t)
-    outside = (t < _all(t, 0)) | (t >= spread(classes, t))
-    return bad | (live & outside), counted + where(live, _all(t, 1), _all(t, 0))
+def _constant(like, number, elem, lanes=0):
+    """A number in the function that a value is computed in."""
+    shape = Lanes(like.builder, None, elem, lanes)
+    return shape.like(shape.constant(number))
 
 
 @traced
-def _scan_start(at):
-    zero = at.like(ir.Constant(ir.VectorType(_i64_llvm, _WIDE), None), "i8", _WIDE)
-    return zero != zero, zero
+def _scan_labels(labels, n, classes, ignored):
+    at, whole = array_data(labels), n // _WIDE
 
+    def look(t, bad, counted):
+        live = t != ignored
+        outside = (t < 0) | (t >= classes)
+        return bad | (live & outside), counted + where(live, _constant(t, 1, "i8", t.lanes), 0)
 
-@traced
-def _scan_end(bad, counted):
-    return any_lane(bad), lane_sum(convert(counted, "f8"))
+    def look_at_many(i, bad, counted):
+        return look(load_vector(at + i * (8 * _WIDE), "i8", _WIDE), bad, counted)
+
+    def look_at_one(i, bad, counted):
+        return look(load_scalar(at + (whole * _WIDE + i) * 8, "i8"), bad, counted)
+
+    none, no_lane = _constant(at, False, "b1"), _constant(at, False, "b1", _WIDE)
+    bad, counted = repeat(whole, look_at_many, no_lane, _constant(at, 0, "i8", _WIDE))
+    more = repeat(n - whole * _WIDE, look_at_one, none, _constant(at, 0, "i8"))
+    return ~(any_lane(bad) | more[0]), lane_sum(counted) + more[1]
 
 
 def _scan(labels, n, classes, ignored):
     """(whether all labels are classes or ignored, how many are not ignored)."""
-    at = _start(labels)
-    bad_lanes, counted_lanes = _scan_start(at)
-    whole = n // _WIDE * _WIDE
-    for i in range(0, whole, _WIDE):
-        bad_lanes, counted_lanes = _scan_vector(
-            at + 8 * i, bad_lanes, counted_lanes, classes, ignored
-        )
-    found, counted = _scan_end(bad_lanes, counted_lanes)
-    bad, count = int(found), int(counted)
-    for i in range(whole, n):
-        t = _label(at, i)
-        live = t != ignored
-        count += live
-        bad |= live & ((t < 0) | (t >= classes))
-    return bad == 0, count
+    return _scan_labels(labels, n, classes, ignored)
 
 
-def _weigh(labels, n, ignored, weight, single):
-    """Σ of the weights of the labels that are not ignored, in their order, exactly rounded."""
-    at, weights = _start(labels), _start(weight)
-    total = low = 0.0
-    for i in range(n):
-        t = _label(at, i)
-        if t != ignored:
-            w = _weight4(weights, t) if single else _weight8(weights, t)
-            total, low = _plus(total, low, w)
-    return _whole(total, low)
-
-
-@traced
-def _weight4(weights, t):
-    return convert(load_scalar(weights + t * 4, "f4"), "f8")
-
-
-@traced
-def _weight8(weights, t):
-    return load_scalar(weights + t * 8, "f8")
-
-
-@traced
 def _plus(total, low, value):
     total, e = two_sum(total, value)
     return total, low + e
 
 
 @traced
-def _whole(total, low):
-    return whole_sum(total, low)
+def _weigh_labels(labels, n, ignored, weight, single):
+    at, weights, nothing = array_data(labels), array_data(weight), _constant(labels, 0.0, "f8")
+    size = where(single != 0, _constant(at, 4, "i8"), 8)
+
+    def add(i, total, low):
+        t = load_scalar(at + i * 8, "i8")
+        counts = t != ignored
+        place = where(counts, weights + t * size, at)  # there might be no weight at all
+        wide = load_scalar(where(single != 0, at, place), "f8")
+        w = where(single != 0, convert(load_scalar(place, "f4"), "f8"), wide)
+        return _plus(total, low, where(counts, w, -0.0))
+
+    return whole_sum(*repeat(n, add, nothing, nothing))
 
 
-_LANES = 16
-
-
-@traced
-def _zero(at):
-    return zeros(at, "f8", _LANES)
-
-
-@traced
-def _plus_vector(total, low, at):
-    total, e = two_sum(total, load_vector(at, "f8", _LANES))
-    return total, low + e
-
-
-@traced
-def _spill(at, total, low):
-    store_vector(at, total)
-    store_vector(at + 8 * _LANES, low)
+def _weigh(labels, n, ignored, weight, single):
+    """Σ of the weights of the labels that are not ignored, in their order, exactly rounded."""
+    return _weigh_labels(labels, n, ignored, weight, single)
 
 
 @traced
-def _value(at):
-    return load_scalar(at, "f8")
+def _add_up(values, n):
+    at, whole = array_data(values), n // _WIDE
+    none, nothing = _constant(at, 0.0, "f8", _WIDE), _constant(at, 0.0, "f8")
 
+    def add_many(i, total, low):
+        return _plus(total, low, load_vector(at + i * (8 * _WIDE), "f8", _WIDE))
 
-@traced
-def _room(at):
-    """The address of 2 · _LANES float64 on the stack."""
-    room = cgutils.alloca_once(at.builder, ir.ArrayType(ir.DoubleType(), 2 * _LANES))
-    return at.like(at.builder.ptrtoint(room, _i64_llvm))
+    def add_one(i, total, low):
+        return _plus(total, low, load_scalar(at + (whole * _WIDE + i) * 8, "f8"))
+
+    total, low = nothing, nothing
+    for lane, rest in zip(*map(lanes_of, repeat(whole, add_many, none, none)), strict=True):
+        total, low = _plus(total, low, lane)
+        low = low + rest
+    return whole_sum(*repeat(n - whole * _WIDE, add_one, total, low))
 
 
 def _total(values, n):
     """Σ of float64 values in an order that depends on n alone, the rounding errors added too."""
-    at = _start(values)
-    lanes = _room(at)
-    total = low = _zero(at)
-    i = 0
-    while i + _LANES <= n:
-        total, low = _plus_vector(total, low, at + 8 * i)
-        i += _LANES
-    _spill(lanes, total, low)
-    result = rest = 0.0
-    for lane in range(_LANES):
-        result, rest = _plus(result, rest, _value(lanes + 8 * lane))
-        rest += _value(lanes + 8 * (_LANES + lane))
-    while i < n:
-        result, rest = _plus(result, rest, _value(at + 8 * i))
-        i += 1
-    return _whole(result, rest)
+    return _add_up(values, n)
 
 
 @functools.cache

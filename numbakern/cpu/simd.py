@@ -18,7 +18,7 @@ import sys
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.extending import _Intrinsic
+from numba.core.typing.templates import infer, infer_global, make_intrinsic_template
 from numba.extending import models, register_model
 
 from numbakern.cpu.compile import shared
@@ -87,13 +87,14 @@ def _unwrap(context, builder, ty, value):
     return value.value
 
 
-class _Traced(_Intrinsic):
-    """What `traced` makes: for Numba an intrinsic."""
+class _Traced:
+    """What `traced` makes: for Numba an intrinsic, in another traced function the function."""
 
     def __init__(self, call, function):
-        super().__init__(call.__name__, call)
         self._function = function
-        self._register()
+        template = make_intrinsic_template(self, call, call.__name__)
+        infer(template)
+        infer_global(self, types.Function(template))
 
     def __call__(self, *args):
         return self._function(*args)
@@ -189,6 +190,9 @@ class Lanes:
     def __floordiv__(self, other):
         """Of integers that are not negative."""
         return _arithmetic(self, other, None, "sdiv")
+
+    def __rfloordiv__(self, other):
+        return _arithmetic(_constant_like(self, other), self, None, "sdiv")
 
     def __mod__(self, other):
         """Of integers that are not negative."""
@@ -392,12 +396,19 @@ def _fold(v, combine):
 
 def lane_sum(v):
     """Sum of the lanes by a fixed tree: halves are added until one lane is left."""
-    return _fold(v, lambda b, low, high: b.fadd(low, high))
+    add = "fadd" if v.elem in ("f4", "f8") else "add"
+    return _fold(v, lambda b, low, high: getattr(b, add)(low, high))
 
 
 def lane_max(v):
     """Largest lane; no lane may be NaN."""
     return _fold(v, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+
+
+def lanes_of(v):
+    """All lanes, scalars."""
+    each = (v.builder.extract_element(v.value, _i32(i)) for i in range(v.lanes))
+    return [v.like(value, lanes=0) for value in each]
 
 
 def first_lane(v):
@@ -441,10 +452,34 @@ def each(count, step, body):
         body(count.like(i))
 
 
+def repeat(count, body, *state):
+    """The state after body(i, *state) -> state, for i = 0 … count − 1."""
+    b = count.builder
+    variables = [cgutils.alloca_once_value(b, v.value) for v in state]
+
+    def values():
+        return tuple(v.like(b.load(at)) for v, at in zip(state, variables, strict=True))
+
+    def once(i):
+        for v, at in zip(body(i, *values()), variables, strict=True):
+            b.store(v.value, at)
+
+    each(count, 1, once)
+    return values()
+
+
 def when(mask, body):
-    """Run body() where a scalar mask holds."""
+    """Run body() if a scalar mask holds."""
     with mask.builder.if_then(mask.value):
         body()
+
+
+def value_if(mask, compute):
+    """The integer compute() if a scalar mask holds, 0 otherwise."""
+    b, nothing = mask.builder, mask.like(_i64(0), "i8")
+    result = cgutils.alloca_once_value(b, nothing.value)
+    when(mask, lambda: b.store(compute().value, result))
+    return nothing.like(b.load(result))
 
 
 def smaller(a, b):

@@ -31,6 +31,7 @@ from numbakern.cpu.simd import (
     each,
     gather,
     lane_numbers,
+    larger,
     load_scalar,
     load_vector,
     prefetch,
@@ -164,96 +165,94 @@ class Tiles:
         early = _most_early(self.elem, self.layout)
         x_size, out_size = (a.size if a else 0 for a in (self.x_access, self.out_access))
 
-        @device
+        @traced
         def offsets(frame, p):
             return row_offsets(geometry(frame), p, x_row(frame), y_row(frame), out_row(frame))
 
-        @device
+        @traced
         def skew(frame, run):
             """Columns by which the tiles of a run of adjacent rows begin before it.
 
             So they end with a whole vector of what is written, or else read.
             """
             if not adjacent:
-                return 0
+                return run - run
             x, _, out = offsets(frame, run * inner(frame))
             address = out_data(frame) + out if out_size else x_data(frame) + x
             size = out_size if out_size else x_size
-            return address % (lanes * size) // size if address % size == 0 else 0
+            return where(address % size == 0, address % (lanes * size) // size, 0)
 
-        @device
+        @traced
         def tiles_of(frame):
             """Tiles of a run, as `tiles_for`."""
             whole = panel(frame)
-            return (inner(frame) + early + whole - 1) // whole * (whole // columns(frame))
+            return (inner(frame) + whole + (early - 1)) // whole * (whole // columns(frame))
 
         put_constants = make_put_constants(self.elem)
 
-        @device
+        @traced
         def start(state, last):
             """To be called before the first tile: no panel is packed."""
             put_constants(state)
             put_i64(state + _LAST, last)
-            put_i64(state + _NOW, 0)
-            put_i64(state + _RECORDS + _FIRST, -1)
-            put_i64(state + _RECORDS + _RECORD + _FIRST, -1)
+            put_i64(state + _NOW, last - last)
+            for record in (_RECORDS, _RECORDS + _RECORD):
+                put_i64(state + record + _FIRST, last - last - 1)
 
-        @device
+        @traced
         def advance(frame, item, last):
             """The tile `item`: (first row, rows, next item); tiles end with the innermost axis."""
             length, width, tiles = inner(frame), columns(frame), tiles_of(frame)
             run = item // tiles
             at = item % tiles * width - skew(frame, run)
-            first = max(at, 0)
-            return run * length + first, max(min(at + width, length) - first, 0), item + 1
+            first = larger(at, 0)
+            return run * length + first, larger(smaller(at + width, length) - first, 0), item + 1
 
-        @device
-        def locate(frame, p):
-            """(run of row p, its column, columns by which tiles begin before, panel's column)."""
+        def describe(frame, record, run, at):
+            """Note the panel from column `at` of a run on, nothing of which is packed."""
             length, width = inner(frame), panel(frame)
-            run, column = p // length, p % length
-            before = skew(frame, run)
-            return run, column, before, (column + before) // width * width - before
-
-        @device
-        def describe(frame, record, p):
-            """Note the panel of row p, nothing of which is packed."""
-            length, width = inner(frame), panel(frame)
-            run, _, _, at = locate(frame, p)
-            first = max(at, 0)
+            first = larger(at, 0)
             x, y, _ = offsets(frame, run * length + first)
             put_i64(record + _FIRST, run * length + first)
             put_i64(record + _X, x_data(frame) + x)
             put_i64(record + _Y, y_data(frame) + y)
-            put_i64(record + _WIDTH, min(at + width, length) - first)
+            put_i64(record + _WIDTH, smaller(at + width, length) - first)
             # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
             gap = first - at
-            put_i64(record + _HEAD, columns(frame) - gap if gap > 0 else width)
-            put_i64(record + _CLASS, 0)
-            put_i64(record + _ROW, 0)
+            put_i64(record + _HEAD, where(gap > 0, columns(frame) - gap, width))
+            put_i64(record + _CLASS, at - at)
+            put_i64(record + _ROW, at - at)
 
-        @device
+        @traced
         def enter(frame, state, p):
             """Find the panel that row p belongs to, and the next one."""
             length, width = inner(frame), panel(frame)
-            run, column, before, at = locate(frame, p)
-            first, now = run * length + max(at, 0), get_i64(state + _NOW)
-            if get_i64(state + _RECORDS + now * _RECORD + _FIRST) != first:
-                if adjacent:
-                    now = 1 - now
-                    put_i64(state + _NOW, now)
-                record = state + _RECORDS + now * _RECORD
-                other = state + _RECORDS + (1 - now) * _RECORD
-                if get_i64(record + _FIRST) != first:
-                    describe(frame, record, p)
-                after, item = at + width, (run + 1) * tiles_of(frame)
-                if after < length:
-                    item += (after + before) // columns(frame) - tiles_of(frame)
-                if adjacent and item < get_i64(state + _LAST):
-                    describe(frame, other, run * length + min(after, length))
-            put_i64(state + _OFFSET, column - at if column > 0 else 0)
+            run, column = p // length, p % length
+            before = skew(frame, run)
+            at = (column + before) // width * width - before  # the panel's column
+            first, now = run * length + larger(at, 0), get_i64(state + _NOW)
 
-        @device
+            def change():
+                if not adjacent:
+                    describe(frame, state + _RECORDS, run, at)
+                    return
+                put_i64(state + _NOW, 1 - now)
+                record = state + _RECORDS + (1 - now) * _RECORD
+                when(get_i64(record + _FIRST) != first, lambda: describe(frame, record, run, at))
+                after, tiles = at + width, tiles_of(frame)
+                more = after < length  # of this run
+                item = run * tiles + where(more, (after + before) // columns(frame), tiles)
+                when(item < get_i64(state + _LAST), lambda: describe_next(after, more))
+
+            def describe_next(after, more):
+                other = where(more, run, run + 1)
+                start = where(more, after, -skew(frame, other))
+                describe(frame, state + _RECORDS + now * _RECORD, other, start)
+
+            when(get_i64(state + _RECORDS + now * _RECORD + _FIRST) != first, change)
+            put_i64(state + _OFFSET, where(column > 0, column - at, 0))
+
+        @traced
         def put(state, i, x, y, out):
             put_i64(state + s_x + 8 * i, x)
             put_i64(state + s_y + 8 * i, y)
@@ -261,7 +260,7 @@ class Tiles:
 
         if adjacent:
 
-            @device
+            @traced
             def begin(frame, state, p, count):
                 """Set the addresses of row p, which those of the other rows follow from."""
                 enter(frame, state, p)
@@ -270,15 +269,14 @@ class Tiles:
 
         else:
 
-            @traced
             def put_evenly(state, i, x, y, out, dx, dy, dout):
                 """Addresses of eight rows that lie at even distances, the first one's given."""
                 for slot, first, step in ((s_x, x, dx), (s_y, y, dy), (s_out, out, dout)):
                     start = spread(first, zeros(first, "i8", LANES))
-                    each = lane_numbers(start, 1) * spread(step, start)
-                    store_vector(state + (slot + 8 * i), start + each)
+                    start = start + lane_numbers(start, 1) * step
+                    store_vector(state + slot + 8 * i, start)
 
-            @device
+            @traced
             def begin(frame, state, p, count):
                 """Set the addresses of rows p … p + count − 1.
 
@@ -287,18 +285,22 @@ class Tiles:
                 enter(frame, state, p)
                 shape, dx, dy, dout = geometry(frame), x_row(frame), y_row(frame), out_row(frame)
                 x0, y0, out0 = x_data(frame), y_data(frame), out_data(frame)
-                if shape == 0:
-                    for i in range(0, count, LANES):
-                        x, y, out = (p + i) * dx, (p + i) * dy, (p + i) * dout
-                        put_evenly(state, i, x0 + x, y0 + y, out0 + out, dx, dy, dout)
-                else:
-                    for i in range(count):
-                        x, y, out = row_offsets(shape, p + i, dx, dy, dout)
-                        put(state, i, x0 + x, y0 + y, out0 + out)
-                last = state + (count - 1) // lanes * lanes * 8
-                x0, y0, out0 = get_i64(last + s_x), get_i64(last + s_y), get_i64(last + s_out)
-                for i in range(count, (count + lanes - 1) // lanes * lanes):
-                    put(state, i, x0, y0, out0)
+
+                def eight(i):
+                    x, y, out = (p + i) * dx, (p + i) * dy, (p + i) * dout
+                    put_evenly(state, i, x0 + x, y0 + y, out0 + out, dx, dy, dout)
+
+                def one(i):
+                    x, y, out = row_offsets(shape, p + i, dx, dy, dout)
+                    put(state, i, x0 + x, y0 + y, out0 + out)
+
+                when(shape == 0, lambda: each(count, LANES, eight))
+                when(shape != 0, lambda: each(count, 1, one))
+                whole = (count - 1) // lanes * lanes
+                first = state + whole * 8
+                x0, y0, out0 = (get_i64(first + slot) for slot in (s_x, s_y, s_out))
+                rest = (count + (lanes - 1)) // lanes * lanes - count
+                each(rest, 1, lambda i: put(state, count + i, x0, y0, out0))
 
         def make_address(slot, access):
             """address(state, i): where row i of the batch lies."""
