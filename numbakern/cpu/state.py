@@ -159,13 +159,18 @@ def centre_on(rows, reference, elem):
     put(rows, base=base, magic=magic, floor=floor, factor=factor)
 
 
-def _block(rows):
-    """Maximum, count and rest (two parts) of the block whose sums were just taken."""
-    m, factor = get(rows, "block_m"), get(rows, "factor")
+def block_of(m, factor, a, a_low, count):
+    """Maximum, count and rest (two parts) of a block, from its sums."""
     good = is_finite(m)
-    rest = where(good, get(rows, "sum_a") * factor, 0.0)
-    low = where(good, get(rows, "sum_a_low") * factor, 0.0)
-    return m, where(good, get(rows, "sum_b"), 0.0), rest, low
+    return m, *(where(good, v, 0.0) for v in (count, a * factor, a_low * factor))
+
+
+_SUMS = "block_m", "factor", "sum_a", "sum_a_low", "sum_b"
+
+
+def _block(rows):
+    """The same of the block whose sums were just taken."""
+    return block_of(*(get(rows, name) for name in _SUMS))
 
 
 @each_eight

@@ -52,8 +52,8 @@ from numbakern.cpu.state import (
     MAX_ROWS,
     SIZE,
     SLOT,
+    block_of,
     constants,
-    first_block,
     get_i64,
     join_block,
     make_finish,
@@ -729,12 +729,26 @@ class Tiles:
 
         return put_sums
 
+    def _make_put_first(self):
+        lanes = self._lanes
+
+        @traced
+        def put_first(state, c, a, a_low, count):
+            """As put_sums and `state.first_block`."""
+            at = state + 8 * c
+            m, factor = (load_vector(at + SLOT[n], "f8", lanes) for n in ("block_m", "factor"))
+            values = block_of(m, factor, a, a_low, count)
+            for name, v in zip(("m", "k", "rest", "rest_low"), values, strict=True):
+                store_vector(at + SLOT[name], v)
+
+        return put_first
+
     def softmax(self, terms, keep=False, then=None):
         """reduce(frame, state, p, count): m, k, rest and log_sum of every row; packs the tile.
 
         Where `keep`, the third of the `terms` is left for `map_exp`.
         """
-        put_sums = self._make_put_sums()
+        put_sums, put_first = self._make_put_sums(), self._make_put_first()
         sums = self._make_column_sums(terms, self.elem, counts=True)
         params = self._exp_params()
         finish = make_finish(self.elem, then)
@@ -758,11 +772,12 @@ class Tiles:
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
                     a, low, below = sums(operands, length, params(state, c), state + _WORK)
-                    put_sums(state, c, a, low, minus(length, below))
+                    if j == 0:
+                        put_first(state, c, a, low, minus(length, below))
+                    else:
+                        put_sums(state, c, a, low, minus(length, below))
                     pack_ahead(frame, state)
-                if j == 0:
-                    first_block(state, count)
-                else:
+                if j > 0:
                     join_block(state, count)
                 j += block
             finish(frame, state, p, count)
