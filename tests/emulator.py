@@ -120,6 +120,7 @@ class Emulator:
         # The phases that all of a warp, a block, a cluster have reached.
         self.warp_time = self.time = 1
         self.cluster_time = 1 if cluster == 1 else 0
+        self.started = cluster == 1  # whether all blocks of a cluster are known to run
         self.remote_time = -1  # the last phase with a write to another block's shared memory
         self.tickets = np.full(len(blocks), -1)  # of each block, as a counter had it
         self.meeting = np.zeros(len(blocks), np.int64)  # the counter that each has met at
@@ -286,6 +287,11 @@ class Emulator:
 
     def cluster_barrier(self):
         self.warp_time = self.time = self.cluster_time = self._phase()
+        self.started = True
+
+    def cluster_start(self):
+        self._together("a barrier")
+        self.started = True
 
     def cluster_rank(self):
         if self.cluster == 1:
@@ -497,7 +503,7 @@ class Emulator:
             peer = np.broadcast_to(peer, self.shape)[mask]
             if np.any((peer < 0) | (peer >= self.cluster)):
                 raise Fault("no such block in the cluster")
-            if self.cluster_time == 0:
+            if not self.started:
                 raise Fault("another block of the cluster may not have started")
             self.remote_time = self.now
             blocks = blocks // self.cluster * self.cluster + peer

@@ -108,7 +108,7 @@ def counted(monkeypatch, name, leave_out=None):
 def test_each_barrier_that_is_left_out_is_missed(name, monkeypatch):
     start, _ = launch(*KERNELS[name])
     waits = 0
-    for kind in ("warp_barrier", "barrier", "cluster_barrier"):
+    for kind in ("warp_barrier", "barrier", "cluster_barrier", "cluster_start"):
         with monkeypatch.context() as patch:
             calls = counted(patch, kind)
             start()

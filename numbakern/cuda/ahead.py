@@ -80,9 +80,9 @@ class _Ahead(Walk):
         """Ask for as many parts as there are places; reduce, join and map one row after another."""
         self.team = self.row.team
         rows = self._take_next(constant(self.frame.block, 0, "i8"))
+        self.board.begin()  # while labels are on their way
         for row in rows:
             self.op.look(self.frame, row)
-        self.board.begin()
         repeat(self.frame.places, lambda i: self._ask(rows, narrow(i), narrow(i)) or ())
         self.scale = counted.scale() if counted else None
         repeat(self.frame.turns, self._turn, self.first)
@@ -129,6 +129,9 @@ class _Ahead(Walk):
         span.words = self.shelf.get(self._own_number(i))
         span.load()
         return span
+
+    def _keep(self, i, words):
+        """As Walk._keep: it is there."""
 
     def _place_of(self, i):
         """That of the warp's places where its part i is."""

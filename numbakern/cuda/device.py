@@ -382,6 +382,11 @@ def cluster_barrier(of):
     of.machine.cluster_barrier()
 
 
+def cluster_start(of):
+    """Wait until all of the cluster's blocks run; what they have written is not to be seen yet."""
+    of.machine.cluster_start()
+
+
 def cluster_rank(of):
     """Number of the block in its cluster, int32."""
     return of.like(of.machine.cluster_rank(), "i4")
@@ -539,7 +544,7 @@ def shared_store(address, v, mask, peer=None):
 
     `peer`: number in the cluster of the block whose shared memory it is, None for the own one.
     Between that block's start and the first write, and between the last one and that block's end,
-    stands a `cluster_barrier`.
+    stands a `cluster_start` or `cluster_barrier`.
     """
     peer = None if peer is None else peer.value
     address.machine.shared_store(address.value, 8, [bits_of(v).value], mask.value, peer)

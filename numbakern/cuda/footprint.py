@@ -264,7 +264,7 @@ class _Tracer:
     def barrier(self):
         """Touches nothing."""
 
-    warp_barrier = cluster_barrier = barrier
+    warp_barrier = cluster_barrier = cluster_start = barrier
 
     def cluster_rank(self):
         return (self.blocks % self.cluster).astype(np.int32)

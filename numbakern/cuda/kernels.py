@@ -138,13 +138,14 @@ class Operation:
     halves = False  # whether x is float16 or bfloat16
     anew = False  # whether a map to halves takes exponentials that the reduction did not keep
     by_pairs = False  # whether the reduction takes halves two at a time, and nothing is kept of it
+    keeps = False  # whether exponentials have the room of x, and may take its place
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
 
     @property
     def relative(self):
-        """Whether the map of a row that is held takes them relative to a part's maximum.
+        """Whether the map takes them relative to a part's maximum; of long rows where it `keeps`.
 
         So did the reduction: they need not be taken twice. In float64 the factor in between would
         cost an ulp.
@@ -284,9 +285,13 @@ class Softmax(Operation):
         """The parameters of `probability`."""
         return normalise(*params, self.elem, m)
 
-    def value(self, params, x, _y, _w):
+    def value(self, params, x, y, w):
         """softmax(x); rounding may end one ulp above 1."""
-        p = probability(self, x, *params)
+        return self.value_of(params, exponential(self, x, *params), y, w)
+
+    def value_of(self, params, e, _y, _w):
+        """The same of the exponential that was kept of x."""
+        p = probability(e, *params)
         return where(p > 1.0, 1.0, p)
 
 
@@ -301,12 +306,16 @@ def normalise(m, total, log_sum, elem, part=None):
     return *params, scale, part if part is None else convert(decay(part, m), elem)
 
 
-def probability(op, x, base, magic, floor, scale, less):
-    """exp(x − m) / Σ."""
+def exponential(op, x, base, magic, floor, _scale, _less):
+    """exp(x − m), up to a factor of the row or part."""
     if op.anew:
-        p = rough_exp(x, base, magic) * scale
-    else:
-        p = scaled_exp(x, base, magic, floor, op.halves) * scale
+        return rough_exp(x, base, magic)
+    return scaled_exp(x, base, magic, floor, op.halves)
+
+
+def probability(e, _base, _magic, _floor, scale, less):
+    """exp(x − m) / Σ, of an exponential."""
+    p = e * scale
     # Their product may be subnormal where the probability is not.
     return p if less is None else p * less
 
@@ -567,7 +576,8 @@ class CrossEntropy(Operation):
             # The peak is told by its probability: the map needs no logits beside them.
             *before, peak, second, keep, spread = rest
             here = peak == (peak if m is None else convert(m, self.elem))
-            p = where(here, probability(self, peak, *factors), math.nan)
+            p = probability(exponential(self, peak, *factors), *factors)
+            p = where(here, p, math.nan)
             rest = *before, p, second, keep, spread
         return factors, rest
 
@@ -645,8 +655,12 @@ class CrossEntropy(Operation):
 
     def value(self, params, x, y, w):
         """The gradient."""
+        return self.value_of(params, exponential(self, x, *params[0]), y, w, x)
+
+    def value_of(self, params, e, y, w, x=None):
+        """The same of the exponential that was kept of x."""
         factors, rest = params
-        p = probability(self, x, *factors)
+        p = probability(e, *factors)
         if self.soft:
             return self._soft_value(rest, p, x, y, w)
         factor, target, label, _ = rest

@@ -196,7 +196,14 @@ class LLVM:
 
     def cluster_barrier(self):
         """See device.cluster_barrier."""
-        for step in ("arrive.release", "wait.acquire"):
+        self._meet_in_cluster("arrive.release")
+
+    def cluster_start(self):
+        """See device.cluster_start: nobody waits for memory."""
+        self._meet_in_cluster("arrive.relaxed")
+
+    def _meet_in_cluster(self, arrive):
+        for step in (arrive, "wait.acquire"):
             self._assembly(f"barrier.cluster.{step}.aligned;", _void, [], [])
 
     def cluster_rank(self):

@@ -611,6 +611,7 @@ def _made(operation, params):
     op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
     keeps = op.exponential and "out" in arrays and not op.anew
     op.by_pairs = op.halves and op.softmax and not (op.linear or keeps)
+    op.keeps = op.relative and arrays.get("x") == "f4"
     if op.by_pairs:
         op.twice = ("x",)
     if "x" in access and op.softmax:

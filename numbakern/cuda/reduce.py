@@ -10,6 +10,7 @@ from numbakern.cuda.device import (
     barrier,
     bits_of,
     cluster_barrier,
+    cluster_start,
     constant,
     convert,
     distance,
@@ -137,7 +138,7 @@ class SharedBoard(Board):
     def begin(self):
         """As Board.begin: the other blocks have to have started."""
         if self.cluster > 1:
-            cluster_barrier(self.address)
+            cluster_start(self.address)
 
     def end(self):
         """As Board.end."""

@@ -286,7 +286,7 @@ class Lane:
         self.part = walker.part
         self.left = self._left(row.classes)
         self.places = {name: self._place(name) for name in walker.accesses}
-        self.words = {}
+        self.words, self.kept = {}, False  # whether those of x are its exponentials
         step = min(self.part.lanes, WARP) * self.part.group
         self.groups = range(0, self.part.vectors * step, step)
 
@@ -370,6 +370,12 @@ class Lane:
             words = either(full, lambda: read(None), lambda: read(self.left))
         return self._split(words, names, groups)
 
+    def exponentials(self):
+        """Words as those that are there, but the exponentials that the reduction took for x."""
+        access, taken, each = self.walker.inputs["x"], self.taken, self.part.group
+        groups = [access.format.words(taken[i : i + each]) for i in range(0, len(taken), each)]
+        return {**self.words, "x": groups}
+
     def forget(self, names):
         """Have what follows unpack the halves of these inputs anew; of a row not read they are 0.
 
@@ -420,7 +426,8 @@ class Lane:
                 lambda mask, compute: self.walker.folded_unless(mask, compute, folded),
             )
         else:
-            share = share_of(op, self.row, self.left, self.numbers(), m)
+            self.taken = []
+            share = share_of(op, self.row, self.left, self.numbers(), m, self.taken)
             share = Share(*map(folded, share.known))
         return [m, *share.known]
 
@@ -437,8 +444,10 @@ class Lane:
             label, exception = found
             behind = label - narrow(self.first)
 
+        of = op.value_of if self.kept else op.value
+
         def value(i, *values):
-            v = op.value(params, *values)
+            v = of(params, *values)
             return v if apart or not found else where(behind == i, exception, v)
 
         return ([value(*one) for one in self.group(v, n)] for v, n in enumerate(self.groups))
@@ -650,9 +659,23 @@ class Walk:
         if i is None:
             self.held = span
         begin()
+        if not self._keeps:
+            self._keep(i, span.words)
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
+        if self._keeps:
+            self._keep(i, span.exponentials())
         self.board.put(part, numbers, self.lane, there)
         self.maximum = numbers[0]
+
+    @property
+    def _keeps(self):
+        """Whether exponentials are on the shelf; not where a map may have to read x again."""
+        return self.op.keeps and self.way.kept == "shared"
+
+    def _keep(self, i, words):
+        """Put what there is of round i on the shelf, if that has room for it."""
+        if self.shelf and i is not None:
+            self.shelf.put(self._own_number(i), words)
 
     def _map(self, part, i, params):
         span, params = self._to_map(part, i, params)
@@ -663,8 +686,10 @@ class Walk:
         span, m = self._read(part, i), None
         if names := self._unpacked_anew(i is None and self.held):
             span.forget(names)
-        if self.op.relative and self.part.lanes > WARP and not self.part.chunks:
-            m = self.maximum if self.held else self.board.get(part, part < self.count, 1)[0]
+        long = self.part.chunks
+        if self.op.keeps if long else self.op.relative and self.part.lanes > WARP:
+            held = self.held and (i is None or not long)
+            m = self.maximum if held else self.board.get(part, part < self.count, 1)[0]
         return span, self.op.in_part(params, m)
 
     def _unpacked_anew(self, held):
@@ -687,12 +712,10 @@ class Walk:
         span = self.held if i is None and self.held else self._place(part)
         if self.shelf and not (i is None or anew):
             n = self._own_number(i)
-            span.words = self.shelf.get(n)
+            span.words, span.kept = self.shelf.get(n), self._keeps
             if self.way.kept == "partly":
                 span.load_where(self.shelf.lacks(n))
         span.load()
-        if self.shelf and anew and i is not None:
-            self.shelf.put(self._own_number(i), span.words)
         return span
 
     def _own_number(self, i):

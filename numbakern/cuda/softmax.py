@@ -121,7 +121,7 @@ def _exp_of_half(h, magic):
     return add_exponent(exp2(f), t)
 
 
-def share_of(op, row, left, numbers, m):
+def share_of(op, row, left, numbers, m, taken):
     """The Share of some elements, relative to a maximum that is no smaller than any of them.
 
     Parameters
@@ -130,6 +130,8 @@ def share_of(op, row, left, numbers, m):
         How many there are; None if all are.
     numbers : iterable of (int, x, y, w)
         Number of the element, logit, target, class weight.
+    taken : list
+        To which the exponential of each is added, as `scaled_exp` gives it.
     """
     elem = op.elem
     params, factor = exponentials(m, elem)
@@ -142,6 +144,7 @@ def share_of(op, row, left, numbers, m):
             count += 1
             # What is not below is the maximum, unless there is none: then nothing is of account.
             below, rest = one_below(x, top), scaled_exp(x, *params, op.halves)
+            taken.append(rest)
             if not op.linear:
                 yield rest, below
                 continue
