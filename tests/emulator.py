@@ -352,7 +352,7 @@ class Emulator:
             out.append(word)
         return out
 
-    def prefetch(self, address, mask):
+    def prefetch(self, address, mask, level):
         addresses, mask = self._places(address, mask)
         self._read(addresses, 1, self.number[mask])
 

@@ -444,9 +444,9 @@ def load(address, size, count, mask=None, fill=0):
     return tuple(address.like(w, elem) for w in words)
 
 
-def prefetch(address, mask):
-    """Have what lies at this address on its way to L1, where the mask holds."""
-    address.machine.prefetch(address.value, mask.value)
+def prefetch(address, mask, level):
+    """Have what lies at this address on its way to L1 or L2, where the mask holds."""
+    address.machine.prefetch(address.value, mask.value, level)
 
 
 def store(address, size, words, mask=None):

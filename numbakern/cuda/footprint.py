@@ -373,7 +373,7 @@ class _Tracer:
             return (_DTYPE["i8" if size == 8 else "i4"](0),) * count
         return tuple(_Unknown(of) for _ in range(count))
 
-    def prefetch(self, address, mask):
+    def prefetch(self, address, mask, level):
         self._touch("read", address, 1, mask, None)
 
     def copy_to_shared(self, place, address, mask):

@@ -278,10 +278,10 @@ class LLVM:
         args, code = [address], f"ld.global{vector}.{width} {names}, [${count}];"
         return self._loaded(code, elem, count, constraints, args, mask, fill)
 
-    def prefetch(self, address, mask):
+    def prefetch(self, address, mask, level):
         """See device.prefetch."""
         constraints, args = ["l"], [address]
-        code = self._masked("prefetch.global.L1 [$0];", mask, constraints, args)
+        code = self._masked(f"prefetch.global.L{level} [$0];", mask, constraints, args)
         self._assembly(code, _void, constraints, args)
 
     def store(self, address, size, words, mask):

@@ -22,6 +22,7 @@ from numbakern.cuda.device import (
     either,
     larger,
     narrow,
+    prefetch,
     put_shared_words,
     repeat,
     shared,
@@ -33,7 +34,7 @@ from numbakern.cuda.device import (
     when,
     where,
 )
-from numbakern.cuda.memory import ACCESS, Place, Team, left_of
+from numbakern.cuda.memory import ACCESS, Place, Team, is_there, left_of
 from numbakern.cuda.reduce import (
     WARP,
     Board,
@@ -370,6 +371,13 @@ class Lane:
             words = either(full, lambda: read(None), lambda: read(self.left))
         return self._split(words, names, groups)
 
+    def announce(self, names):
+        """Have the elements of these inputs come to L2, for a map that reads them."""
+        for name in names:
+            place, size = self.places[name], self.walker.inputs[name].format.size
+            for n in self.groups:
+                prefetch(place.address + n * size, is_there(place.left, n, place.address), 2)
+
     def exponentials(self):
         """Words as those that are there, but the exponentials that the reduction took for x."""
         access, taken, each = self.walker.inputs["x"], self.taken, self.part.group
@@ -659,6 +667,8 @@ class Walk:
         if i is None:
             self.held = span
         begin()
+        if i is not None:
+            span.announce(self._announced)
         if not self._keeps:
             self._keep(i, span.words)
         numbers, there = span.reduce(self.op), self.ok & (part < self.count)
@@ -666,6 +676,14 @@ class Walk:
             self._keep(i, span.exponentials())
         self.board.put(part, numbers, self.lane, there)
         self.maximum = numbers[0]
+
+    @property
+    def _announced(self):
+        """Inputs of a long row that only its map reads, for which it has not the registers."""
+        inputs, here = self.walker.inputs, (*self.op.both, "w")
+        late = self.shelf and self.walker.out is not None
+        names = [n for n in inputs if n not in here and inputs[n].direct] if late else ()
+        return [n for n in names if inputs[n].chunk == ACCESS]
 
     @property
     def _keeps(self):
