@@ -22,7 +22,7 @@ from numbakern.cuda import codegen  # noqa: E402
 from numbakern.cuda import compile as compiler  # noqa: E402
 from numbakern.cuda.codegen import ARCHITECTURES, MACHINES, case, figures  # noqa: E402
 from numbakern.cuda.plan import Layout, Spec, build, plan  # noqa: E402
-from numbakern.cuda.rows import Way  # noqa: E402
+from numbakern.cuda.rows import Partition, Way  # noqa: E402
 
 try:
     from cuda import pathfinder
@@ -348,8 +348,9 @@ def check_way(operation, kind, way, arch):
         check_copies(code, way, kept)
     else:
         assert stored in (kept, 2 * kept)
-    # Two waits, for the start of the others and for what they have written.
+    # Two waits, for the start of the others and for what they have written: there alone for memory.
     assert count("UCGABAR_WAIT") == 2 * (way.cluster > 1)
+    assert count("MEMBAR") == (way.cluster > 1 or way.meets(1))
     if way.meets(1):
         # A ticket, told to the block. All has been written before a block says so, and is read
         # after all have, by a thread for each part, and what it takes from that by all.
@@ -486,6 +487,20 @@ def test_labels_come_to_l1_with_the_rows(kind, classes, arch):
     assert sass.index("CCTL.E.PF1") < used < sass.index("BAR.SYNC") < sass.rindex("LDG.E.64")
 
 
+@pytest.mark.parametrize("kind, classes", [("f4", 50_000), ("bf", 65_536), ("bf", 262_144)])
+def test_what_only_a_map_reads_comes_to_l2_before(kind, classes):
+    """The second input of a long row, while the first one is reduced."""
+    step = case("log_softmax_backward", kind, classes).step
+    params = dict(step.spec.params)
+    assert Way(*params["way"]).kept in SHELVED
+    code = compiler.cubin(step.spec, "sm_90a", step.block, step.blocks)
+    program = codegen.disassembled(code)
+    first = next(span for span in program.spans if span.kind == "loop")
+    inside = [i.opcode for i in program.instructions if first.first <= i.address <= first.last]
+    vectors = Partition(*params["part"]).vectors
+    assert inside.count("CCTL.E.PF2") == vectors <= sum("LDG.E.128" in opcode for opcode in inside)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "one, arch",
@@ -497,7 +512,7 @@ def test_machine_code_of_everything(one, arch):
     check(one, arch)
 
 
-STACK = case("cross_entropy_value_and_grad", "f4", 20_000)
+STACK = case("cross_entropy_value_and_grad-smooth", "f4", 20_000)
 """A kernel for which ptxas by itself takes a stack on sm_90a; if not, another is to be found."""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from numbakern.arrays import kind_of
-from numbakern.cuda import device, totals, ways
+from numbakern.cuda import device, kernels, totals, ways
 from numbakern.cuda import plan as plans
 from numbakern.cuda.plan import Layout, kernel_of, plan
 from numbakern.cuda.rows import BLOCK, WIDE, Partition, Way, partition
@@ -315,6 +315,27 @@ def long_row_calls(x, y):
         ("cross_entropy", hard | {"row_lse": lse}, ("out",), smooth | {"given": True}),
         ("cross_entropy", {"y": y, "row_lse": lse}, ("out",), soft | {"given": True}),
     ]
+
+
+@pytest.mark.parametrize("operation", ["softmax", "cross_entropy"])
+@pytest.mark.parametrize("classes", [20_000, 20_001])
+def test_exponentials_of_long_rows_are_taken_once(classes, operation, monkeypatch):
+    """In shared memory they are kept instead of the logits: maps take but those in registers."""
+    taken, original = [0], kernels.scaled_exp
+
+    def counted(*args):
+        taken[0] += 1
+        return original(*args)
+
+    monkeypatch.setattr(kernels, "scaled_exp", counted)
+    x = cases.logits((3, classes), float32)
+    arrays = {"x": x, "out": empty_like(x)}
+    if operation == "cross_entropy":
+        arrays |= {"labels": cases.class_labels(3, classes)}
+    made = run(operation, arrays, 1, machine=Machine(multiprocessors=1))
+    (params,) = (dict(s.spec.params) for s in made.steps if "way" in dict(s.spec.params))
+    assert Way(*params["way"]).kept == "shared"
+    assert taken[0] == Partition(*params["part"]).held
 
 
 @pytest.mark.parametrize("number", range(11))
