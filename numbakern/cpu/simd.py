@@ -105,8 +105,7 @@ def traced(function):
     """Make a Python function of `Lanes` callable from jitted code, and from other traced functions.
 
     It is run when the call is compiled, with `Lanes` (or tuples of them) for its arguments, and
-    returns Lanes, a tuple of them, or None. Numba's own compiler takes ten times as long for each
-    statement: what is not a few lines, or branches little, is better traced.
+    returns Lanes, a tuple of them, or None. Each call of it makes its code anew.
     """
 
     def call(typing, *args):
