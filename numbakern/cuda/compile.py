@@ -199,8 +199,10 @@ def compile_well(function, arg_types, arch, threads, room=0):
             tried.append(more)
         tried.append(((threads, min(room, blocks)), 0))
     if used.stack:
-        fewer = [(threads, blocks - 1)] if blocks > 1 else []
-        tried += [(bounds, 0) for bounds in ((threads, blocks), *fewer, None, (threads, 1))]
+        tried.append(((threads, blocks), 0))
+        if blocks > 1:  # the last of them is worth as much stack as one more
+            tried += [((threads, blocks), more[1]), ((threads, blocks - 1), 0)]
+        tried += [(None, 0), ((threads, 1), 0)]
     elif not room and blocks < FEW and blocks_of(threads, max(1, used.registers - NEARLY)) > blocks:
         tried = [more, ((threads, blocks), 0)]
     for bounds, stack in dict.fromkeys(tried):

@@ -681,7 +681,7 @@ class Walk:
     def _announced(self):
         """Inputs of a long row that only its map reads, for which it has not the registers."""
         inputs, here = self.walker.inputs, (*self.op.both, "w")
-        late = self.shelf and self.walker.out is not None
+        late = self.shelf and self.way.kept == "shared" and self.walker.out is not None
         names = [n for n in inputs if n not in here and inputs[n].direct] if late else ()
         return [n for n in names if inputs[n].chunk == ACCESS]
 
