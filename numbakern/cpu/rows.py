@@ -24,6 +24,7 @@ from numbakern.cpu.simd import (
     SIZES,
     Format,
     any_lane,
+    constant,
     convert,
     each,
     first_lanes,
@@ -87,7 +88,7 @@ def row_offsets(geometry, p, x_row, y_row, out_row):
 
     even = geometry == 0
     dimensions = value_if(~even, lambda: get_i64(geometry))
-    nothing = p - p
+    nothing = constant(p, 0, "i8")
     _, x, y, out = repeat(dimensions, along, p, nothing, nothing, nothing)
     # No dimensions: one step from row to row.
     return tuple(
@@ -341,7 +342,7 @@ def make_put_x_labels(walker):
     s_label, s_x_label = SLOT["label"], SLOT["x_label"]
 
     def put_x_labels(frame, state, count):
-        step, nothing = x_step(frame), convert(count - count, "f8")
+        step, nothing = x_step(frame), constant(count, 0.0, "f8")
 
         def put(i):
             t, at = get_i64(state + s_label + 8 * i), state + s_x_label + 8 * i

@@ -8,9 +8,9 @@ from numbakern.cpu.compile import compile_function, compile_kernel
 from numbakern.cpu.frame import array_data, data, integer
 from numbakern.cpu.simd import (
     BYTES,
-    Lanes,
     any_lane,
     clear,
+    constant,
     convert,
     lane_sum,
     lanes_of,
@@ -31,12 +31,6 @@ _WIDE = 16
 """Rows that are looked at at once."""
 
 
-def _constant(like, number, elem, lanes=0):
-    """A number in the function that a value is computed in."""
-    shape = Lanes(like.builder, None, elem, lanes)
-    return shape.like(shape.constant(number))
-
-
 @traced
 def _scan_labels(labels, n, classes, ignored):
     at, whole = array_data(labels), n // _WIDE
@@ -44,7 +38,7 @@ def _scan_labels(labels, n, classes, ignored):
     def look(t, bad, counted):
         live = t != ignored
         outside = (t < 0) | (t >= classes)
-        return bad | (live & outside), counted + where(live, _constant(t, 1, "i8", t.lanes), 0)
+        return bad | (live & outside), counted + where(live, constant(t, 1, "i8", t.lanes), 0)
 
     def look_at_many(i, bad, counted):
         return look(load_vector(at + i * (8 * _WIDE), "i8", _WIDE), bad, counted)
@@ -52,9 +46,9 @@ def _scan_labels(labels, n, classes, ignored):
     def look_at_one(i, bad, counted):
         return look(load_scalar(at + (whole * _WIDE + i) * 8, "i8"), bad, counted)
 
-    none, no_lane = _constant(at, False, "b1"), _constant(at, False, "b1", _WIDE)
-    bad, counted = repeat(whole, look_at_many, no_lane, _constant(at, 0, "i8", _WIDE))
-    more = repeat(n - whole * _WIDE, look_at_one, none, _constant(at, 0, "i8"))
+    none, no_lane = constant(at, False, "b1"), constant(at, False, "b1", _WIDE)
+    bad, counted = repeat(whole, look_at_many, no_lane, constant(at, 0, "i8", _WIDE))
+    more = repeat(n - whole * _WIDE, look_at_one, none, constant(at, 0, "i8"))
     return ~(any_lane(bad) | more[0]), lane_sum(counted) + more[1]
 
 
@@ -70,8 +64,8 @@ def _plus(total, low, value):
 
 @traced
 def _weigh_labels(labels, n, ignored, weight, single):
-    at, weights, nothing = array_data(labels), array_data(weight), _constant(labels, 0.0, "f8")
-    size = where(single != 0, _constant(at, 4, "i8"), 8)
+    at, weights, nothing = array_data(labels), array_data(weight), constant(labels, 0.0, "f8")
+    size = where(single != 0, constant(at, 4, "i8"), 8)
 
     def add(i, total, low):
         t = load_scalar(at + i * 8, "i8")
@@ -92,7 +86,7 @@ def _weigh(labels, n, ignored, weight, single):
 @traced
 def _add_up(values, n):
     at, whole = array_data(values), n // _WIDE
-    none, nothing = _constant(at, 0.0, "f8", _WIDE), _constant(at, 0.0, "f8")
+    none, nothing = constant(at, 0.0, "f8", _WIDE), constant(at, 0.0, "f8")
 
     def add_many(i, total, low):
         return _plus(total, low, load_vector(at + i * (8 * _WIDE), "f8", _WIDE))

@@ -301,10 +301,15 @@ def splat(scalar, elem, lanes):
     return scalar.like(_splat(scalar.builder, scalar.value, lanes), lanes=lanes)
 
 
+def constant(builder_of, number, elem, lanes=0):
+    """A number, in the function that `builder_of` is computed in; in every lane of a vector."""
+    shape = Lanes(builder_of.builder, None, elem, lanes)
+    return shape.like(shape.constant(number))
+
+
 def zeros(builder_of, elem, lanes):
     """A vector of +0, in the function that `builder_of` is computed in."""
-    shape = Lanes(builder_of.builder, None, elem, lanes)
-    return shape.like(shape.constant(0.0))
+    return constant(builder_of, 0.0, elem, lanes)
 
 
 def convert(v, elem):
@@ -475,7 +480,7 @@ def when(mask, body):
 
 def value_if(mask, compute):
     """The integer compute() if a scalar mask holds, 0 otherwise."""
-    b, nothing = mask.builder, mask.like(_i64(0), "i8")
+    b, nothing = mask.builder, constant(mask, 0, "i8")
     result = cgutils.alloca_once_value(b, nothing.value)
     when(mask, lambda: b.store(compute().value, result))
     return nothing.like(b.load(result))

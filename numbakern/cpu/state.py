@@ -9,7 +9,7 @@ from numbakern.cpu.simd import (
     SIZES,
     Format,
     Lanes,
-    convert,
+    constant,
     each,
     load_scalar,
     load_vector,
@@ -80,9 +80,8 @@ def make_put_constants(elem):
     size = SIZES[elem]
 
     def put_constants(state):
-        zero = convert(state - state, elem)
         for i, number in enumerate(exp_constants(elem)):
-            store_scalar(state + (_CONSTANTS + i * size), zero + number)
+            store_scalar(state + (_CONSTANTS + i * size), constant(state, number, elem))
 
     return traced(put_constants)
 

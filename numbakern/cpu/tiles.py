@@ -27,6 +27,7 @@ from numbakern.cpu.rows import (
 )
 from numbakern.cpu.simd import (
     SIZES,
+    constant,
     convert,
     each,
     gather,
@@ -176,7 +177,7 @@ class Tiles:
             So they end with a whole vector of what is written, or else read.
             """
             if not adjacent:
-                return run - run
+                return constant(run, 0, "i8")
             x, _, out = offsets(frame, run * inner(frame))
             address = out_data(frame) + out if out_size else x_data(frame) + x
             size = out_size if out_size else x_size
@@ -195,9 +196,9 @@ class Tiles:
             """To be called before the first tile: no panel is packed."""
             put_constants(state)
             put_i64(state + _LAST, last)
-            put_i64(state + _NOW, last - last)
+            put_i64(state + _NOW, constant(last, 0, "i8"))
             for record in (_RECORDS, _RECORDS + _RECORD):
-                put_i64(state + record + _FIRST, last - last - 1)
+                put_i64(state + record + _FIRST, constant(last, -1, "i8"))
 
         @traced
         def advance(frame, item, last):
@@ -220,8 +221,8 @@ class Tiles:
             # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
             gap = first - at
             put_i64(record + _HEAD, where(gap > 0, columns(frame) - gap, width))
-            put_i64(record + _CLASS, at - at)
-            put_i64(record + _ROW, at - at)
+            for progress in _CLASS, _ROW:
+                put_i64(record + progress, constant(at, 0, "i8"))
 
         @traced
         def enter(frame, state, p):

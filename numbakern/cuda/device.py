@@ -543,8 +543,8 @@ def shared_store(address, v, mask, peer=None):
     """Write a float64 to shared memory, where the mask holds.
 
     `peer`: number in the cluster of the block whose shared memory it is, None for the own one.
-    Between that block's start and the first write, and between the last one and that block's end,
-    stands a `cluster_start` or `cluster_barrier`.
+    Between that block's start and the first write stands a `cluster_start`, and between the last
+    one and that block's end a `cluster_barrier`.
     """
     peer = None if peer is None else peer.value
     address.machine.shared_store(address.value, 8, [bits_of(v).value], mask.value, peer)

@@ -287,7 +287,7 @@ class Lane:
         self.part = walker.part
         self.left = self._left(row.classes)
         self.places = {name: self._place(name) for name in walker.accesses}
-        self.words, self.kept = {}, False  # whether those of x are its exponentials
+        self.words, self.transformed = {}, False  # whether those of x are its exponentials
         step = min(self.part.lanes, WARP) * self.part.group
         self.groups = range(0, self.part.vectors * step, step)
 
@@ -452,7 +452,7 @@ class Lane:
             label, exception = found
             behind = label - narrow(self.first)
 
-        of = op.value_of if self.kept else op.value
+        of = op.value_of if self.transformed else op.value
 
         def value(i, *values):
             v = of(params, *values)
@@ -730,7 +730,7 @@ class Walk:
         span = self.held if i is None and self.held else self._place(part)
         if self.shelf and not (i is None or anew):
             n = self._own_number(i)
-            span.words, span.kept = self.shelf.get(n), self._keeps
+            span.words, span.transformed = self.shelf.get(n), self._keeps
             if self.way.kept == "partly":
                 span.load_where(self.shelf.lacks(n))
         span.load()
