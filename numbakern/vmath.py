@@ -68,8 +68,10 @@ class ExpRange:
 
     Attributes
     ----------
+    digits : int
+        Bits of the significand.
     magic : float
-        1.5·2**(mantissa bits): adding it rounds to an integer, which stands in the lowest bits.
+        1.5·2**(digits − 1): adding it rounds to an integer, which stands in the lowest bits.
     scale : float
         Exponentials are computed times 2**scale, so that those far below the maximum, whose sum
         is a confident row's loss, are normal numbers down to exp(floor).
@@ -77,23 +79,22 @@ class ExpRange:
         Exponents below it count as −inf in a sum.
     near : float
         References below it, at least 2·|floor|, need not be subtracted.
-    lowest, highest : float
-        Between them exp is a finite normal number.
+    exponents : tuple of int
+        Between them 2**n is formed: of a finite normal number, whatever it is multiplied with.
     log2_e : tuple of float
         log2(e) in two parts of the element kind.
     """
 
-    def __init__(self, magic, scale, floor, near, lowest, highest, log2_e):
-        self.magic, self.scale, self.floor, self.near = magic, scale, floor, near
-        self.lowest, self.highest, self.log2_e = lowest, highest, log2_e
+    def __init__(self, digits, scale, floor, near, exponents, log2_e):
+        self.digits, self.magic = digits, 1.5 * 2.0 ** (digits - 1)
+        self.scale, self.floor, self.near = scale, floor, near
+        self.exponents, self.log2_e = exponents, log2_e
 
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
-    "f4": ExpRange(
-        1.5 * 2.0**23, 64.0, -130.0, 512.0, -87.0, 88.3, (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
-    ),
-    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, 2048.0, -708.0, 709.4, (LOG2_E, LOG2_E_REST)),
+    "f4": ExpRange(24, 64.0, -130.0, 512.0, (-125, 127), (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
+    "f8": ExpRange(53, 512.0, -800.0, 2048.0, (-1021, 1023), (LOG2_E, LOG2_E_REST)),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic
 
@@ -103,6 +104,14 @@ def two_sum(a, b):
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
+
+
+def exact_sum(first, second):
+    """The sum of two numbers (high, *low) as (high, low): low is what additions rounded away."""
+    high, rounded = two_sum(first[0], second[0])
+    for a, b in zip(first[1:], second[1:], strict=True):
+        rounded = (a + b) + rounded
+    return high, rounded
 
 
 def whole_sum(high, low):
@@ -133,12 +142,33 @@ def exp_scaled(h, magic, constants=()):
     return ops.add_exponent(ops.fma(f, ops.polynomial(coefficients, f), one), t)
 
 
-def exp(y):
-    """exp(y) of any y, subnormal results flushed to 0, at most 1 ulp off."""
-    span, where = EXP_RANGE[y.elem], y.ops.where
-    e = exp_scaled(y, y.like(y.constant(span.magic)))
-    e = where(y < span.lowest, 0.0, where(y > span.highest, math.inf, e))
-    return where(y == y, e, y)
+def exp_factor(s, elem):
+    """(factor, magic) of a float64 s, such that s·exp(y) = factor·`exp_of_any`(y, magic) in `elem`.
+
+    The power of two of s stands in `magic`, and of the factor so little is left that exponentials
+    are normal numbers wherever their products with s are at least subnormal.
+    """
+    where, span = s.ops.where, EXP_RANGE[elem]
+    size = where(s < 0.0, -s, s)
+    top, more = span.exponents[1], span.digits + 1
+    large = size >= 2.0 ** (top - more - 1)  # exp(0) is to be finite: here the factor grows
+    usual = (size > 1e-300) & ~large
+    n, inverse = s.ops.split_exponent(where(usual, size, 1e-300))
+    factor = s * where(large, 2.0**-top, inverse * 2.0**-more)
+    return factor, span.magic + where(large, float(top), n + float(more))
+
+
+def exp_of_any(y, magic):
+    """exp(y)·2**j of any y, the integer j standing in `magic`, at most 1 ulp off.
+
+    Results below about the smallest normal number are flushed to 0.
+    """
+    ops, span = y.ops, EXP_RANGE[y.elem]
+    t = ops.fma(y, span.log2_e[0], magic)  # as in `exp_scaled`
+    low, high = (span.magic + n for n in span.exponents)
+    e = ops.where(t > high, math.inf, exp_scaled(y, magic))
+    e = ops.where(t < low, 0.0, e)
+    return ops.where(y == y, e, y)
 
 
 def expm1_nonpositive(d):

@@ -276,28 +276,36 @@ def measure_smoothed_gradient(rows, dtype):
 
 
 def measure_log_softmax_backward(rows, dtype):
-    """g - exp(y)·Σg cancels: in ulp of the larger of abs(g) and exp(y)·Σ abs(g)."""
+    """g - exp(y)·Σg cancels, and so does Σg: in ulp of the larger of abs(g) and exp(y)·abs(Σg)."""
     y = rows.logp.astype(dtype)
-    g = cases.generator(9).normal(0, 1, y.shape).astype(dtype)
-    want = reference.log_softmax_backward(g, y, work=WORK)
-    size, p = np.abs(reference.exact(g, WORK)), np.exp(reference.exact(y, WORK))
-    at = np.maximum(np.maximum(size, p * np.sum(size, axis=1, keepdims=True)), np.abs(want))
-    yield (
-        errors(numbakern.log_softmax_backward(g, y), want, dtype, at),
-        own(dtype, probability_bound(p).ravel()),
-    )
+    p = np.exp(reference.exact(y, WORK))
+    for g in gradients(y):
+        want = reference.log_softmax_backward(g, y, work=WORK)
+        wide = reference.exact(g, WORK)
+        at = np.maximum(np.abs(wide), p * np.abs(np.sum(wide, axis=1, keepdims=True)))
+        at = np.maximum(at, np.abs(want))
+        got = numbakern.log_softmax_backward(g, y)
+        yield errors(got, want, dtype, at), own(dtype, probability_bound(p).ravel())
+
+
+def gradients(like):
+    """Random ones, and others that nearly add up to 0 in each row."""
+    g = cases.generator(9).normal(0, 1, like.shape)
+    yield g.astype(like.dtype)
+    yield (g - np.mean(g, axis=1, keepdims=True) + 1e-4).astype(like.dtype)
 
 
 def measure_softmax_backward(rows, dtype):
-    """y·(g - Σ g·y) cancels: in ulp of y times the larger of abs(g) and Σ abs(g·y)."""
+    """y·(g - Σ g·y) cancels, and so does Σ: in ulp of y times the larger of abs(g) and abs(Σ)."""
     y = rows.p.astype(dtype)
-    g = cases.generator(9).normal(0, 1, y.shape).astype(dtype)
-    want = reference.softmax_backward(g, y, work=WORK)
-    size, p = np.abs(reference.exact(g, WORK)), reference.exact(y, WORK)
-    at = p * np.maximum(size, np.sum(size * p, axis=1, keepdims=True))
-    at = np.maximum(at, np.abs(want))
-    got = numbakern.softmax_backward(g, y)
-    yield errors(got, want, dtype, at, flushed=True), own(dtype, np.full(y.size, 8.0))
+    p = reference.exact(y, WORK)
+    for g in gradients(y):
+        want = reference.softmax_backward(g, y, work=WORK)
+        wide = reference.exact(g, WORK)
+        dot = np.abs(np.sum(wide * p, axis=1, keepdims=True))
+        at = np.maximum(p * np.maximum(np.abs(wide), dot), np.abs(want))
+        got = numbakern.softmax_backward(g, y)
+        yield errors(got, want, dtype, at, flushed=True), own(dtype, np.full(y.size, 8.0))
 
 
 MEASURES = {

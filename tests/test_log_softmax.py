@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from numbakern import log_softmax, log_softmax_backward, logsumexp, softmax
-from tests import cases, reference
+from tests import accuracy, cases, reference
 from tests.cases import assert_close, assert_result, bfloat16, float16, float32, float64
 
 WHOLE_AND_PART = [0, 1, 2, -1, -2, -3, (0, 1), (1, 2), (0, 2), (2, 0), (-1, 0), (0, 1, 2), None]
@@ -328,6 +330,47 @@ def test_backward_out(target, axis):
     }[target]
     assert log_softmax_backward(g, y, axis, out=out) is out
     assert_close(out, want, float32, scale=4)
+
+
+def backward_along(axis, g, y):
+    """log_softmax_backward of rows, from arrays whose classes lie along this axis."""
+    g, y = (np.ascontiguousarray(np.moveaxis(v, 1, axis)) for v in (g, y))
+    return np.moveaxis(log_softmax_backward(g, y, axis), axis, 1)
+
+
+@cases.dtypes(float32, float64)
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("classes", [3, 10, 100, 300, 4099])
+def test_backward_of_gradients_that_cancel(classes, axis, dtype):
+    """In ulp of the larger one of what is subtracted, whatever Σg has lost by cancelling."""
+    rng = cases.generator(11, classes)
+    y = reference.log_softmax(rng.normal(0, 3, (40, classes))).astype(dtype)
+    g = rng.normal(0, 4, y.shape)
+    g = (g - np.mean(g, axis=1, keepdims=True) + 1e-3 * rng.normal(0, 1, (40, 1))).astype(dtype)
+    wide = [v.astype(np.longdouble) for v in (g, y)]
+    grad_sum = [[math.fsum(row.tolist())] for row in g]  # rounded once
+    part = np.exp(wide[1]) * grad_sum
+    got = backward_along(axis, g, y)
+    error = np.abs(got - (wide[0] - part))
+    ulp = np.spacing(np.maximum(np.abs(g), np.abs(part)).astype(dtype))
+    assert np.all(error <= (8 - wide[1]) * ulp)
+
+
+@pytest.mark.skipif(not accuracy.HAS_LONG_DOUBLE, reason="long double is no wider than float64")
+@cases.dtypes(float32, float64)
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_backward_of_large_sums_and_small_probabilities(axis, dtype):
+    """exp(y)·Σg is a number of the type where exp(y) is none."""
+    lowest = math.log(np.finfo(dtype).smallest_normal)
+    scale = np.exp(np.linspace(0.8, -0.8, 33) * -lowest).astype(dtype)
+    g, y = np.zeros((33, 8), dtype), np.full((33, 8), 1.4 * lowest, dtype)
+    g[:, 0], y[:, 0], y[:, 3:] = scale, 0, lowest * np.linspace(0, 1.6, 5)
+    got = backward_along(axis, g, y)
+    wide_g, wide_y = (v.astype(np.longdouble) for v in (g, y))
+    part = np.exp(wide_y) * np.sum(wide_g, axis=1, keepdims=True)
+    ulp = np.spacing(np.maximum(np.abs(wide_g), part).astype(dtype))
+    assert np.all(np.abs(got - (wide_g - part)) <= 4 * ulp)
+    assert np.any((np.abs(got) > 0) & (np.exp(y) == 0))
 
 
 def test_backward_of_masked_classes():

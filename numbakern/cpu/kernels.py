@@ -16,6 +16,7 @@ from numbakern.cpu.simd import (
     any_lane,
     convert,
     each,
+    fma,
     gather,
     load_scalar,
     load_vector,
@@ -46,8 +47,9 @@ from numbakern.cpu.state import (
 )
 from numbakern.vmath import (
     LN_2,
-    exp,
+    exp_factor,
     exp_nonpositive,
+    exp_of_any,
     exp_scaled,
     expm1_nonpositive,
     is_finite,
@@ -153,19 +155,23 @@ def logsumexp(walker):
 
 def log_softmax_backward(walker):
     """out = x − exp(y)·Σx, for the gradient x and the output y of log_softmax."""
+    elem = walker.elem
 
     def terms(grad, _y, _w, _params):
         grad = convert(grad, "f8")
-        return grad, grad.like(grad.constant(0.0))
+        return grad, _nothing(grad)
 
     def value(grad, y, _w, params):
-        return formulas.log_softmax_grad(grad, exp(y), *params)
+        factor, magic = params
+        return formulas.log_softmax_grad(grad, exp_of_any(y, magic), factor)
 
     @each_eight
     def total(rows):
-        put(rows, p0=whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low")))
+        grad_sum = whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low"))
+        factor, magic = exp_factor(grad_sum, elem)
+        put(rows, p0=factor, p1=magic)
 
-    return _backward(walker, terms, total, value, ("p0",))
+    return _backward(walker, terms, total, value, ("p0", "p1"))
 
 
 def softmax_backward(walker):
@@ -173,8 +179,9 @@ def softmax_backward(walker):
     elem = walker.elem
 
     def terms(grad, y, _w, _params):
-        product = convert(grad, "f8") * convert(y, "f8")
-        return product, product.like(product.constant(0.0))
+        grad, y = convert(grad, "f8"), convert(y, "f8")
+        product = grad * y
+        return product, fma(grad, y, -product) if elem == "f8" else _nothing(grad)
 
     def value(grad, y, _w, params):
         high, low = params  # two parts, since grad − Σ cancels where a row is confident
@@ -189,8 +196,15 @@ def softmax_backward(walker):
     return _backward(walker, terms, total, value, ("p0", "p1"))
 
 
+def _nothing(like):
+    """What a term was rounded by that is as it was, so that no addition of it is left."""
+    return like.like(like.constant(-0.0))
+
+
 def _backward(walker, terms, total, value, names):
-    reduce, sweep = walker.sums(terms, "f8", ()), walker.map(value, names)
+    # Sums of float32 have the bits to spare for what cancels.
+    reduce = walker.sums(terms, "f8", (), exact=walker.elem == "f8")
+    sweep = walker.map(value, names)
 
     @device
     def work(frame, state, p, count):

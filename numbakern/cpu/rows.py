@@ -7,7 +7,8 @@ as one batch. The order of every sum is fixed by the number of classes and the t
 
 The order: a step is four vectors, (v0 + v1) + (v2 + v3); a group is STEPS steps one after the
 other; the lanes of a group are added in a tree; groups are added one after the other in float64
-with the rounding errors kept; blocks are joined by `state.join_block`.
+with the rounding errors kept; blocks are joined by `state.join_block`. Where terms of float64 may
+cancel, all of these additions keep their rounding errors (`exact`).
 
 A map that needs the exponentials again takes those that were summed, relative to their block's
 maximum (see `state.choose_ref`): from scratch memory where the row is short enough for it, else
@@ -28,8 +29,8 @@ from numbakern.cpu.simd import (
     convert,
     each,
     first_lanes,
+    lane_fold,
     lane_max,
-    lane_sum,
     larger,
     load_scalar,
     prefetch,
@@ -63,7 +64,7 @@ from numbakern.cpu.state import (
     put_f64,
     put_i64,
 )
-from numbakern.vmath import two_sum
+from numbakern.vmath import exact_sum, two_sum
 
 BLOCK = {"f4": 4096, "f8": 2048}
 """Elements whose maximum is found before their exponentials are summed: 16 KiB."""
@@ -188,15 +189,33 @@ def count(total, mask):
     return where(mask, total + 1.0, total)
 
 
-def add_four(total, terms):
-    """total + ((t0 + t1) + (t2 + t3)); of masks, a count."""
-    if is_mask(terms[0]):
-        return functools.reduce(count, terms, total)
-    t0, t1, t2, t3 = terms
-    return total + ((t0 + t1) + (t2 + t3))
+def add_pairs(first, second, exact):
+    """The sums of two pairs of terms; where `exact`, of two numbers in two parts each."""
+    if exact:
+        return exact_sum(first, second)
+    (a0, b0), (a1, b1) = first, second
+    return a0 + a1, b0 + b1
 
 
-def make_sums(terms, elem, x_access, y_access, w_access):
+def add_four(total, pairs, exact):
+    """total + ((t0 + t1) + (t2 + t3)), of pairs of terms; where b is a mask, that is counted."""
+    if is_mask(pairs[0][1]):
+        (a, counted), (a0, a1, a2, a3) = total, (a for a, _ in pairs)
+        counted = functools.reduce(count, (b for _, b in pairs), counted)
+        return a + ((a0 + a1) + (a2 + a3)), counted
+    t0, t1, t2, t3 = pairs
+    step = add_pairs(add_pairs(t0, t1, exact), add_pairs(t2, t3, exact), exact)
+    return add_pairs(total, step, exact)
+
+
+def add_group(sums, group, exact):
+    """(a, a_low, b) and what a group comes to: its a and b."""
+    (a, a_low, b), (group_a, group_b) = sums, group
+    a, e = two_sum(a, group_a)
+    return (a, a_low + (e + group_b), b) if exact else (a, a_low + e, b + group_b)
+
+
+def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
     """Sum two terms over a stretch of a row, in the canonical order.
 
     Parameters
@@ -205,21 +224,19 @@ def make_sums(terms, elem, x_access, y_access, w_access):
         Vectors to be added up; b may be a mask, whose lanes are counted. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
+    exact : bool
+        Whether b is what a was rounded by, and there is one sum, of a + b: no addition rounds.
 
     Returns
     -------
     function (operands, n, ahead, params, kept) -> (a, a_low, b)
-        Σ of the first term is a + a_low, Σ of the second is b, float64. With each line another
-        one is fetched, `ahead` bytes behind it (0: none). What is to be kept goes to the address
-        `kept`, up to the end of a step.
+        Σ of the first term is a + a_low, Σ of the second is b (0 where `exact`), float64. With each
+        line another one is fetched, `ahead` bytes behind it (0: none). What is to be kept goes to
+        the address `kept`, up to the end of a step.
     """
     operands_at = Operands(x_access, y_access, w_access)
     lanes, size = x_access.lanes, x_access.size
     step, group = 4 * lanes, 4 * lanes * STEPS
-
-    def add(group_a, group_b, four):
-        (a0, b0), (a1, b1), (a2, b2), (a3, b3) = four
-        return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
 
     def keep(v, kept, j):
         if v:
@@ -232,7 +249,7 @@ def make_sums(terms, elem, x_access, y_access, w_access):
             a, b, *v = terms(*operands_at.whole(operands, j + i * lanes), params)
             keep(v, kept, j + i * lanes)
             four.append((a, b))
-        return add(group_a, group_b, four)
+        return add_four((group_a, group_b), four, exact)
 
     @traced
     def part(group_a, group_b, operands, j, n, params, kept):
@@ -243,7 +260,7 @@ def make_sums(terms, elem, x_access, y_access, w_access):
             inside = first_lanes(n - (j + i * lanes), lanes)
             b = b & inside if is_mask(b) else where(inside, b, -0.0)
             four.append((where(inside, a, -0.0), b))
-        return add(group_a, group_b, four)
+        return add_four((group_a, group_b), four, exact)
 
     @traced
     def fetch(operands, j, ahead):
@@ -256,8 +273,8 @@ def make_sums(terms, elem, x_access, y_access, w_access):
 
     @traced
     def close(a, a_low, b, group_a, group_b):
-        a, e = two_sum(a, convert(lane_sum(group_a), "f8"))
-        return a, a_low + e, b + convert(lane_sum(group_b), "f8")
+        group = lane_fold((group_a, group_b), lambda low, high: add_pairs(low, high, exact))
+        return add_group((a, a_low, b), [convert(v, "f8") for v in group], exact)
 
     @device
     def sums(operands, n, ahead, params, kept):
@@ -543,12 +560,13 @@ class Rows:
 
         return reduce
 
-    def sums(self, terms, elem, names):
+    def sums(self, terms, elem, names, exact=False):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
 
-        With the parameters in these slots, into sum_a, sum_a_low and sum_b.
+        With the parameters in these slots, into sum_a, sum_a_low and sum_b. `exact`: as
+        `make_sums`.
         """
-        sums = make_sums(terms, elem, *self._inputs)
+        sums = make_sums(terms, elem, *self._inputs, exact)
         operands, params, classes = self._operands, self._params(names, elem), integer("classes")
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
 

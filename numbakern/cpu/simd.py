@@ -385,28 +385,35 @@ def split_exponent(y):
 # ---------------------------------------------------------------- across lanes
 
 
-def _fold(v, combine):
-    b, value, n = v.builder, v.value, v.lanes
-    while n > 1:
-        n //= 2
-        undefined, index = ir.Constant(value.type, ir.Undefined), ir.VectorType(_i32, n)
-        low, high = (
-            b.shuffle_vector(value, undefined, ir.Constant(index, list(part)))
-            for part in (range(n), range(n, 2 * n))
-        )
-        value = combine(b, low, high)
-    return v.like(b.extract_element(value, _i32(0)), lanes=0)
+def lane_fold(values, combine):
+    """What the lanes of some vectors combine to, by a fixed tree.
+
+    Their halves are combined until one lane is left: scalars.
+    """
+    lanes = values[0].lanes
+    while lanes > 1:
+        lanes //= 2
+        low, high = ([_lanes_from(v, at, lanes) for v in values] for at in (0, lanes))
+        values = combine(low, high)
+    return [first_lane(v) for v in values]
+
+
+def _lanes_from(v, first, count):
+    undefined, index = ir.Constant(v.value.type, ir.Undefined), ir.VectorType(_i32, count)
+    places = ir.Constant(index, list(range(first, first + count)))
+    return v.like(v.builder.shuffle_vector(v.value, undefined, places), lanes=count)
 
 
 def lane_sum(v):
-    """Sum of the lanes by a fixed tree: halves are added until one lane is left."""
-    add = "fadd" if v.elem in ("f4", "f8") else "add"
-    return _fold(v, lambda b, low, high: getattr(b, add)(low, high))
+    """Sum of the lanes (see `lane_fold`)."""
+    (total,) = lane_fold([v], lambda low, high: [low[0] + high[0]])
+    return total
 
 
 def lane_max(v):
     """Largest lane; no lane may be NaN."""
-    return _fold(v, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+    (most,) = lane_fold([v], lambda low, high: [where(low[0] > high[0], low[0], high[0])])
+    return most
 
 
 def lanes_of(v):

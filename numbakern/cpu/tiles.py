@@ -21,6 +21,8 @@ from numbakern.cpu.rows import (
     STEPS,
     Access,
     add_four,
+    add_group,
+    add_pairs,
     count,
     make_put_x_labels,
     row_offsets,
@@ -62,7 +64,7 @@ from numbakern.cpu.state import (
     make_put_constants,
     put_i64,
 )
-from numbakern.vmath import centre, two_sum
+from numbakern.vmath import centre
 
 TILE_BYTES = 32 * 1024
 """Size of a tile that is aimed at: it stays in the first-level cache."""
@@ -583,11 +585,12 @@ class Tiles:
 
         return inputs
 
-    def _make_column_sums(self, terms, elem, counts):
-        """sums(operands, n, params, work) -> (a, a_low, b) of a vector of columns, float64.
+    def _make_column_sums(self, terms, elem, counts=False, exact=False):
+        """sums(operands, n, params, work, so_far) -> (a, a_low, b) of a vector of columns, float64.
 
-        `counts` tells that the second term is a mask: a count is exact in any order. A third term
-        replaces x in the tile.
+        `so_far`: the same of the classes before, or None. `counts` tells that the second term is a
+        mask: a count is exact in any order. A third term replaces x in the tile. `exact`: as
+        `rows.make_sums`.
         """
         inputs, lanes = self._inputs_at(), self._lanes
         step, group = 4 * lanes, 4 * lanes * STEPS
@@ -605,6 +608,11 @@ class Tiles:
             b = None if counts else load_vector(at + (lane * line + 2 * area), elem, lanes)
             return a, b
 
+        def both(first, second):
+            if counts:
+                return first[0] + second[0], None
+            return add_pairs(first, second, exact)
+
         def more(total, b):
             return count(total, b) if counts else total
 
@@ -617,10 +625,8 @@ class Tiles:
 
         @traced
         def four(group_a, group_b, operands, j, params):
-            (a0, b0), (a1, b1), (a2, b2), (a3, b3) = (
-                take(operands, j + i * lanes, params) for i in range(4)
-            )
-            return group_a + ((a0 + a1) + (a2 + a3)), add_four(group_b, (b0, b1, b2, b3))
+            pairs = [take(operands, j + i * lanes, params) for i in range(4)]
+            return add_four((group_a, group_b), pairs, exact)
 
         @traced
         def keep(at, lane, a, b):
@@ -635,15 +641,13 @@ class Tiles:
         @traced
         def add_one(at, lane, operands, j, params, total):
             a, b = take(operands, j, params)
-            old_a, old_b = load(at, lane)
-            put(at, lane, old_a + a, None if counts else old_b + b)
+            put(at, lane, *both(load(at, lane), (a, b)))
             return more(total, b)
 
         @traced
         def add_area(at, other):
             for lane in range(lanes):
-                (a0, b0), (a1, b1) = load(at, lane), load(other, lane)
-                put(at, lane, a0 + a1, None if counts else b0 + b1)
+                put(at, lane, *both(load(at, lane), load(other, lane)))
 
         @traced
         def zero(j):
@@ -663,15 +667,17 @@ class Tiles:
             sums = [load(work, lane) for lane in range(lanes)]
             while len(sums) > 1:
                 half = len(sums) // 2
-                pairs = zip(sums[:half], sums[half:], strict=True)
-                sums = [(a0 + a1, None if counts else b0 + b1) for (a0, b0), (a1, b1) in pairs]
+                sums = [both(*pair) for pair in zip(sums[:half], sums[half:], strict=True)]
             a, b = sums[0]
             return convert(a, "f8"), convert(total if counts else b, "f8")
 
         @traced
-        def add_group(a, a_low, b, group_a, group_b):
-            a, e = two_sum(a, group_a)
-            return a, a_low + e, b + group_b
+        def first_group(nothing, group_a, group_b):
+            return (group_a, group_b, nothing) if exact else (group_a, nothing, group_b)
+
+        @traced
+        def next_group(a, a_low, b, group_a, group_b):
+            return add_group((a, a_low, b), (group_a, group_b), exact)
 
         @device
         def pair(at, operands, j, n, params, total):
@@ -686,8 +692,11 @@ class Tiles:
             return total
 
         @device
-        def sums(operands, n, params, work):
-            a = a_low = b = zero8(n)
+        def sums(operands, n, params, work, so_far):
+            if so_far is None:
+                a = a_low = b = zero8(n)
+            else:
+                a, a_low, b = so_far
             g = 0
             while g < n:
                 end = min(g + group, n)
@@ -711,10 +720,10 @@ class Tiles:
                     if rest > g:
                         add_area(work, at)
                 group_a, group_b = group_sums(work, total)
-                if g == 0:  # mostly the only one
-                    a, b = group_a, group_b
+                if so_far is None and g == 0:  # mostly the only one
+                    a, a_low, b = first_group(a, group_a, group_b)
                 else:
-                    a, a_low, b = add_group(a, a_low, b, group_a, group_b)
+                    a, a_low, b = next_group(a, a_low, b, group_a, group_b)
                 g += group
             return a, a_low, b
 
@@ -772,7 +781,7 @@ class Tiles:
                 take_maxima(state, count)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
-                    a, low, below = sums(operands, length, params(state, c), state + _WORK)
+                    a, low, below = sums(operands, length, params(state, c), state + _WORK, None)
                     if j == 0:
                         put_first(state, c, a, low, minus(length, below))
                     else:
@@ -785,23 +794,22 @@ class Tiles:
 
         return reduce
 
-    def sums(self, terms, elem, names):
+    def sums(self, terms, elem, names, exact=False):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
 
         With the parameters in these slots, into sum_a, sum_a_low and sum_b; packs the tile.
+        `exact`: as `rows.make_sums`.
         """
         put_sums = self._make_put_sums()
-        sums = self._make_column_sums(terms, elem, counts=False)
+        sums = self._make_column_sums(terms, elem, exact=exact)
         params, tiles, pack = self._params(names, elem), self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
 
         @traced
-        def more(state, c, a, a_low, b):
-            at = state + 8 * c
-            total, e = two_sum(load_vector(at + SLOT["sum_a"], "f8", lanes), a)
-            low = load_vector(at + SLOT["sum_a_low"], "f8", lanes) + (a_low + e)
-            return total, low, load_vector(at + SLOT["sum_b"], "f8", lanes) + b
+        def so_far(state, c):
+            slots = (SLOT[name] for name in ("sum_a", "sum_a_low", "sum_b"))
+            return tuple(load_vector(state + slot + 8 * c, "f8", lanes) for slot in slots)
 
         @device
         def add(frame, state, count):
@@ -813,10 +821,12 @@ class Tiles:
                 pack(frame, state, count, j, length)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, y + c * size, weight(frame) + j * size, pitch)
-                    a, low, b = sums(operands, length, params(state, c), state + _WORK)
-                    if j > 0:
-                        a, low, b = more(state, c, a, low, b)
-                    put_sums(state, c, a, low, b)
+                    if j == 0:
+                        found = sums(operands, length, params(state, c), state + _WORK, None)
+                    else:
+                        before = so_far(state, c)
+                        found = sums(operands, length, params(state, c), state + _WORK, before)
+                    put_sums(state, c, *found)
                 j += block
 
         return add

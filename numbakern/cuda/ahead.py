@@ -23,6 +23,7 @@ from numbakern.cuda.device import (
 from numbakern.cuda.memory import ACCESS
 from numbakern.cuda.reduce import WARP, SharedBoard, team_fold
 from numbakern.cuda.rows import Rows, Shelf, Walk, nothing, shelved
+from numbakern.cuda.softmax import neutral, width
 
 
 def can_copy(part, inputs, both):
@@ -43,7 +44,7 @@ class Ahead(Rows):
 class _Ahead(Walk):
     """A warp's way through its parts of one row after the other."""
 
-    def _board(self, _p, entries):
+    def _board(self, _p, _nothing):
         """The first of two boards, used in turn: one is read yet when the other one is written."""
         self.rounds, self.places = narrow(self.frame.rounds), narrow(self.frame.places)
         self.shelf = _Places(
@@ -53,14 +54,14 @@ class _Ahead(Walk):
             self.walker,
             self.op.both,
         )
-        self.entries, self.first = entries, constant(self.rounds, 0, "i4")
+        self.first = constant(self.rounds, 0, "i4")
         return self._board_of(self.first)
 
     def _board_of(self, turn):
         """That of a turn."""
-        size = self.count * (8 * self.entries)
+        size = self.count * (8 * width(self.op))
         place = self.shelf.behind + (turn & 1) * size
-        return SharedBoard(self.entries, place, self.way.cluster)
+        return SharedBoard(neutral(self.op), place, self.way.cluster)
 
     def _take(self, turn):
         """The row of a turn; one that there is not has no elements."""

@@ -24,7 +24,7 @@ from numbakern.cuda.device import (
 )
 from numbakern.cuda.reduce import WARP, Beside, Board, team_fold
 from numbakern.cuda.rows import Rows, Walk
-from numbakern.cuda.softmax import width
+from numbakern.cuda.softmax import neutral
 
 BLOCK = 128
 """Threads of a block, at least."""
@@ -136,7 +136,7 @@ class _Columns(Walk):
         else:
             p = self._in_turn(p, rows, self.column)
         if not self.part.single:
-            self.board = Board.of_row(frame, p, width(op), self.count)
+            self.board = Board.of_row(frame, p, neutral(op), self.count)
         elif self.part.lanes > self.near:
             self.finishing = self.lane < self.near
         leader = (self.lane == 0) & (block == 0)
@@ -149,27 +149,32 @@ class _Columns(Walk):
         self.held = self._place(self.own)
         return self.held
 
-    def _fold(self, v, lanes, combine):
+    def _fold(self, values, lanes, combine):
         """As `reduce.team_fold`."""
-        v = team_fold(v, min(self.near, lanes), combine)
+        values = team_fold(values, min(self.near, lanes), combine)
         others = lanes // self.near
         if others <= 1:
-            return v
-        size = SIZE[v.elem]
-        threads = threads_of(self.part, self.walker.together)
-        places = shared(self.thread, size * threads // self.near)
+            return values
+        sizes = [SIZE[v.elem] for v in values]
+        teams = threads_of(self.part, self.walker.together) // self.near
+        places = [shared(self.thread, size * teams) for size in sizes]
         lane = self.lane >> (self.near.bit_length() - 1)
-        if self.way.kept == "no" and width(self.op) == 1:
+        if self.way.kept == "no" and not self.op.softmax:
             # All have read what the round before left. Of several folds a round each sees to that.
             barrier(lane)
         first = (self.lane & (self.near - 1)) == 0
-        put_shared_words(self._place_of(places, lane, size), size, [bits_of(v)], first)
+        for v, at, size in zip(values, places, sizes, strict=True):
+            put_shared_words(self._place_of(at, lane, size), size, [bits_of(v)], first)
         barrier(lane)
-        found = (
-            shared_words(self._place_of(places, constant(lane, n, "i4"), size), size, 1)
-            for n in range(others)
-        )
-        return tree((float_of(word) for (word,) in found), combine)
+
+        def left(lane):
+            words = (
+                shared_words(self._place_of(at, lane, size), size, 1)
+                for at, size in zip(places, sizes, strict=True)
+            )
+            return [float_of(word) for (word,) in words]
+
+        return tree((left(constant(lane, n, "i4")) for n in range(others)), combine)
 
     def _place_of(self, places, lane, size):
         return places + (lane * self.rows + self.column) * size

@@ -9,13 +9,10 @@ Float products are never contracted: `fma` is where a product and a sum round on
 gives the same bits in every kernel.
 """
 
-import functools
 import inspect
 import itertools
 import sys
 from typing import Any
-
-from numbakern.vmath import two_sum
 
 SIZE = {"f4": 4, "f8": 8, "i4": 4, "i8": 8}
 FLOATS = ("f4", "f8")
@@ -655,13 +652,3 @@ def sum_tree(values):
 def max_tree(values):
     """The largest of a list; NaN if one is."""
     return tree(values, larger)
-
-
-def sum_exact(parts):
-    """(s, e): the sum of a list in order, and the rounding errors it made."""
-    return functools.reduce(lambda a, b: _add_pair(a, b), ((p, None) for p in parts))
-
-
-def _add_pair(a, b):
-    s, e = two_sum(a[0], b[0])
-    return s, e if a[1] is None else a[1] + e

@@ -9,7 +9,7 @@ part, joins and finishes all of them at once.
 from numbakern.cuda.device import constant, convert, dynamic_shared, smaller_integer, when
 from numbakern.cuda.reduce import WARP, SharedBoard, team_fold
 from numbakern.cuda.rows import Rows, Walk, joiners_of, nothing
-from numbakern.cuda.softmax import reduced_of, width
+from numbakern.cuda.softmax import neutral, reduced_of, width
 
 
 class Gathered(Rows):
@@ -45,7 +45,7 @@ class _Gathered(Walk):
         prompt = not self.part.single
         row = self.op.row(self.frame, p, ok, leader, lanes, self._peek, prompt=prompt)
         row.fold = team_fold
-        return row, SharedBoard(entries, place, 1)
+        return row, SharedBoard(neutral(self.op), place, 1)
 
     def _row_to_finish(self):
         """That of a thread, and its board; threads behind the last row's have it once more."""

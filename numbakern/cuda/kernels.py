@@ -35,12 +35,14 @@ from numbakern.cuda.softmax import (
     row_log_sum,
     safe,
     scaled_exp,
+    total_of,
 )
 from numbakern.cuda.totals import divisor_of, node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
-    exp,
+    exp_factor,
     exp_nonpositive,
+    exp_of_any,
     expm1_nonpositive,
     is_finite,
 )
@@ -70,7 +72,7 @@ class Row:
         That the row has there.
     peek : function (j, read) -> Value
         What ``read(mask)`` gives of class j before anything is written, for those who need it.
-    fold : function (v, lanes, combine) -> Value
+    fold : function (values, lanes, combine) -> list of Value
         As `reduce.team_fold`, over the lanes of the row's team.
     team : memory.Team or None
         Those of a warp.
@@ -142,6 +144,14 @@ class Operation:
 
     def __init__(self, elem, dimensions, arrays):
         self.elem, self.dimensions, self.arrays = elem, dimensions, arrays
+
+    @property
+    def exact(self):
+        """Whether sums of terms are in two parts, for they may cancel.
+
+        Those of float32 or less, added in float64, have the bits to spare.
+        """
+        return self.sums and self.elem == "f8"
 
     @property
     def relative(self):
@@ -343,16 +353,18 @@ class LogSoftmaxBackward(Operation):
     both = twice = ("x",)
 
     def term(self, _row, grad, _y, _w):
-        """What is summed, in float64."""
-        return convert(grad, "f8")
+        """What is summed, in float64, and what it was rounded by."""
+        return [convert(grad, "f8")]
 
-    def finish(self, row, total):
-        """The sum."""
-        return (convert(total, self.elem),)
+    def finish(self, row, reduced):
+        """The sum, as `exp_factor` has it."""
+        factor, magic = exp_factor(total_of(reduced), self.elem)
+        return convert(factor, self.elem), convert(magic, self.elem)
 
     def value(self, params, grad, y, _w):
         """The gradient."""
-        return formulas.log_softmax_grad(grad, exp(y), *params)
+        factor, magic = params
+        return formulas.log_softmax_grad(grad, exp_of_any(y, magic), factor)
 
 
 class SoftmaxBackward(Operation):
@@ -362,12 +374,14 @@ class SoftmaxBackward(Operation):
     twice = ("x", "y")
 
     def term(self, _row, grad, y, _w):
-        """What is summed, in float64."""
-        return convert(grad, "f8") * convert(y, "f8")
+        """As LogSoftmaxBackward.term."""
+        grad, y = convert(grad, "f8"), convert(y, "f8")
+        product = grad * y
+        return [product, fma(grad, y, -product)] if self.exact else [product]
 
-    def finish(self, row, total):
+    def finish(self, row, reduced):
         """The sum in two parts, since grad − Σ cancels where a row is confident."""
-        return in_two(total, self.elem)
+        return in_two(self.elem, *reduced)
 
     def value(self, params, grad, y, _w):
         """The gradient."""
@@ -375,12 +389,13 @@ class SoftmaxBackward(Operation):
         return formulas.softmax_grad(grad - high, y, low)
 
 
-def in_two(v, elem):
-    """A float64 as the sum of two numbers of `elem`."""
-    high = convert(v, elem)
-    low = v - convert(high, "f8")
+def in_two(elem, *sum_in_parts):
+    """A float64, or one in two parts, as the sum of two numbers of `elem`."""
+    high = convert(total_of(sum_in_parts), elem)
+    first, *more = sum_in_parts
+    low = sum(more, first - convert(high, "f8"))
     # An infinite sum has no low part.
-    return high, convert(where(is_finite(v), low, 0.0), elem)
+    return high, convert(where(is_finite(high), low, 0.0), elem)
 
 
 class Labels:
@@ -537,12 +552,12 @@ class CrossEntropy(Operation):
 
     def term(self, row, _x, y, w):
         """What is summed where the log-sum-exp is given: the targets."""
-        return self.target(row, y, w)[0]
+        return [self.target(row, y, w)[0]]
 
     def finish(self, row, reduced):
         """Write the row's loss and log-sum-exp; the parameters of the gradient."""
         if self.given:
-            m, q, nll = row.lse, reduced, None
+            m, q, nll = row.lse, total_of(reduced) if self.sums else None, None
             k, rest, log_sum = None, None, where(is_finite(m), m - m, math.nan)
         else:
             m, share = reduced
@@ -643,9 +658,9 @@ class CrossEntropy(Operation):
     def _soft(self, row, m, k, rest, scale, q):
         """The same for probabilities: the class with more than half of the mass is the label."""
         elem = self.elem
-        total = in_two(q, elem)
+        total = in_two(elem, q)
         if self.given:
-            peak = in_two(m, elem)
+            peak = in_two(elem, m)
         else:
             single = (k == 1.0) & (rest < 1.0)
             others = convert(divide(rest, k + rest, elem), elem)

@@ -29,19 +29,19 @@ from numbakern.cuda.device import (
 WARP = 32
 
 
-def team_fold(v, lanes, combine):
-    """Combine v (f4, f8 or i4) over each team of so many lanes; every lane gets the result.
+def team_fold(values, lanes, combine):
+    """Combine numbers (f4, f8 or i4) over each team of so many lanes; every lane gets the results.
 
     Parameters
     ----------
     combine : function (a, b) -> c
-        Commutative.
+        Of lists of such numbers; commutative.
     """
     offset = 1
     while offset < lanes:
-        v = combine(v, shuffle_xor(v, offset))
+        values = combine(values, [shuffle_xor(v, offset) for v in values])
         offset *= 2
-    return v
+    return values
 
 
 class Board:
@@ -49,8 +49,8 @@ class Board:
 
     Parameters
     ----------
-    width : int
-        Numbers of a part, float64: a maximum and sums, or one sum.
+    nothing : list of float
+        What no elements reduce to (`softmax.neutral`): as many float64 numbers as a part has.
     address : Value
         Of those of the row's first part.
 
@@ -62,14 +62,14 @@ class Board:
 
     scattered = False
 
-    def __init__(self, width, address):
-        self.width, self.address = width, address
-        self.nothing = ([-math.inf] if width > 1 else [0.0]) + [0.0] * (width - 1)
+    def __init__(self, nothing, address):
+        self.nothing, self.width, self.address = nothing, len(nothing), address
 
     @classmethod
-    def of_row(cls, frame, p, width, parts):
+    def of_row(cls, frame, p, nothing, parts):
         """That of row number p in the array `shares`, with a place for one more number behind."""
-        return cls(width, frame.shares + p * (parts * width + 1) * 8) if width else None
+        size = 8 * (parts * len(nothing) + 1)
+        return cls(nothing, frame.shares + p * size) if nothing else None
 
     def begin(self):
         """Has to come before the first `put`."""
@@ -86,7 +86,7 @@ class Board:
     def get(self, part, there, count=None):
         """The first `count` numbers of a part; where `there` does not hold, those of nothing."""
         at = self.address + part * (8 * self.width)
-        fills = [_LOWEST if v else 0 for v in self.nothing[:count]]
+        fills = [_BITS[v] for v in self.nothing[:count]]
         return [float_of(load(at + 8 * i, 8, 1, there, v)[0]) for i, v in enumerate(fills)]
 
 
@@ -99,9 +99,9 @@ class MeetingBoard(Board):
     scattered = True
 
     @classmethod
-    def of_row(cls, frame, p, width, parts):
+    def of_row(cls, frame, p, nothing, parts):
         """As Board.of_row; the array `meetings` has a counter for each row, behind the tickets'."""
-        board = super().of_row(frame, p, width, parts)
+        board = super().of_row(frame, p, nothing, parts)
         board.counter, board.blocks = frame.meetings + ((p + 1) << 2), frame.blocks
         board.thread, board.there = frame.thread, frame.thread < parts
         return board
@@ -117,7 +117,7 @@ class MeetingBoard(Board):
         return self.numbers[:count]
 
 
-_LOWEST = 0xFFF0 << 48  # the bits of −inf
+_BITS = {0.0: 0, -math.inf: 0xFFF0 << 48}
 
 
 class SharedBoard(Board):
@@ -125,14 +125,14 @@ class SharedBoard(Board):
 
     Parameters
     ----------
-    width, address
+    nothing, address
         As of Board; the address is the same in all blocks.
     cluster : int
         How many blocks there are.
     """
 
-    def __init__(self, width, address, cluster):
-        super().__init__(width, address)
+    def __init__(self, nothing, address, cluster):
+        super().__init__(nothing, address)
         self.cluster = cluster
 
     def begin(self):

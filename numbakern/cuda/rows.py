@@ -8,7 +8,6 @@ from the number of classes and the element size alone (`partition`), so its bits
 its neighbours, its place or its layout, nor on who takes the parts: that is a `Way`.
 """
 
-import operator
 from typing import NamedTuple
 
 from numbakern.cuda.device import (
@@ -20,7 +19,6 @@ from numbakern.cuda.device import (
     divmod_positive,
     dynamic_shared,
     either,
-    larger,
     narrow,
     prefetch,
     put_shared_words,
@@ -44,10 +42,14 @@ from numbakern.cuda.reduce import (
 )
 from numbakern.cuda.softmax import (
     Share,
+    added,
     join,
+    largest,
+    neutral,
     reduced_of,
     share_of,
     share_of_halves,
+    sum_of,
     sum_of_terms,
     width,
 )
@@ -415,14 +417,14 @@ class Lane:
         """What the part comes to: [m, *Share] or [Σ of terms]; every lane has it."""
         lanes, fold = min(self.part.lanes, WARP), self.row.fold
         if not op.softmax:
-            total = sum_of_terms(op, self.row, self.left, self.numbers())
-            return [fold(total, lanes, operator.add)]
+            return fold(sum_of_terms(op, self.row, self.left, self.numbers()), lanes, sum_of(op))
         x = self.walker.inputs["x"]
         words = x.flat(self.words["x"])
-        m = convert(fold(x.largest(words), lanes, larger), "f8")
 
-        def folded(v):
-            return convert(fold(v, lanes, operator.add), "f8")
+        def folded(v, combine=added):
+            return convert(*fold([v], lanes, combine), "f8")
+
+        m = folded(x.largest(words), largest)
 
         if op.by_pairs:
             share = share_of_halves(
@@ -532,7 +534,7 @@ class Walk:
             self.own = narrow(block) * way.warps + team
             leader = (thread == 0) & (block == 0)
             self.step = narrow(constant(p, way.warps, "i8") * blocks)  # to a warp's next part
-            self.board = self._board(p, width(op))
+            self.board = self._board(p, neutral(op))
             self.finishing = self.thread < WARP
         self.row = op.row(frame, p, self.ok, leader, lanes, self._peek)
         self.row.fold = team_fold
@@ -563,19 +565,19 @@ class Walk:
         warps = BLOCK // WARP if self.part.single else self.way.warps
         return shared(self.thread, out.room * warps) + (self.thread >> 5) * out.room
 
-    def _board(self, p, entries):
+    def _board(self, p, nothing):
         way, address = self.way, dynamic_shared(self.thread)
-        if way.meets(entries):
+        if way.meets(len(nothing)):
             self.free = address
-            return MeetingBoard.of_row(self.frame, p, entries, self.count)
-        if way.stage != "all" or not entries:
-            return Board.of_row(self.frame, p, entries, self.count)
+            return MeetingBoard.of_row(self.frame, p, nothing, self.count)
+        if way.stage != "all" or not nothing:
+            return Board.of_row(self.frame, p, nothing, self.count)
         if way.kept in ("shared", "partly"):
             whole = narrow(self.frame.rounds) * way.warps
             parts = narrow(self.frame.shelved) if way.kept == "partly" else whole
             self.shelf = Shelf(self.lane, address, parts, self.walker, self.op.both)
             address = self.shelf.behind
-        return SharedBoard(entries, address, way.cluster)
+        return SharedBoard(nothing, address, way.cluster)
 
     def _peek(self, j, read):
         """As `kernels.Row.peek`."""
@@ -745,9 +747,9 @@ class Walk:
         first = first + convert(self.lane * self.part.group, "i8")
         return Lane(self.walker, row or self.row, first)
 
-    def _over_parts(self, values, combine, start, count, takes_long):
+    def _over_parts(self, values, combine, start, takes_long):
         """As `softmax.join` asks: lane l of a warp takes the parts l, l + 32, …."""
-        start = [constant(self.own, start, "f8")] * count
+        start = [constant(self.own, v, "f8") for v in start]
         lane = self.lane
         if self._joins_once(takes_long):
             values = self._once_a_block(values, start)
@@ -755,17 +757,16 @@ class Walk:
             joiners, parts = joiners_of(self.part), self.part.lanes // WARP
             part = lane & (joiners - 1)
             found = values(part, None if parts == joiners else part < parts)
-            found = [combine(s, v) for s, v in zip(start, found, strict=True)]
+            found = combine(start, found)
         else:
             joiners = WARP
 
             def add(i, *state):
                 part = narrow(i) * WARP + lane
-                found = values(part, part < self.count)
-                return tuple(combine(s, v) for s, v in zip(state, found, strict=True))
+                return tuple(combine(state, values(part, part < self.count)))
 
             found = repeat(self.frame.joins, add, *start)
-        return [self.row.fold(v, joiners, combine) for v in found]
+        return self.row.fold(list(found), joiners, combine)
 
     def _joins_once(self, takes_long):
         """Whether what joins a part is taken by a thread for each, for all to read."""

@@ -7,7 +7,6 @@ over any part of a row, relative to any maximum, and be moved to a larger one.
 
 import itertools
 import math
-import operator
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
@@ -34,12 +33,14 @@ from numbakern.vmath import (
     EXP_RANGE,
     LOG2_E,
     centre,
+    exact_sum,
     exp_constants,
     exp_nonpositive,
     exp_scaled,
     is_finite,
     log_sum,
     two_sum,
+    whole_sum,
 )
 
 
@@ -153,7 +154,7 @@ def share_of(op, row, left, numbers, m, taken):
             nll = where(there, own * (subtracted - x), 0.0)
             yield rest, below, where(there, q, 0.0), nll
 
-    rest, below, *linear = tree(_pairs(terms()), _sums)
+    rest, below, *linear = tree(_pairs(terms()), added)
     k = float(count) - below
     if op.linear:
         linear[1] = convert(linear[1], "f8")
@@ -244,11 +245,17 @@ def _pairs(terms):
         if second is None:
             yield product, below, *linear
         else:
-            yield fma(second[0], second[1], product), *_sums(first[1:], second[1:])
+            yield fma(second[0], second[1], product), *added(first[1:], second[1:])
 
 
-def _sums(first, second):
-    return tuple(a + b for a, b in zip(first, second, strict=True))
+def added(first, second):
+    """The sums of two lists, number by number."""
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def largest(first, second):
+    """The larger ones of two lists, number by number."""
+    return [larger(a, b) for a, b in zip(first, second, strict=True)]
 
 
 def decay(m, top):
@@ -271,20 +278,44 @@ def moved(op, m, share, top):
 
 
 def sum_of_terms(op, row, left, numbers):
-    """Σ of an operation's terms over some elements, float64."""
-    return sum_tree(
-        where(is_there(left, i, x), op.term(row, x, y, w), 0.0) for i, x, y, w in numbers
-    )
+    """Σ of an operation's terms over some elements, float64; where it is `exact`, in two parts."""
+
+    def terms():
+        for i, x, y, w in numbers:
+            there = is_there(left, i, x)
+            term = [where(there, v, 0.0) for v in op.term(row, x, y, w)]
+            # Of −0 no addition is left.
+            yield term + [constant(v, -0.0, "f8") for v in term][: op.exact and len(term) < 2]
+
+    return list(tree(terms(), sum_of(op)))
+
+
+def sum_of(op):
+    """How the sums of an operation's terms are added: a function (a, b) of two of them."""
+    return exact_sum if op.exact else added
+
+
+def total_of(reduced):
+    """What `sum_of_terms` gave, as one float64."""
+    high, *low = reduced
+    return whole_sum(high, *low) if low else high
+
+
+def neutral(op):
+    """What no elements come to: the numbers (m, *Share) in float64, or the sum of no terms."""
+    if op.softmax:
+        return [-math.inf] + [0.0] * (4 if op.linear else 2)
+    return [0.0] * (2 if op.exact else 1) if op.sums else []
 
 
 def width(op):
-    """How many float64 say all of a part of a row: (m, *Share), or the sum of its terms."""
-    return (5 if op.linear else 3) if op.softmax else int(op.sums)
+    """How many float64 say all of a part of a row (see `neutral`)."""
+    return len(neutral(op))
 
 
 def reduced_of(op, numbers):
     """(m, Share) or the sum of terms, which such numbers say."""
-    return (numbers[0], Share(*numbers[1:])) if op.softmax else numbers[0]
+    return (numbers[0], Share(*numbers[1:])) if op.softmax else numbers
 
 
 def join(op, board, over_parts):
@@ -294,24 +325,24 @@ def join(op, board, over_parts):
     ----------
     board : reduce.Board
         Where they are.
-    over_parts : function (values, combine, start, count, takes_long) -> list of Value
-        What ``values(part, there)``, lists of `count`, combine to. Whether those take long: then
-        not all who join are to take all of them.
+    over_parts : function (values, combine, start, takes_long) -> list of Value
+        What the lists ``values(part, there)`` combine to, of no parts `start`. Whether they take
+        long: then not all who join are to take all of them.
     """
 
     def sums(part, there):
         values = board.get(part, there)
         return moved(op, values[0], Share(*values[1:]), top).known if op.softmax else values
 
-    top = None
-    if op.softmax:
+    nothing = neutral(op)
+    if not op.softmax:
+        return over_parts(sums, sum_of(op), nothing, False)
 
-        def maximum(part, there):
-            return board.get(part, there, 1)
+    def maximum(part, there):
+        return board.get(part, there, 1)
 
-        (top,) = over_parts(maximum, larger, -math.inf, 1, False)
-    found = over_parts(sums, operator.add, 0.0, width(op) - (top is not None), op.softmax)
-    return reduced_of(op, [v for v in (top, *found) if v is not None])
+    (top,) = over_parts(maximum, largest, nothing[:1], False)
+    return reduced_of(op, [top, *over_parts(sums, added, nothing[1:], True)])
 
 
 def row_log_sum(m, share, elem):

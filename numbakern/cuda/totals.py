@@ -37,7 +37,7 @@ from numbakern.cuda.device import (
 )
 from numbakern.cuda.memory import Format
 from numbakern.cuda.reduce import WARP, offsets
-from numbakern.vmath import is_finite, two_sum, whole_sum
+from numbakern.vmath import exact_sum, is_finite, whole_sum
 
 BLOCK, EACH = 256, 8
 """Threads of a step's blocks, and items of each."""
@@ -109,15 +109,8 @@ class Sums(NamedTuple):
 
     def joined(self, first, second):
         """The node of the rows of two."""
-        return [self._joined(*pair) for pair in zip(first, second, strict=True)]
-
-    def _joined(self, first, second):
-        if not self.exact:
-            return (first[0] + second[0],)
-        s, rounded = two_sum(first[0], second[0])
-        for a, b in zip(first[1:], second[1:], strict=True):
-            rounded = (a + b) + rounded
-        return s, rounded
+        pairs = zip(first, second, strict=True)
+        return [exact_sum(a, b) if self.exact else (a[0] + b[0],) for a, b in pairs]
 
     def over_lanes(self, node, first, end):
         """The node of neighbouring lanes, from teams of `first` lanes to those of `end`."""
