@@ -134,39 +134,40 @@ def exp_scaled(h, magic, constants=()):
 
     `constants`: `exp_constants`, if not those of h.
     """
+    return h.ops.add_exponent(*_exp_parts(h, magic, constants))
+
+
+def _exp_parts(h, magic, constants=()):
+    """(p, t) with exp(h)·2**j = p·2**n, n the integer in t, p in [√½, √2]."""
     ops = h.ops
     high, low, one, *coefficients = constants or exp_constants(h.elem)
     t = ops.fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
     f = ops.fma(h, high, magic - t)  # rounded once: n cancels inside the fma
     f = ops.fma(h, low, f)
-    return ops.add_exponent(ops.fma(f, ops.polynomial(coefficients, f), one), t)
+    return ops.fma(f, ops.polynomial(coefficients, f), one), t
 
 
 def exp_factor(s, elem):
-    """(factor, magic) of a float64 s, such that s·exp(y) = factor·`exp_of_any`(y, magic) in `elem`.
+    """(factor, j) such that s·exp(y) = factor·`exp_times`(y, j), for a map in `elem`.
 
-    The power of two of s stands in `magic`, and of the factor so little is left that exponentials
-    are normal numbers wherever their products with s are at least subnormal.
+    The power of two of s is in j, and so little is left that exponentials are normal numbers
+    wherever their products with s are at least subnormal.
     """
-    where, span = s.ops.where, EXP_RANGE[elem]
-    size = where(s < 0.0, -s, s)
-    top, more = span.exponents[1], span.digits + 1
-    large = size >= 2.0 ** (top - more - 1)  # exp(0) is to be finite: here the factor grows
-    usual = (size > 1e-300) & ~large
-    n, inverse = s.ops.split_exponent(where(usual, size, 1e-300))
-    factor = s * where(large, 2.0**-top, inverse * 2.0**-more)
-    return factor, span.magic + where(large, float(top), n + float(more))
+    span = EXP_RANGE[elem]
+    # Not of the largest s: exp(0) has to be finite.
+    return s.ops.split_power(s, span.digits + 1, span.exponents[1] - 1)
 
 
-def exp_of_any(y, magic):
-    """exp(y)·2**j of any y, the integer j standing in `magic`, at most 1 ulp off.
+def exp_times(y, j):
+    """exp(y)·2**j of any y and a whole number j, at most 1 ulp off.
 
     Results below about the smallest normal number are flushed to 0.
     """
     ops, span = y.ops, EXP_RANGE[y.elem]
-    t = ops.fma(y, span.log2_e[0], magic)  # as in `exp_scaled`
+    p, t = _exp_parts(y, span.magic)
+    t = t + j  # not before: who waits for j has y read and worked on meanwhile
     low, high = (span.magic + n for n in span.exponents)
-    e = ops.where(t > high, math.inf, exp_scaled(y, magic))
+    e = ops.where(t > high, math.inf, ops.add_exponent(p, t))
     e = ops.where(t < low, 0.0, e)
     return ops.where(y == y, e, y)
 

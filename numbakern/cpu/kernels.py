@@ -49,8 +49,8 @@ from numbakern.vmath import (
     LN_2,
     exp_factor,
     exp_nonpositive,
-    exp_of_any,
     exp_scaled,
+    exp_times,
     expm1_nonpositive,
     is_finite,
     whole_sum,
@@ -162,14 +162,14 @@ def log_softmax_backward(walker):
         return grad, _nothing(grad)
 
     def value(grad, y, _w, params):
-        factor, magic = params
-        return formulas.log_softmax_grad(grad, exp_of_any(y, magic), factor)
+        factor, j = params
+        return formulas.log_softmax_grad(grad, exp_times(y, j), factor)
 
     @each_eight
     def total(rows):
         grad_sum = whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low"))
-        factor, magic = exp_factor(grad_sum, elem)
-        put(rows, p0=factor, p1=magic)
+        factor, j = exp_factor(grad_sum, elem)
+        put(rows, p0=factor, p1=j)
 
     return _backward(walker, terms, total, value, ("p0", "p1"))
 

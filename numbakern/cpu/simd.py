@@ -382,6 +382,19 @@ def split_exponent(y):
     return y.like(n), y.like(b.bitcast(inverse, y.llvm()))
 
 
+def split_power(s, more, most):
+    """(factor, j) of a float64 s = factor·2**j; j is the exponent of s and `more`.
+
+    It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
+    """
+    b, bits = s.builder, s.constant(52, "i8")
+    exponent = b.lshr(b.bitcast(s.value, s.llvm("i8")), bits)
+    exponent = s.like(b.and_(exponent, s.constant(0x7FF, "i8")), "i8")
+    j = smaller(exponent - (1023 - more), most)
+    inverse = s.like(b.bitcast(b.shl((1023 - j).value, bits), s.llvm()))
+    return s * inverse, s.like(b.sitofp(b.trunc(j.value, s.llvm("i4")), s.llvm()))
+
+
 # ---------------------------------------------------------------- across lanes
 
 

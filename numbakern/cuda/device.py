@@ -244,6 +244,19 @@ def split_exponent(y):
     return convert(above >> 20, "f8"), inverse
 
 
+def split_power(s, more, most):
+    """(factor, j) with s = factor·2**j; j is the exponent of s and `more`, of the kind of s.
+
+    It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
+    """
+    bits, bias = (23, 127) if s.elem == "f4" else (52, 1023)
+    exponent = (bits_of(s) >> bits) & (2 * bias + 1)
+    j = smaller_integer(exponent - (bias - more), most)
+    magic = 1.5 * 2.0**bits  # whose lowest bits take an integer up
+    number = float_of(bits_of(constant(s, magic, s.elem)) + j) - magic
+    return s * float_of((bias - j) << bits), number
+
+
 def reciprocal(b):
     """1 / b to an ulp, of a positive normal float64 below 2**1000: no division subroutine."""
     r = float_of(0x7FDE623822FC16E6 - bits_of(b))  # 12 % off; each step squares that

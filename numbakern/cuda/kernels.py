@@ -32,6 +32,7 @@ from numbakern.cuda.softmax import (
     exponentials,
     log_sum_exp,
     rough_exp,
+    rough_exp_times,
     row_log_sum,
     safe,
     scaled_exp,
@@ -42,7 +43,7 @@ from numbakern.vmath import (
     LN_2,
     exp_factor,
     exp_nonpositive,
-    exp_of_any,
+    exp_times,
     expm1_nonpositive,
     is_finite,
 )
@@ -138,6 +139,7 @@ class Operation:
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
+    rough = False  # whether a map writes halves: exponentials may be rough that nothing else has
     anew = False  # whether a map to halves takes exponentials that the reduction did not keep
     by_pairs = False  # whether the reduction takes halves two at a time, and nothing is kept of it
     keeps = False  # whether exponentials have the room of x, and may take its place
@@ -358,13 +360,13 @@ class LogSoftmaxBackward(Operation):
 
     def finish(self, row, reduced):
         """The sum, as `exp_factor` has it."""
-        factor, magic = exp_factor(total_of(reduced), self.elem)
-        return convert(factor, self.elem), convert(magic, self.elem)
+        return exp_factor(convert(total_of(reduced), self.elem), self.elem)
 
     def value(self, params, grad, y, _w):
         """The gradient."""
-        factor, magic = params
-        return formulas.log_softmax_grad(grad, exp_of_any(y, magic), factor)
+        factor, j = params
+        e = rough_exp_times(y, j) if self.rough else exp_times(y, j)
+        return formulas.log_softmax_grad(grad, e, factor)
 
 
 class SoftmaxBackward(Operation):

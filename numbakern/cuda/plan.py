@@ -608,7 +608,8 @@ def _made(operation, params):
     op.added, op.result, op.narrow = added, params["result"], params["narrow"]
     op.counted, op.dense = params["counted"], params["dense"]
     op.halves = elem == "f4" and arrays.get("x") in ("f2", "bf")
-    op.anew = op.halves and op.exponential and arrays.get("out") in ("f2", "bf")
+    op.rough = elem == "f4" and arrays.get("out") in ("f2", "bf")
+    op.anew = op.halves and op.exponential and op.rough
     keeps = op.exponential and "out" in arrays and not op.anew
     op.by_pairs = op.halves and op.softmax and not (op.linear or keeps)
     op.keeps = op.relative and arrays.get("x") == "f4"

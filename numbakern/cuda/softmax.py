@@ -109,9 +109,13 @@ def scaled_exp(x, base, magic, floor, halves=False):
 
 def rough_exp(x, base, magic):
     """exp(x − m) / factor, for results that are halves themselves: off by 1e-5 of it at most."""
-    span = EXP_RANGE["f4"]
+    return rough_exp_times(x - base, magic - EXP_RANGE["f4"].magic)
+
+
+def rough_exp_times(h, j):
+    """As vmath.exp_times, off by 1e-5 of it at most."""
     # Rounded once, of at most 128; the rest of log2(e) is 2e-8 of an h of at most 700.
-    return exp2(fma(x - base, span.log2_e[0], magic - span.magic))
+    return exp2(fma(h, EXP_RANGE["f4"].log2_e[0], j))
 
 
 def _exp_of_half(h, magic):
