@@ -579,9 +579,9 @@ def clear(address, size, past_caches=False):
         done.set_metadata("nontemporal", address.builder.module.add_metadata([_i32(1)]))
 
 
-def prefetch(address, to_write=False, level=1):
-    """Ask for the cache line at this address, into a cache; harmless where nothing is mapped."""
-    args = [_at(address, _i8), _i32(int(to_write)), _i32(4 - level), _i32(1)]
+def prefetch(address, to_write=False):
+    """Ask for the cache line at this address; harmless where nothing is mapped."""
+    args = [_at(address, _i8), _i32(int(to_write)), _i32(3), _i32(1)]  # near, of data
     _call(address.builder, "prefetch", ir.VoidType(), args, "p0")
 
 

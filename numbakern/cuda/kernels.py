@@ -504,7 +504,7 @@ class CrossEntropy(Operation):
     def hint(self, row):
         """As Operation.hint."""
         if self.labels:
-            prefetch(row.at["labels"], row.leader, 1)
+            prefetch(row.at["labels"], row.leader, level=1)
 
     def look(self, frame, row):
         """As Operation.look: of an ignored row nothing is read."""

@@ -156,6 +156,55 @@ def plan(operation, options, shape, axis, elem, layouts, machine=MACHINE):
     return _Planner(operation, dict(options), shape, axis, elem, dict(layouts), machine).plan()
 
 
+class _RowAccess(NamedTuple):
+    """What a kernel's accesses to the elements of rows come to, for the choice of its launches.
+
+    Attributes
+    ----------
+    out : memory access or None
+        How results are written; None without a map.
+    tiles : dict of str to memory access
+        Those of arrays that pass through shared memory.
+    mapped : int
+        Arrays that a map reads; 0 if there is none.
+    shelf : int
+        Bytes that a warp needs to keep a part in shared memory; 0 if nothing is made of it.
+    copied : bool
+        Whether what it keeps there can be copied there.
+    single, realigned : bool
+        Whether halves are read one by one, which takes long and a register for each load in
+        flight; whether some array is put into place.
+    """
+
+    out: Any
+    tiles: dict[str, Any]
+    mapped: int
+    shelf: int
+    copied: bool
+    single: bool
+    realigned: bool
+
+    @classmethod
+    def of(cls, part, accesses, op):
+        """Those of an operation."""
+        inputs = {name: access for name, access in accesses.items() if name != "out"}
+        maps = "out" in accesses
+        return cls(
+            out=accesses.get("out"),
+            tiles={name: access for name, access in accesses.items() if access.staged},
+            mapped=max(1, len(inputs)) if maps else 0,
+            shelf=ACCESS * WARP * len(shelved(part, inputs, op.both)) if maps else 0,
+            copied=can_copy(part, inputs, op.both),
+            single=any(a.wide and a.chunk == 2 and not a.staged for a in inputs.values()),
+            realigned=any(isinstance(a, Realigned) for a in inputs.values()),
+        )
+
+    @property
+    def room(self):
+        """Bytes of shared memory that a warp's stores take."""
+        return self.out.room if self.out else 0
+
+
 class _Planner:
     def __init__(self, operation, options, shape, axis, elem, layouts, machine):
         self.machine = machine
@@ -355,32 +404,26 @@ class _Planner:
     def _launches(self, params, part):
         """The steps of the operation on the rows; its sums, as they lie in `row_loss`, or None."""
         op, accesses = _made(self.operation, dict(params))
-        tiles = {name: access for name, access in accesses.items() if access.staged}
-        parts, numbers, maps = part.parts(self.classes), width(op), accesses.pop("out", None)
+        rows = _RowAccess.of(part, accesses, op)
+        parts, numbers = part.parts(self.classes), width(op)
         columns = dict(params)["together"] if dict(params)["walker"] == "columns" else 0
-        # What nothing is made of is not kept.
-        shelf = 0 if maps is None else ACCESS * WARP * len(shelved(part, accesses, op.both))
+        scales = self._counts and rows.out is not None  # by what all labels come to
         # What stores may take of it, and sums of the warps.
-        room = 0 if maps is None else maps.room * KEEPING[1]
-        scales = self._counts and maps is not None  # by what all labels come to
+        room = rows.room * KEEPING[1]
         room += totals.ROOM if scales and self._blocks_may_count else 0
-        ahead = self.machine.ahead and can_copy(part, accesses, op.both)
+        ahead = self.machine.ahead and rows.copied
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
-        # Halves read one by one want a register for each load in flight, and take long.
-        single = any(a.wide and a.chunk == 2 and not a.staged for a in accesses.values())
-        realigned = any(isinstance(a, Realigned) for a in accesses.values())
-        inputs = 0 if maps is None else max(1, len(accesses))
         found, constants = launches(
             part,
             self.classes,
             self.rows,
             numbers,
-            shelf,
-            inputs,
-            self._lane_registers(part, op.halves, single, shelf, inputs),
+            rows.shelf,
+            rows.mapped,
+            self._lane_registers(part, op.halves, rows),
             columns,
             machine,
-            bool(tiles),
+            bool(rows.tiles),
         )
         self.constants |= {"parts": parts, "joins": -(-parts // WARP), **constants}
         meets = any(launch.way.meets(numbers) for launch in found)
@@ -394,42 +437,52 @@ class _Planner:
         if added:
             added = added._replace(
                 terms=1 if scales and not counted else added.terms,
-                rows=self._neighbours(part, found[-1].way, columns, bool(tiles)),
+                rows=self._neighbours(part, found[-1].way, columns, bool(rows.tiles)),
             )
             if self.machine.counted and added.rows >= self.rows:  # who has a node has all there is
                 result = self.layouts["loss"].kind, self._division(added)
             params |= {"added": tuple(added), "result": result}
-        for way, grid, threads, shared, beside in found:
-            shared += size_of(tiles, part, self.classes, threads)
+        for launch in found:
+            way, threads = launch.way, launch.threads
+            shared = launch.shared + size_of(rows.tiles, part, self.classes, threads)
+            launch = launch._replace(shared=shared)
             name = self.operation + "_parts" * (way.stage == "reduce")
             params["counted"] = counted and totals.counted(counted, threads)
             spec = Spec(name, (*params.items(), ("way", tuple(way))))
-            blocks = 0
-            if beside:
-                blocks = beside
-            elif maps is not None and (part.crowded or (single and part.chunks)):
-                blocks = self.machine.beside(shared + maps.room * (threads // WARP))
-            elif maps is None and single and not columns:
-                blocks = _roomy(part, threads)
-            elif maps is None and realigned:  # ptxas takes a few registers more than it needs
-                blocks = blocks_of(threads, LEAN)
-            elif way.gathers and part.single and (tiles or op.halves) and "labels" in op.arrays:
-                # For one block more ptxas would read a row in two halves, one after the other.
-                blocks = self.machine.beside(shared)
-            self._step(spec, grid, threads, shared, way.cluster, blocks)
+            blocks = self._blocks_told(op, part, rows, columns, launch)
+            self._step(spec, launch.grid, threads, shared, way.cluster, blocks)
         return None if result else added
 
-    def _lane_registers(self, part, halves, single, shelf, inputs):
-        """Of a lane, about, where a map reads so many arrays: beside what it holds.
+    def _blocks_told(self, op, part, rows, columns, launch):
+        """Blocks of a multiprocessor that ptxas is told of; 0 to leave it to itself."""
+        way, _, threads, shared, beside = launch
+        if beside:
+            return beside
+        if rows.out is not None:
+            if part.crowded or (rows.single and part.chunks):
+                return self.machine.beside(shared + rows.room * (threads // WARP))
+            return 0
+        if rows.single and not columns:
+            return _roomy(part, threads)
+        if rows.realigned:  # it takes a few registers more than it needs
+            return blocks_of(threads, LEAN)
+        if way.gathers and part.single and (rows.tiles or op.halves) and "labels" in op.arrays:
+            # For one block more it would read a row in two halves, one after the other.
+            return self.machine.beside(shared)
+        return 0
+
+    def _lane_registers(self, part, halves, rows):
+        """Of a lane, about, beside what it holds.
 
         More for halves of which more than one array is read or summed, yet more for single ones.
         """
-        if not inputs:
+        single = rows.single
+        if not rows.mapped:
             return _registers(part) if single else LANE_REGISTERS
-        held, sums = shelf // (4 * WARP), self._halved()
+        held, sums = rows.shelf // (4 * WARP), self._halved()
         if sums:  # they take what the row holds less
             held = max(held, 24 if single else 32)
-        return held + (56 if single else 40 if halves and (sums or inputs > 1) else 32)
+        return held + (56 if single else 40 if halves and (sums or rows.mapped > 1) else 32)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""

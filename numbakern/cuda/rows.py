@@ -378,7 +378,8 @@ class Lane:
         for name in names:
             place, size = self.places[name], self.walker.inputs[name].format.size
             for n in self.groups:
-                prefetch(place.address + n * size, is_there(place.left, n, place.address), 2)
+                there = is_there(place.left, n, place.address)
+                prefetch(place.address + n * size, there, level=2)
 
     def exponentials(self):
         """Words as those that are there, but the exponentials that the reduction took for x."""
@@ -425,7 +426,6 @@ class Lane:
             return convert(*fold([v], lanes, combine), "f8")
 
         m = folded(x.largest(words), largest)
-
         if op.by_pairs:
             share = share_of_halves(
                 words,
@@ -436,8 +436,7 @@ class Lane:
                 lambda mask, compute: self.walker.folded_unless(mask, compute, folded),
             )
         else:
-            self.taken = []
-            share = share_of(op, self.row, self.left, self.numbers(), m, self.taken)
+            share, self.taken = share_of(op, self.row, self.left, self.numbers(), m)
             share = Share(*map(folded, share.known))
         return [m, *share.known]
 

@@ -126,7 +126,7 @@ def _exp_of_half(h, magic):
     return add_exponent(exp2(f), t)
 
 
-def share_of(op, row, left, numbers, m, taken):
+def share_of(op, row, left, numbers, m):
     """The Share of some elements, relative to a maximum that is no smaller than any of them.
 
     Parameters
@@ -135,18 +135,20 @@ def share_of(op, row, left, numbers, m, taken):
         How many there are; None if all are.
     numbers : iterable of (int, x, y, w)
         Number of the element, logit, target, class weight.
-    taken : list
-        To which the exponential of each is added, as `scaled_exp` gives it.
+
+    Returns
+    -------
+    share : Share
+    taken : list of Value
+        The exponential of each element, as `scaled_exp` gives it.
     """
     elem = op.elem
     params, factor = exponentials(m, elem)
     top, subtracted = convert(m, elem), convert(safe(m), elem)
-    count = 0
+    taken = []
 
     def terms():
-        nonlocal count
         for i, x, y, w in numbers:
-            count += 1
             # What is not below is the maximum, unless there is none: then nothing is of account.
             below, rest = one_below(x, top), scaled_exp(x, *params, op.halves)
             taken.append(rest)
@@ -159,10 +161,10 @@ def share_of(op, row, left, numbers, m, taken):
             yield rest, below, where(there, q, 0.0), nll
 
     rest, below, *linear = tree(_pairs(terms()), added)
-    k = float(count) - below
+    k = float(len(taken)) - below
     if op.linear:
         linear[1] = convert(linear[1], "f8")
-    return Share(k, convert(rest, "f8") * factor, *linear)
+    return Share(k, convert(rest, "f8") * factor, *linear), taken
 
 
 ENOUGH = 3.0
