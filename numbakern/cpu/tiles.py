@@ -519,8 +519,11 @@ class Tiles:
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
                 if maxima:
-                    m = functools.reduce(lambda m, v: larger(v, m), columns)
-                    store_vector(most, larger(m, load_vector(most, elem, lanes)))
+                    while len(columns) > 1:  # in a tree: no long chain of waiting
+                        half = len(columns) // 2
+                        pairs = zip(columns[:half], columns[half:], strict=True)
+                        columns = [larger(v, m) for v, m in pairs]
+                    store_vector(most, larger(columns[0], load_vector(most, elem, lanes)))
 
             @device
             def pack(state, now, tile, pitch, count, j0, n, step, limit):
