@@ -11,7 +11,6 @@ output has a whole vector, so that it can be written past the caches. The next p
 by bit while this one is summed: memory and arithmetic work at the same time.
 """
 
-import functools
 import math
 
 from numbakern.cpu.compile import device
