@@ -411,7 +411,8 @@ class _Planner:
         # What stores may take of it, and sums of the warps.
         room = rows.room * KEEPING[1]
         room += totals.ROOM if scales and self._blocks_may_count else 0
-        ahead = self.machine.ahead and rows.copied
+        # Sums in two parts take the registers that next rows want.
+        ahead = self.machine.ahead and rows.copied and not op.exact
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         found, constants = launches(
             part,
@@ -420,7 +421,7 @@ class _Planner:
             numbers,
             rows.shelf,
             rows.mapped,
-            self._lane_registers(part, op, rows),
+            self._lane_registers(part, op.halves, rows),
             columns,
             machine,
             bool(rows.tiles),
@@ -471,11 +472,10 @@ class _Planner:
             return self.machine.beside(shared)
         return 0
 
-    def _lane_registers(self, part, op, rows):
+    def _lane_registers(self, part, halves, rows):
         """Of a lane, about, beside what it holds.
 
-        More for halves of which more than one array is read or summed, yet more for single ones,
-        and for sums in two parts.
+        More for halves of which more than one array is read or summed, yet more for single ones.
         """
         single = rows.single
         if not rows.mapped:
@@ -483,8 +483,7 @@ class _Planner:
         held, sums = rows.shelf // (4 * WARP), self._halved()
         if sums:  # they take what the row holds less
             held = max(held, 24 if single else 32)
-        held += 40 if op.exact else 0
-        return held + (56 if single else 40 if op.halves and (sums or rows.mapped > 1) else 32)
+        return held + (56 if single else 40 if halves and (sums or rows.mapped > 1) else 32)
 
     def _halved(self):
         """Whether every class has a target: its sums take registers."""
