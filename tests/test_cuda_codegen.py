@@ -64,16 +64,23 @@ SINGLE = 8
 """Accesses of less than 16 bytes for what there is one of a row: label, logit there, weight, …"""
 AGAIN = 1
 """Such accesses in the loops over a long row: the gradient at the label, written once more."""
-STACK_OF = {("log_softmax_backward", 1024): 120}
-"""Bytes of a thread's stack in blocks of so many threads, which have 64 registers: where there are
-no clusters. Predicted for 65,536 float32: 0.996 of an A100's copy rate so, 0.987 with none."""
+STACK_OF = {
+    ("log_softmax_backward", 1024): 120,
+    ("log_softmax_backward", 544): 120,
+    ("softmax_backward", 544): 120,
+}
+"""Bytes of a thread's stack in blocks of so many threads, which have 64 or 96 registers. The first
+are where there are no clusters: predicted for 65,536 float32 0.996 of an A100's copy rate so, 0.987
+with none. The others are of odd halves: 65,537 bfloat16 0.91 and 0.89 of an H200's so (of a B200's
+0.65, 0.61), by clusters of blocks with none 0.52 (0.36)."""
 SOME = ("log_softmax", "softmax_backward", "cross_entropy_value_and_grad")
 
 
 def check(one, arch):
     found = figures(one, arch)
     assert found.calls == 0, found
-    little = compiler.LITTLE if one.step.block >= compiler.LARGE else 0
+    # Of small blocks where the compiler is told of many more than it would find registers for.
+    little = compiler.LITTLE if one.step.block >= compiler.LARGE or one.step.blocks else 0
     assert found.local <= STACK_OF.get((one.operation, one.step.block), little), found
     size = 2 if one.kind in ("bf", "f2") else int(one.kind[1])
     threads = one.step.block
