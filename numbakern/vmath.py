@@ -129,33 +129,33 @@ def exp_constants(elem, precision=None):
     return (*EXP_RANGE[elem].log2_e, 1.0, *_EXP2[precision or elem])
 
 
-def exp_scaled(h, magic, constants=()):
+def exp_scaled(h, magic, constants=(), exp2=None):
     """exp(h)·2**j, the integer j standing in `magic` (see `centre`); at most 1 ulp off.
 
-    `constants`: `exp_constants`, if not those of h.
+    `constants`: `exp_constants`, if not those of h. `exp2`: 2**f by other means than these.
     """
-    return h.ops.add_exponent(*_exp_parts(h, magic, constants))
+    return h.ops.add_exponent(*_exp_parts(h, magic, constants, exp2))
 
 
-def _exp_parts(h, magic, constants=()):
+def _exp_parts(h, magic, constants=(), exp2=None):
     """(p, t) with exp(h)·2**j = p·2**n, n the integer in t, p in [√½, √2]."""
     ops = h.ops
     high, low, one, *coefficients = constants or exp_constants(h.elem)
     t = ops.fma(h, high, magic)  # magic + n, n the integer nearest to h·log2(e)
     f = ops.fma(h, high, magic - t)  # rounded once: n cancels inside the fma
     f = ops.fma(h, low, f)
-    return ops.fma(f, ops.polynomial(coefficients, f), one), t
+    return exp2(f) if exp2 else ops.fma(f, ops.polynomial(coefficients, f), one), t
 
 
 def exp_factor(s, elem):
-    """(factor, j) such that s·exp(y) = factor·`exp_times`(y, j), for a map in `elem`.
+    """(factor, j) such that s·exp(y) = factor·`exp_times`(y, j), for a map in `elem`; s is float64.
 
-    The power of two of s is in j, and so little is left that exponentials are normal numbers
-    wherever their products with s are at least subnormal.
+    The power of two of s is in j, and of the factor so little is left that exponentials are normal
+    numbers wherever their products with s are not 0, for s to 2**102 (2**969 in float64).
     """
     span = EXP_RANGE[elem]
     # Not of the largest s: exp(0) has to be finite.
-    return s.ops.split_power(s, span.digits + 1, span.exponents[1] - 1)
+    return s.ops.split_power(s, span.digits + 1, span.exponents[1] - 1, elem)
 
 
 def exp_times(y, j):

@@ -382,8 +382,8 @@ def split_exponent(y):
     return y.like(n), y.like(b.bitcast(inverse, y.llvm()))
 
 
-def split_power(s, more, most):
-    """(factor, j) of a float64 s = factor·2**j; j is the exponent of s and `more`.
+def split_power(s, more, most, _elem):
+    """(factor, j) of a float64 s = factor·2**j, float64; j is the exponent of s and `more`.
 
     It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
     """

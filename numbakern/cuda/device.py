@@ -244,17 +244,18 @@ def split_exponent(y):
     return convert(above >> 20, "f8"), inverse
 
 
-def split_power(s, more, most):
-    """(factor, j) with s = factor·2**j; j is the exponent of s and `more`, of the kind of s.
+def split_power(s, more, most, elem):
+    """(factor, j) of `elem`, of a float64 s = factor·2**j; j is the exponent of s and `more`.
 
     It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
     """
-    bits, bias = (23, 127) if s.elem == "f4" else (52, 1023)
-    exponent = (bits_of(s) >> bits) & (2 * bias + 1)
-    j = smaller_integer(exponent - (bias - more), most)
-    magic = 1.5 * 2.0**bits  # whose lowest bits take an integer up
-    number = float_of(bits_of(constant(s, magic, s.elem)) + j) - magic
-    return s * float_of((bias - j) << bits), number
+    exponent = (split(s)[1] >> 20) & 0x7FF
+    j = smaller_integer(exponent - (1023 - more), most)
+    factor = s * join(constant(j, 0, "i4"), (1023 - j) << 20)
+    if elem == "f8":
+        return factor, convert(j, elem)
+    magic = constant(s, 1.5 * 2.0**23, elem)  # whose lowest bits take an integer up
+    return convert(factor, elem), float_of(bits_of(magic) + j) - magic
 
 
 def reciprocal(b):

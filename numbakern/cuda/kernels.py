@@ -31,8 +31,8 @@ from numbakern.cuda.softmax import (
     decay,
     exponentials,
     log_sum_exp,
+    root_of_exp,
     rough_exp,
-    rough_exp_times,
     row_log_sum,
     safe,
     scaled_exp,
@@ -359,14 +359,18 @@ class LogSoftmaxBackward(Operation):
         return [convert(grad, "f8")]
 
     def finish(self, row, reduced):
-        """The sum, as `exp_factor` has it."""
-        return exp_factor(convert(total_of(reduced), self.elem), self.elem)
+        """The sum, of results that are no halves as `exp_factor` has it."""
+        total = total_of(reduced)
+        return (convert(total, self.elem),) if self.rough else exp_factor(total, self.elem)
 
     def value(self, params, grad, y, _w):
         """The gradient."""
+        if self.rough:
+            (total,) = params
+            root = root_of_exp(y)
+            return formulas.log_softmax_grad(grad, root, root * total)
         factor, j = params
-        e = rough_exp_times(y, j) if self.rough else exp_times(y, j)
-        return formulas.log_softmax_grad(grad, e, factor)
+        return formulas.log_softmax_grad(grad, exp_times(y, j), factor)
 
 
 class SoftmaxBackward(Operation):

@@ -10,7 +10,6 @@ import math
 from typing import Any, NamedTuple
 
 from numbakern.cuda.device import (
-    add_exponent,
     at_least,
     bits_of,
     constant,
@@ -104,26 +103,22 @@ def scaled_exp(x, base, magic, floor, halves=False):
     `halves`: of a float16 or bfloat16 x, at most 3 ulp of float32 off.
     """
     h = at_least(x - base, floor)
-    return _exp_of_half(h, magic) if halves else exp_scaled(h, magic)
+    return exp_scaled(h, magic, exp2=exp2 if halves else None)
 
 
 def rough_exp(x, base, magic):
     """exp(x − m) / factor, for results that are halves themselves: off by 1e-5 of it at most."""
-    return rough_exp_times(x - base, magic - EXP_RANGE["f4"].magic)
-
-
-def rough_exp_times(h, j):
-    """As vmath.exp_times, off by 1e-5 of it at most."""
+    span = EXP_RANGE["f4"]
     # Rounded once, of at most 128; the rest of log2(e) is 2e-8 of an h of at most 700.
-    return exp2(fma(h, EXP_RANGE["f4"].log2_e[0], j))
+    return exp2(fma(x - base, span.log2_e[0], magic - span.magic))
 
 
-def _exp_of_half(h, magic):
-    """As vmath.exp_scaled, by the hardware's 2**f."""
-    high, low = EXP_RANGE["f4"].log2_e
-    t = fma(h, high, magic)
-    f = fma(h, low, fma(h, high, magic - t))
-    return add_exponent(exp2(f), t)
+def root_of_exp(y):
+    """√exp(y), 1 of 0: a normal number for all y of which exp(y) times a large sum may be one.
+
+    For results that are halves themselves: the square is off by 5e-7 + 6e-8·abs(y) of it at most.
+    """
+    return exp2(y * (0.5 * EXP_RANGE["f4"].log2_e[0]))
 
 
 def share_of(op, row, left, numbers, m):
@@ -228,7 +223,8 @@ def _apart(words, kind, m):
             # What is the maximum counts as −inf: nothing in the sum.
             word = (word & ~is_top) | (is_top & lowest)
             halves = (unpack_half(word, part, kind) for part in (False, True))
-            yield sum_tree(_exp_of_half(at_least(x - base, floor), magic) for x in halves)
+            hs = (at_least(x - base, floor) for x in halves)
+            yield sum_tree(exp_scaled(h, magic, exp2=exp2) for h in hs)
 
     rest = convert(sum_tree(terms()), "f8") * factor
     # Each low half that is one adds 2**16 − 1, each high one −2**16.
