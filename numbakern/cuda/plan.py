@@ -32,6 +32,7 @@ from numbakern.cuda.softmax import width
 from numbakern.cuda.tiles import WORD, Staged, StagedAnywhere, run_of, size_of
 from numbakern.cuda.totals import Sums
 from numbakern.cuda.ways import (
+    EXACT,
     KEEPING,
     LANE_REGISTERS,
     MACHINE,
@@ -411,8 +412,7 @@ class _Planner:
         # What stores may take of it, and sums of the warps.
         room = rows.room * KEEPING[1]
         room += totals.ROOM if scales and self._blocks_may_count else 0
-        # Sums in two parts take the registers that next rows want.
-        ahead = self.machine.ahead and rows.copied and not op.exact
+        ahead = self.machine.ahead and rows.copied
         machine = self.machine._replace(shared=self.machine.shared - room, ahead=ahead)
         found, constants = launches(
             part,
@@ -421,7 +421,8 @@ class _Planner:
             numbers,
             rows.shelf,
             rows.mapped,
-            self._lane_registers(part, op.halves, rows),
+            # In turn beside others they need as many as they would take alone.
+            self._lane_registers(part, op.halves, rows) + (EXACT if ahead and op.exact else 0),
             columns,
             machine,
             bool(rows.tiles),

@@ -80,6 +80,8 @@ ENGAGED = 10
 """Busy warps of one that is alone from which on more room for next rows is worth more than more."""
 TURNING, TURNED = 8, 80
 """Registers of a lane that are for the next rows meanwhile, about; all of them, at least."""
+EXACT = 40
+"""Registers of a lane more, for rows in turn whose sums are in two parts."""
 PARTS = 8
 """Of a device that has clusters, each of which lies within one: no fewer multiprocessors than all
 over these are in each."""
