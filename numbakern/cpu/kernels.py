@@ -94,14 +94,15 @@ def rest_and_count(x, _y, _w, params):
     m, base, magic, floor, *constants = params
     below = x < m
     h = x - base
-    return where(below & (h > floor), exp_scaled(h, magic, constants), 0.0), below
+    # −0 is what an addition under a mask needs no instruction for.
+    return where(below & (h > floor), exp_scaled(h, magic, constants), -0.0), below
 
 
 def rest_count_and_all(x, _y, _w, params):
     """`rest_and_count`, and the exponentials of all elements to be kept for a map."""
     m, *centred = params
     below, e = x < m, exponential(x, *centred)
-    return where(below, e, 0.0), below, e
+    return where(below, e, -0.0), below, e
 
 
 def log_softmax(walker):
