@@ -6,9 +6,11 @@ as one batch. The order of every sum is fixed by the number of classes and the t
 `tiles` adds in the same order: a row's bits depend neither on the layout nor on its neighbours.
 
 The order: a step is four vectors, (v0 + v1) + (v2 + v3); a group is STEPS steps one after the
-other; the lanes of a group are added in a tree; groups are added one after the other in float64
-with the rounding errors kept; blocks are joined by `state.join_block`. Where terms of float64 may
-cancel, all of these additions keep their rounding errors (`exact`).
+other. Of a stretch of one group the lanes are added in a tree. Of a longer one the lanes of all
+groups are added in float64, one group after the other (of float64 with the rounding errors kept;
+of float32 the two halves of a vector first), and these in a tree. Blocks are joined by
+`state.join_block`, or added likewise. Where terms of float64 may cancel, all of these additions
+keep their rounding errors (`exact`).
 
 A map that needs the exponentials again takes those that were summed, relative to their block's
 maximum (see `state.choose_ref`): from scratch memory where the row is short enough for it, else
@@ -29,6 +31,7 @@ from numbakern.cpu.simd import (
     convert,
     each,
     first_lanes,
+    halves,
     lane_fold,
     lane_max,
     larger,
@@ -208,22 +211,47 @@ def add_four(total, pairs, exact):
     return add_pairs(total, step, exact)
 
 
-def add_group(sums, group, exact):
-    """(a, a_low, b) and what a group comes to: its a and b."""
+def alone(group, exact):
+    """(a, a_low, b) of a stretch that is one group, of its a and b in float64."""
+    a, b = group
+    nothing = a.like(a.constant(0.0))
+    return (a, b, nothing) if exact else (a, nothing, b)
+
+
+def add_group(sums, group, elem, exact):
+    """(a, a_low, b) in some lanes, and what a group comes to there, in float64: its a and b."""
     (a, a_low, b), (group_a, group_b) = sums, group
+    if elem == "f4":  # float64 has the bits to spare
+        return a + group_a, a_low, b + group_b
     a, e = two_sum(a, group_a)
     return (a, a_low + (e + group_b), b) if exact else (a, a_low + e, b + group_b)
 
 
-def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
+def add_lanes(first, second, elem):
+    """The sum of (a, a_low, b) in some lanes and in others."""
+    if elem == "f4":
+        (a0, nothing, b0), (a1, _, b1) = first, second
+        return a0 + a1, nothing, b0 + b1
+    return add_blocks(first, second)
+
+
+def add_blocks(first, second):
+    """The sum of (a, a_low, b) of two blocks, and of other stretches of float64."""
+    (*parts, b0), (*others, b1) = first, second
+    return *exact_sum(parts, others), b0 + b1
+
+
+def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=False):
     """Sum two terms over a stretch of a row, in the canonical order.
 
     Parameters
     ----------
     terms : function (x, y, w, params) -> (a, b) or (a, b, kept)
-        Vectors to be added up; b may be a mask, whose lanes are counted. Traced.
+        Vectors to be added up. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
+    counts : bool
+        Whether b is a mask, whose lanes are counted: exact in any order.
     exact : bool
         Whether b is what a was rounded by, and there is one sum, of a + b: no addition rounds.
 
@@ -237,6 +265,7 @@ def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
     operands_at = Operands(x_access, y_access, w_access)
     lanes, size = x_access.lanes, x_access.size
     step, group = 4 * lanes, 4 * lanes * STEPS
+    wide_lanes = lanes // 2 if elem == "f4" else lanes
 
     def keep(v, kept, j):
         if v:
@@ -258,7 +287,7 @@ def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
             a, b, *v = terms(*operands_at.part(operands, j + i * lanes, n), params)
             keep(v, kept, j + i * lanes)
             inside = first_lanes(n - (j + i * lanes), lanes)
-            b = b & inside if is_mask(b) else where(inside, b, -0.0)
+            b = b & inside if counts else where(inside, b, -0.0)
             four.append((where(inside, a, -0.0), b))
         return add_four((group_a, group_b), four, exact)
 
@@ -272,16 +301,47 @@ def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
         return zeros(j, elem, lanes)
 
     @traced
-    def close(a, a_low, b, group_a, group_b):
+    def zero8(j):
+        return zeros(j, "f8", wide_lanes)
+
+    @traced
+    def next_b(group_b):
+        """What b of the next group begins with: it goes on counting."""
+        return group_b if counts else zeros(group_b, elem, lanes)
+
+    def widened(v):
+        """Lanes in float64; of float32, added to those that are half a vector apart."""
+        if elem == "f8":
+            return v
+        low, high = halves(v)
+        return convert(low + high, "f8")
+
+    def counted(group_b):
+        (b,) = lane_fold([group_b], lambda low, high: [low[0] + high[0]])
+        return convert(b, "f8")
+
+    @traced
+    def more(a, a_low, b, group_a, group_b):
+        wide_b = b.like(b.constant(0.0)) if counts else widened(group_b)
+        return add_group((a, a_low, b), (widened(group_a), wide_b), elem, exact)
+
+    @traced
+    def close_alone(group_a, group_b):
         group = lane_fold((group_a, group_b), lambda low, high: add_pairs(low, high, exact))
-        return add_group((a, a_low, b), [convert(v, "f8") for v in group], exact)
+        return alone([convert(v, "f8") for v in group], exact)
+
+    @traced
+    def close(a, a_low, b, group_b):
+        a, a_low, b = lane_fold((a, a_low, b), lambda low, high: add_lanes(low, high, elem))
+        return a, a_low, counted(group_b) if counts else b
 
     @device
     def sums(operands, n, ahead, params, kept):
-        a = a_low = b = 0.0
+        a = a_low = b = zero8(n)
+        group_a = group_b = zero(n)
         j = 0
         while j < n:
-            group_a = group_b = zero(j)
+            group_a, group_b = zero(j), next_b(group_b)
             end = min(j + group, n)
             while j + step <= end:
                 group_a, group_b = whole(group_a, group_b, operands, j, params, kept)
@@ -291,8 +351,10 @@ def make_sums(terms, elem, x_access, y_access, w_access, exact=False):
             if j < end:
                 group_a, group_b = part(group_a, group_b, operands, j, n, params, kept)
                 j += step
-            a, a_low, b = close(a, a_low, b, group_a, group_b)
-        return a, a_low, b
+            a, a_low, b = more(a, a_low, b, group_a, group_b)
+        if n <= group:
+            return close_alone(group_a, group_b)
+        return close(a, a_low, b, group_b)
 
     return sums
 
@@ -520,7 +582,7 @@ class Rows:
         x_access = self.x_access
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
         block_max = make_block_max(x_access, self.elem)
-        sums = make_sums(terms, self.elem, x_access, None, None)
+        sums = make_sums(terms, self.elem, x_access, None, None, counts=True)
         elem = self.elem
         centre_block = each_eight(lambda rows: centre_on(rows, get(rows, "block_m"), elem))
         finish = make_finish(elem, then)
@@ -566,14 +628,30 @@ class Rows:
         With the parameters in these slots, into sum_a, sum_a_low and sum_b. `exact`: as
         `make_sums`.
         """
-        sums = make_sums(terms, elem, *self._inputs, exact)
+        sums = make_sums(terms, elem, *self._inputs, exact=exact)
         operands, params, classes = self._operands, self._params(names, elem), integer("classes")
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
+        block, size = BLOCK[self.elem], SIZES[self.elem]
+
+        @traced
+        def behind(operands, j):
+            """The operands from class j on."""
+            x, x_step, y, y_step, w = operands
+            return x + j * x_step, x_step, y + j * y_step, y_step, w + j * size
+
+        @traced
+        def more(a, low, b, next_a, next_low, next_b):
+            return add_blocks((a, low, b), (next_a, next_low, next_b))
 
         @device
         def add(frame, state, count):
+            n = classes(frame)
             for i in range(count):
-                a, low, b = sums(operands(frame, state, i), classes(frame), 0, params(state, i), 0)
+                row, values = operands(frame, state, i), params(state, i)
+                a, low, b = sums(row, min(n, block), 0, values, 0)
+                for j in range(block, n, block):
+                    found = sums(behind(row, j), min(n - j, block), 0, values, 0)
+                    a, low, b = more(a, low, b, *found)
                 put_f64(state + s_a + 8 * i, a)
                 put_f64(state + s_a_low + 8 * i, low)
                 put_f64(state + s_b + 8 * i, b)

@@ -403,18 +403,17 @@ def lane_fold(values, combine):
 
     Their halves are combined until one lane is left: scalars.
     """
-    lanes = values[0].lanes
-    while lanes > 1:
-        lanes //= 2
-        low, high = ([_lanes_from(v, at, lanes) for v in values] for at in (0, lanes))
-        values = combine(low, high)
+    while values[0].lanes > 1:
+        values = combine(*zip(*map(halves, values), strict=True))
     return [first_lane(v) for v in values]
 
 
-def _lanes_from(v, first, count):
+def halves(v):
+    """The lower half of the lanes, and the upper one."""
+    count, b = v.lanes // 2, v.builder
     undefined, index = ir.Constant(v.value.type, ir.Undefined), ir.VectorType(_i32, count)
-    places = ir.Constant(index, list(range(first, first + count)))
-    return v.like(v.builder.shuffle_vector(v.value, undefined, places), lanes=count)
+    places = (ir.Constant(index, list(range(i, i + count))) for i in (0, count))
+    return [v.like(b.shuffle_vector(v.value, undefined, p), lanes=count) for p in places]
 
 
 def lane_sum(v):

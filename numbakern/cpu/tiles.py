@@ -19,9 +19,12 @@ from numbakern.cpu.rows import (
     BLOCK,
     STEPS,
     Access,
+    add_blocks,
     add_four,
     add_group,
+    add_lanes,
     add_pairs,
+    alone,
     count,
     make_put_x_labels,
     row_offsets,
@@ -71,8 +74,9 @@ _ALL = 1 << 40  # more vectors than a panel has
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
 
-_WORK = SIZE  # lane sums of a column: areas of 16 lanes of 16 float64 at most, for each term
-_PARAMS = _WORK + 8 * 16 * 128  # parameters of a map, in the type computed in
+# Lane sums of a column, areas of 16 lanes of 16 float64 at most: of a group, of all groups.
+_WORK, _GROUPS = SIZE, SIZE + 8 * 16 * 128
+_PARAMS = _GROUPS + 3 * 16 * 128  # parameters of a map, in the type computed in
 _MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of two panels' rows, in the type computed in
 _TILE = _MAXIMA + 2 * 8 * PANEL_ROWS
 
@@ -588,16 +592,15 @@ class Tiles:
         return inputs
 
     def _make_column_sums(self, terms, elem, counts=False, exact=False):
-        """sums(operands, n, params, work, so_far) -> (a, a_low, b) of a vector of columns, float64.
+        """sums(operands, n, params, state) -> (a, a_low, b) of a vector of columns, float64.
 
-        `so_far`: the same of the classes before, or None. `counts` tells that the second term is a
-        mask: a count is exact in any order. A third term replaces x in the tile. `exact`: as
-        `rows.make_sums`.
+        `counts`, `exact`: as `rows.make_sums`. A third term replaces x in the tile.
         """
         inputs, lanes = self._inputs_at(), self._lanes
         step, group = 4 * lanes, 4 * lanes * STEPS
         line = lanes * SIZES[elem]  # work: a line a lane, for each term and then the pairs
         area = lanes * line
+        wide_lanes, wide_line = lanes // 2 if elem == "f4" else lanes, lanes * 8
 
         def put(at, lane, a, b):
             """A lane's sums. A count is not kept by lanes."""
@@ -656,30 +659,64 @@ class Tiles:
             return zeros(j, elem, lanes)
 
         @traced
-        def zero8(j):
-            return zeros(j, "f8", lanes)
-
-        @traced
         def plus(a, b):
             return a + b
 
-        @traced
-        def group_sums(work, total):
-            """Add the lanes in a tree."""
-            sums = [load(work, lane) for lane in range(lanes)]
+        def in_tree(sums, combine):
             while len(sums) > 1:
                 half = len(sums) // 2
-                sums = [both(*pair) for pair in zip(sums[:half], sums[half:], strict=True)]
-            a, b = sums[0]
-            return convert(a, "f8"), convert(total if counts else b, "f8")
+                sums = [combine(*pair) for pair in zip(sums[:half], sums[half:], strict=True)]
+            return sums[0]
 
         @traced
-        def first_group(nothing, group_a, group_b):
-            return (group_a, group_b, nothing) if exact else (group_a, nothing, group_b)
+        def close_alone(work, total):
+            """Of the only group: add its lanes."""
+            a, b = in_tree([load(work, lane) for lane in range(lanes)], both)
+            return alone((convert(a, "f8"), convert(total if counts else b, "f8")), exact)
+
+        # Of all groups' a, a_low and b, what there is.
+        used = True, elem == "f8", not (counts or exact)
+
+        def place(groups, lane, i):
+            return groups + (i * wide_lanes + lane) * wide_line
+
+        def load_all(groups, lane):
+            nothing = zeros(groups, "f8", lanes)
+            places = [place(groups, lane, i) for i in range(3)]
+            return [
+                load_vector(p, "f8", lanes) if on else nothing
+                for p, on in zip(places, used, strict=True)
+            ]
+
+        def put_all(groups, lane, sums):
+            for i, v in enumerate(sums):
+                if used[i]:
+                    store_vector(place(groups, lane, i), v)
+
+        def widened(work, lane):
+            """A lane of the group in float64; of float32, added to the one half a vector apart."""
+            a, b = load(work, lane)
+            if elem == "f4":
+                a, b = both((a, b), load(work, lane + wide_lanes))
+            a = convert(a, "f8")
+            return a, a.like(a.constant(0.0)) if b is None else convert(b, "f8")
 
         @traced
-        def next_group(a, a_low, b, group_a, group_b):
-            return add_group((a, a_low, b), (group_a, group_b), exact)
+        def set_all(groups, work):
+            for lane in range(wide_lanes):
+                put_all(groups, lane, alone(widened(work, lane), exact))
+
+        @traced
+        def add_all(groups, work):
+            for lane in range(wide_lanes):
+                group = widened(work, lane)
+                put_all(groups, lane, add_group(load_all(groups, lane), group, elem, exact))
+
+        @traced
+        def close(groups, total):
+            found = [load_all(groups, lane) for lane in range(wide_lanes)]
+            a, a_low, b = in_tree(found, lambda first, second: add_lanes(first, second, elem))
+            return a, a_low, convert(total, "f8") if counts else b
 
         @device
         def pair(at, operands, j, n, params, total):
@@ -694,16 +731,11 @@ class Tiles:
             return total
 
         @device
-        def sums(operands, n, params, work, so_far):
-            if so_far is None:
-                a = a_low = b = zero8(n)
-            else:
-                a, a_low, b = so_far
-            g = 0
-            while g < n:
+        def sums(operands, n, params, state):
+            work, groups, total = state + _WORK, state + _GROUPS, zero(n)
+            for g in range(0, n, group):
                 end = min(g + group, n)
                 rest = end - (end - g) % step  # where the last step begins, if it is not full
-                total = zero(n)
                 if rest > g:
                     for lane in range(lanes):
                         lane_a = lane_b = zero(n)
@@ -721,13 +753,11 @@ class Tiles:
                         add_area(at, other)
                     if rest > g:
                         add_area(work, at)
-                group_a, group_b = group_sums(work, total)
-                if so_far is None and g == 0:  # mostly the only one
-                    a, a_low, b = first_group(a, group_a, group_b)
-                else:
-                    a, a_low, b = next_group(a, a_low, b, group_a, group_b)
-                g += group
-            return a, a_low, b
+                if g > 0:
+                    add_all(groups, work)
+                elif n > group:
+                    set_all(groups, work)
+            return close(groups, total) if n > group else close_alone(work, total)
 
         return sums
 
@@ -783,7 +813,7 @@ class Tiles:
                 take_maxima(state, count)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, x, x, pitch)
-                    a, low, below = sums(operands, length, params(state, c), state + _WORK, None)
+                    a, low, below = sums(operands, length, params(state, c), state)
                     if j == 0:
                         put_first(state, c, a, low, minus(length, below))
                     else:
@@ -809,9 +839,10 @@ class Tiles:
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
 
         @traced
-        def so_far(state, c):
+        def more(state, c, a, a_low, b):
             slots = (SLOT[name] for name in ("sum_a", "sum_a_low", "sum_b"))
-            return tuple(load_vector(state + slot + 8 * c, "f8", lanes) for slot in slots)
+            before = [load_vector(state + slot + 8 * c, "f8", lanes) for slot in slots]
+            return add_blocks(before, (a, a_low, b))
 
         @device
         def add(frame, state, count):
@@ -823,11 +854,9 @@ class Tiles:
                 pack(frame, state, count, j, length)
                 for c in range(0, count, lanes):
                     operands = (x + c * size, y + c * size, weight(frame) + j * size, pitch)
-                    if j == 0:
-                        found = sums(operands, length, params(state, c), state + _WORK, None)
-                    else:
-                        before = so_far(state, c)
-                        found = sums(operands, length, params(state, c), state + _WORK, before)
+                    found = sums(operands, length, params(state, c), state)
+                    if j > 0:
+                        found = more(state, c, *found)
                     put_sums(state, c, *found)
                 j += block
 
