@@ -150,12 +150,10 @@ def _exp_parts(h, magic, constants=(), exp2=None):
 def exp_factor(s, elem):
     """(factor, j) such that s·exp(y) = factor·`exp_times`(y, j), for a map in `elem`; s is float64.
 
-    The power of two of s is in j, and of the factor so little is left that exponentials are normal
-    numbers wherever their products with s are not 0, for s to 2**102 (2**969 in float64).
+    The power of two of a large s is in j ≥ 0: exponentials are normal numbers wherever their
+    products with s are, but of the largest s, for exp(0) has to be finite.
     """
-    span = EXP_RANGE[elem]
-    # Not of the largest s: exp(0) has to be finite.
-    return s.ops.split_power(s, span.digits + 1, span.exponents[1] - 1, elem)
+    return s.ops.split_power(s, 2, EXP_RANGE[elem].exponents[1] - 1, elem)
 
 
 def exp_times(y, j):

@@ -385,12 +385,12 @@ def split_exponent(y):
 def split_power(s, more, most, _elem):
     """(factor, j) of a float64 s = factor·2**j, float64; j is the exponent of s and `more`.
 
-    It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
+    But not below 0, nor above `most`, which is smaller than the largest exponent.
     """
     b, bits = s.builder, s.constant(52, "i8")
     exponent = b.lshr(b.bitcast(s.value, s.llvm("i8")), bits)
     exponent = s.like(b.and_(exponent, s.constant(0x7FF, "i8")), "i8")
-    j = smaller(exponent - (1023 - more), most)
+    j = larger(smaller(exponent - (1023 - more), most), 0)
     inverse = s.like(b.bitcast(b.shl((1023 - j).value, bits), s.llvm()))
     return s * inverse, s.like(b.sitofp(b.trunc(j.value, s.llvm("i4")), s.llvm()))
 

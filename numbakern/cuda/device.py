@@ -247,10 +247,11 @@ def split_exponent(y):
 def split_power(s, more, most, elem):
     """(factor, j) of `elem`, of a float64 s = factor·2**j; j is the exponent of s and `more`.
 
-    It is `most` at most, below the largest exponent; the factor of a normal s from 2**−more on.
+    But not below 0, nor above `most`, which is smaller than the largest exponent.
     """
     exponent = (split(s)[1] >> 20) & 0x7FF
     j = smaller_integer(exponent - (1023 - more), most)
+    j = where(j < 0, 0, j)
     factor = s * join(constant(j, 0, "i4"), (1023 - j) << 20)
     if elem == "f8":
         return factor, convert(j, elem)
