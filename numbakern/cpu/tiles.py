@@ -137,6 +137,14 @@ def _tile_size(elem, classes, columns):
 _PAD = 64  # between the classes of a tile: no power of two, which would fall into one cache set
 
 
+def _in_tree(values, combine):
+    """What values come to, a power of two of them, halves combined as by `simd.lane_fold`."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [combine(*pair) for pair in zip(values[:half], values[half:], strict=True)]
+    return values[0]
+
+
 class Tiles:
     """The walker for tiles; what `kernels` needs, like `rows.Rows`.
 
@@ -522,11 +530,8 @@ class Tiles:
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
                 if maxima:
-                    while len(columns) > 1:  # in a tree: no long chain of waiting
-                        half = len(columns) // 2
-                        pairs = zip(columns[:half], columns[half:], strict=True)
-                        columns = [larger(v, m) for v, m in pairs]
-                    store_vector(most, larger(columns[0], load_vector(most, elem, lanes)))
+                    m = _in_tree(columns, larger)
+                    store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
             @device
             def pack(state, now, tile, pitch, count, j0, n, step, limit):
@@ -662,16 +667,10 @@ class Tiles:
         def plus(a, b):
             return a + b
 
-        def in_tree(sums, combine):
-            while len(sums) > 1:
-                half = len(sums) // 2
-                sums = [combine(*pair) for pair in zip(sums[:half], sums[half:], strict=True)]
-            return sums[0]
-
         @traced
         def close_alone(work, total):
             """Of the only group: add its lanes."""
-            a, b = in_tree([load(work, lane) for lane in range(lanes)], both)
+            a, b = _in_tree([load(work, lane) for lane in range(lanes)], both)
             return alone((convert(a, "f8"), convert(total if counts else b, "f8")), exact)
 
         # Of all groups' a, a_low and b, what there is.
@@ -715,7 +714,7 @@ class Tiles:
         @traced
         def close(groups, total):
             found = [load_all(groups, lane) for lane in range(wide_lanes)]
-            a, a_low, b = in_tree(found, lambda first, second: add_lanes(first, second, elem))
+            a, a_low, b = _in_tree(found, lambda first, second: add_lanes(first, second, elem))
             return a, a_low, convert(total, "f8") if counts else b
 
         @device

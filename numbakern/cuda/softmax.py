@@ -286,8 +286,9 @@ def sum_of_terms(op, row, left, numbers):
         for i, x, y, w in numbers:
             there = is_there(left, i, x)
             term = [where(there, v, 0.0) for v in op.term(row, x, y, w)]
-            # Of −0 no addition is left.
-            yield term + [constant(v, -0.0, "f8") for v in term][: op.exact and len(term) < 2]
+            if op.exact and len(term) == 1:
+                term.append(constant(term[0], -0.0, "f8"))  # of which no addition is left
+            yield term
 
     return list(tree(terms(), sum_of(op)))
 
