@@ -147,26 +147,18 @@ def _exp_parts(h, magic, constants=(), exp2=None):
     return exp2(f) if exp2 else ops.fma(f, ops.polynomial(coefficients, f), one), t
 
 
-def exp_factor(s, elem):
-    """(factor, j) such that s·exp(y) = factor·`exp_times`(y, j), for a map in `elem`; s is float64.
+def root_of_exp(y):
+    """√exp(y) of any y, at most 1 ulp off; 0 where it would be subnormal.
 
-    The power of two of a large s is in j ≥ 0: exponentials are normal numbers wherever their
-    products with s are, but of the largest s, for exp(0) has to be finite.
-    """
-    return s.ops.split_power(s, 2, EXP_RANGE[elem].exponents[1] - 1, elem)
-
-
-def exp_times(y, j):
-    """exp(y)·2**j of any y and a whole number j, at most 1 ulp off.
-
-    Results below about the smallest normal number are flushed to 0.
+    Its square times a large number loses nothing of what is a normal number at last, where exp(y)
+    alone would be flushed.
     """
     ops, span = y.ops, EXP_RANGE[y.elem]
-    p, t = _exp_parts(y, span.magic)
-    t = t + j  # not before: who waits for j has y read and worked on meanwhile
-    low, high = (span.magic + n for n in span.exponents)
-    e = ops.where(t > high, math.inf, ops.add_exponent(p, t))
-    e = ops.where(t < low, 0.0, e)
+    high, low, *others = exp_constants(y.elem)
+    p, t = _exp_parts(y, span.magic, (0.5 * high, 0.5 * low, *others))
+    least, most = (span.magic + n for n in span.exponents)
+    e = ops.where(t > most, math.inf, ops.add_exponent(p, t))
+    e = ops.where(t < least, 0.0, e)
     return ops.where(y == y, e, y)
 
 

@@ -47,12 +47,11 @@ from numbakern.cpu.state import (
 )
 from numbakern.vmath import (
     LN_2,
-    exp_factor,
     exp_nonpositive,
     exp_scaled,
-    exp_times,
     expm1_nonpositive,
     is_finite,
+    root_of_exp,
     whole_sum,
 )
 
@@ -156,23 +155,20 @@ def logsumexp(walker):
 
 def log_softmax_backward(walker):
     """out = x − exp(y)·Σx, for the gradient x and the output y of log_softmax."""
-    elem = walker.elem
 
     def terms(grad, _y, _w, _params):
         grad = convert(grad, "f8")
         return grad, _nothing(grad)
 
     def value(grad, y, _w, params):
-        factor, j = params
-        return formulas.log_softmax_grad(grad, exp_times(y, j), factor)
+        root = root_of_exp(y)
+        return formulas.log_softmax_grad(grad, root, root * params[0])
 
     @each_eight
     def total(rows):
-        grad_sum = whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low"))
-        factor, j = exp_factor(grad_sum, elem)
-        put(rows, p0=factor, p1=j)
+        put(rows, p0=whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low")))
 
-    return _backward(walker, terms, total, value, ("p0", "p1"))
+    return _backward(walker, terms, total, value, ("p0",))
 
 
 def softmax_backward(walker):

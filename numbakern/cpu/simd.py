@@ -382,19 +382,6 @@ def split_exponent(y):
     return y.like(n), y.like(b.bitcast(inverse, y.llvm()))
 
 
-def split_power(s, more, most, _elem):
-    """(factor, j) of a float64 s = factor·2**j, float64; j is the exponent of s and `more`.
-
-    But not below 0, nor above `most`, which is smaller than the largest exponent.
-    """
-    b, bits = s.builder, s.constant(52, "i8")
-    exponent = b.lshr(b.bitcast(s.value, s.llvm("i8")), bits)
-    exponent = s.like(b.and_(exponent, s.constant(0x7FF, "i8")), "i8")
-    j = larger(smaller(exponent - (1023 - more), most), 0)
-    inverse = s.like(b.bitcast(b.shl((1023 - j).value, bits), s.llvm()))
-    return s * inverse, s.like(b.sitofp(b.trunc(j.value, s.llvm("i4")), s.llvm()))
-
-
 # ---------------------------------------------------------------- across lanes
 
 

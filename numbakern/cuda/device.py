@@ -244,21 +244,6 @@ def split_exponent(y):
     return convert(above >> 20, "f8"), inverse
 
 
-def split_power(s, more, most, elem):
-    """(factor, j) of `elem`, of a float64 s = factor·2**j; j is the exponent of s and `more`.
-
-    But not below 0, nor above `most`, which is smaller than the largest exponent.
-    """
-    exponent = (split(s)[1] >> 20) & 0x7FF
-    j = smaller_integer(exponent - (1023 - more), most)
-    j = where(j < 0, 0, j)
-    factor = s * join(constant(j, 0, "i4"), (1023 - j) << 20)
-    if elem == "f8":
-        return factor, convert(j, elem)
-    magic = constant(s, 1.5 * 2.0**23, elem)  # whose lowest bits take an integer up
-    return convert(factor, elem), float_of(bits_of(magic) + j) - magic
-
-
 def reciprocal(b):
     """1 / b to an ulp, of a positive normal float64 below 2**1000: no division subroutine."""
     r = float_of(0x7FDE623822FC16E6 - bits_of(b))  # 12 % off; each step squares that

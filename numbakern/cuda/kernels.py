@@ -31,8 +31,8 @@ from numbakern.cuda.softmax import (
     decay,
     exponentials,
     log_sum_exp,
-    root_of_exp,
     rough_exp,
+    rough_root_of_exp,
     row_log_sum,
     safe,
     scaled_exp,
@@ -41,11 +41,10 @@ from numbakern.cuda.softmax import (
 from numbakern.cuda.totals import divisor_of, node_of, put_result, quotient
 from numbakern.vmath import (
     LN_2,
-    exp_factor,
     exp_nonpositive,
-    exp_times,
     expm1_nonpositive,
     is_finite,
+    root_of_exp,
 )
 
 BAD_BITS = 24
@@ -359,18 +358,13 @@ class LogSoftmaxBackward(Operation):
         return [convert(grad, "f8")]
 
     def finish(self, row, reduced):
-        """The sum, of results that are no halves as `exp_factor` has it."""
-        total = total_of(reduced)
-        return (convert(total, self.elem),) if self.rough else exp_factor(total, self.elem)
+        """The sum."""
+        return (convert(total_of(reduced), self.elem),)
 
     def value(self, params, grad, y, _w):
         """The gradient."""
-        if self.rough:
-            (total,) = params
-            root = root_of_exp(y)
-            return formulas.log_softmax_grad(grad, root, root * total)
-        factor, j = params
-        return formulas.log_softmax_grad(grad, exp_times(y, j), factor)
+        root = rough_root_of_exp(y) if self.rough else root_of_exp(y)
+        return formulas.log_softmax_grad(grad, root, root * params[0])
 
 
 class SoftmaxBackward(Operation):

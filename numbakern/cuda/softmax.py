@@ -113,10 +113,10 @@ def rough_exp(x, base, magic):
     return exp2(fma(x - base, span.log2_e[0], magic - span.magic))
 
 
-def root_of_exp(y):
-    """√exp(y), 1 of 0: a normal number for all y of which exp(y) times a large sum may be one.
+def rough_root_of_exp(y):
+    """As vmath.root_of_exp, for results that are halves themselves; 1 of 0.
 
-    For results that are halves themselves: the square is off by 5e-7 + 6e-8·abs(y) of it at most.
+    The square is off by 5e-7 + 6e-8·abs(y) of it at most.
     """
     return exp2(y * (0.5 * EXP_RANGE["f4"].log2_e[0]))
 
