@@ -174,7 +174,8 @@ def test_backward_of_rows(dtype, classes):
         at = np.maximum(size, p * size.sum(axis=1, keepdims=True))
         want = reference.log_softmax_backward(g, y, work=WORK)
         at = np.maximum(at, abs(want))
-        assert accuracy.errors(out, want, dtype, at).max() <= bound(dtype, 3.0)
+        # An ulp of the root, twice, and two roundings: the goal of every gradient.
+        assert accuracy.errors(out, want, dtype, at).max() <= bound(dtype, 4.0)
         y = placed(reference.softmax(x).astype(dtype), offset)
         run("softmax_backward", {"x": g, "y": y, "out": out}, 1)
         p = reference.exact(y, WORK)
