@@ -16,11 +16,6 @@ def nll_value(x, m, log_sum):
     return (m - x) + log_sum
 
 
-def log_softmax_grad(grad, p, grad_sum):
-    """Gradient of log_softmax with respect to x: g − p·Σg."""
-    return grad - p * grad_sum
-
-
 def softmax_grad(grad, y, dot):
     """Gradient of softmax with respect to x: y·(g − Σ g·y)."""
     return y * (grad - dot)

@@ -68,10 +68,8 @@ class ExpRange:
 
     Attributes
     ----------
-    digits : int
-        Bits of the significand.
     magic : float
-        1.5·2**(digits − 1): adding it rounds to an integer, which stands in the lowest bits.
+        1.5·2**(mantissa bits): adding it rounds to an integer, which stands in the lowest bits.
     scale : float
         Exponentials are computed times 2**scale, so that those far below the maximum, whose sum
         is a confident row's loss, are normal numbers down to exp(floor).
@@ -85,16 +83,17 @@ class ExpRange:
         log2(e) in two parts of the element kind.
     """
 
-    def __init__(self, digits, scale, floor, near, exponents, log2_e):
-        self.digits, self.magic = digits, 1.5 * 2.0 ** (digits - 1)
-        self.scale, self.floor, self.near = scale, floor, near
+    def __init__(self, magic, scale, floor, near, exponents, log2_e):
+        self.magic, self.scale, self.floor, self.near = magic, scale, floor, near
         self.exponents, self.log2_e = exponents, log2_e
 
 
 _LOG2_E_F4 = float(np.float32(LOG2_E))
 EXP_RANGE = {
-    "f4": ExpRange(24, 64.0, -130.0, 512.0, (-125, 127), (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)),
-    "f8": ExpRange(53, 512.0, -800.0, 2048.0, (-1021, 1023), (LOG2_E, LOG2_E_REST)),
+    "f4": ExpRange(
+        1.5 * 2.0**23, 64.0, -130.0, 512.0, (-125, 127), (_LOG2_E_F4, LOG2_E - _LOG2_E_F4)
+    ),
+    "f8": ExpRange(1.5 * 2.0**52, 512.0, -800.0, 2048.0, (-1021, 1023), (LOG2_E, LOG2_E_REST)),
 }
 _F8_MAGIC = EXP_RANGE["f8"].magic
 
@@ -160,6 +159,11 @@ def root_of_exp(y):
     e = ops.where(t > most, math.inf, ops.add_exponent(p, t))
     e = ops.where(t < least, 0.0, e)
     return ops.where(y == y, e, y)
+
+
+def log_softmax_grad(grad, root, total):
+    """Gradient of log_softmax with respect to x, g − p·Σg, by √p and Σg."""
+    return grad.ops.fma(-root, root * total, grad)
 
 
 def expm1_nonpositive(d):

@@ -51,6 +51,7 @@ from numbakern.vmath import (
     exp_scaled,
     expm1_nonpositive,
     is_finite,
+    log_softmax_grad,
     root_of_exp,
     whole_sum,
 )
@@ -161,8 +162,7 @@ def log_softmax_backward(walker):
         return grad, _nothing(grad)
 
     def value(grad, y, _w, params):
-        root = root_of_exp(y)
-        return formulas.log_softmax_grad(grad, root, root * params[0])
+        return log_softmax_grad(grad, root_of_exp(y), *params)
 
     @each_eight
     def total(rows):

@@ -13,8 +13,8 @@ of float32 the two halves of a vector first), and these in a tree. Blocks are jo
 keep their rounding errors (`exact`).
 
 A map that needs the exponentials again takes those that were summed, relative to their block's
-maximum (see `state.choose_ref`): from scratch memory where the row is short enough for it, else
-computed once more, to the same bits.
+maximum (see `state.make_normalise_block`): from scratch memory where the row is short enough for
+it, else computed once more, to the same bits.
 """
 
 import functools
@@ -34,6 +34,7 @@ from numbakern.cpu.simd import (
     halves,
     lane_fold,
     lane_max,
+    lane_sum,
     larger,
     load_scalar,
     prefetch,
@@ -316,10 +317,6 @@ def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=Fal
         low, high = halves(v)
         return convert(low + high, "f8")
 
-    def counted(group_b):
-        (b,) = lane_fold([group_b], lambda low, high: [low[0] + high[0]])
-        return convert(b, "f8")
-
     @traced
     def more(a, a_low, b, group_a, group_b):
         wide_b = b.like(b.constant(0.0)) if counts else widened(group_b)
@@ -333,7 +330,7 @@ def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=Fal
     @traced
     def close(a, a_low, b, group_b):
         a, a_low, b = lane_fold((a, a_low, b), lambda low, high: add_lanes(low, high, elem))
-        return a, a_low, counted(group_b) if counts else b
+        return a, a_low, convert(lane_sum(group_b), "f8") if counts else b
 
     @device
     def sums(operands, n, ahead, params, kept):

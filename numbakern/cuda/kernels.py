@@ -44,6 +44,7 @@ from numbakern.vmath import (
     exp_nonpositive,
     expm1_nonpositive,
     is_finite,
+    log_softmax_grad,
     root_of_exp,
 )
 
@@ -138,7 +139,7 @@ class Operation:
     twice: tuple[str, ...] = ()  # inputs that both the reduction and the map unpack
     exponential = False  # whether the map takes exponentials
     halves = False  # whether x is float16 or bfloat16
-    rough = False  # whether a map writes halves: exponentials may be rough that nothing else has
+    rough = False  # whether a map writes halves, for which its own exponentials may be rough
     anew = False  # whether a map to halves takes exponentials that the reduction did not keep
     by_pairs = False  # whether the reduction takes halves two at a time, and nothing is kept of it
     keeps = False  # whether exponentials have the room of x, and may take its place
@@ -354,7 +355,7 @@ class LogSoftmaxBackward(Operation):
     both = twice = ("x",)
 
     def term(self, _row, grad, _y, _w):
-        """What is summed, in float64, and what it was rounded by."""
+        """What is summed, in float64; behind it what it was rounded by, if it was."""
         return [convert(grad, "f8")]
 
     def finish(self, row, reduced):
@@ -364,7 +365,7 @@ class LogSoftmaxBackward(Operation):
     def value(self, params, grad, y, _w):
         """The gradient."""
         root = rough_root_of_exp(y) if self.rough else root_of_exp(y)
-        return formulas.log_softmax_grad(grad, root, root * params[0])
+        return log_softmax_grad(grad, root, *params)
 
 
 class SoftmaxBackward(Operation):
