@@ -88,8 +88,8 @@ def plan(
     if layout not in _ROW_LAYOUTS:
         inputs, lanes = 1 + (y_dtype is not None), vector_lanes(elem)
         inner = sizes[-1] if layout == tiles.COLUMNS else rows
-        columns = tiles.columns_for(elem, classes, inputs)
-        panel = tiles.panel_for(elem, classes, inputs) if layout == tiles.COLUMNS else columns
+        columns = tiles.columns_for(elem, layout, classes, inputs)
+        panel = tiles.panel_for(elem, layout, classes, inputs)
         if rows:
             columns = min(columns, -(-inner // lanes) * lanes)
             panel = min(panel, -(-inner // columns) * columns)

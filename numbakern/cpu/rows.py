@@ -32,6 +32,7 @@ from numbakern.cpu.simd import (
     each,
     first_lanes,
     halves,
+    lane_at,
     lane_fold,
     lane_max,
     lane_sum,
@@ -41,6 +42,7 @@ from numbakern.cpu.simd import (
     repeat,
     smaller,
     splat,
+    spread,
     store_vector,
     traced,
     unordered,
@@ -356,10 +358,11 @@ def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=Fal
     return sums
 
 
-def make_map(value, out_access, x_access, y_access, w_access):
-    """sweep(operands, out, out_step, n, stream, params): out = value(x, y, w, params).
+def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
+    """sweep(operands, out, out_step, n, stream, params, label, grad): out = value(x, y, w, params).
 
-    Along a row; past the caches where `stream` is set and rows are contiguous.
+    Along a row; past the caches where `stream` is set and rows are contiguous. Where `labelled`,
+    the result of class `label` is `grad`, if it is one of the n classes.
     """
     operands_at = Operands(x_access, y_access, w_access)
     size, lanes, strided = out_access.size, out_access.lanes, out_access.strided
@@ -376,20 +379,33 @@ def make_map(value, out_access, x_access, y_access, w_access):
         out_access.format.stream(out + j * size, v)
 
     @traced
+    def stream_labelled(operands, j, params, out, label, grad):
+        v = value(*operands_at.whole(operands, j), params)
+        v = where(lane_at(label - j, lanes), spread(grad, v), v)
+        out_access.format.stream(out + j * size, v)
+
+    @traced
     def part(operands, j, n, params, out, out_step):
         v = value(*operands_at.part(operands, j, n), params)
         out_access.put_part(out, j, out_step, n, v)
 
+    put_element = make_put_element(out_access)
+
     @device
-    def sweep(operands, out, out_step, n, stream, params):
-        j = 0
+    def sweep(operands, out, out_step, n, stream, params, label, grad):
+        j, at_label = 0, n  # where the vector begins that is streamed with the label's result
         if not strided:
             if stream and out % size == 0:
                 j = min((-out % line) // size, n)
                 if j > 0:
                     part(operands, 0, j, params, out, out_step)
+                if labelled and j <= label < n:
+                    at_label = j + (label - j) // lanes * lanes
                 while j + lanes <= n:
-                    stream_whole(operands, j, params, out)
+                    if labelled and j == at_label:
+                        stream_labelled(operands, j, params, out, label, grad)
+                    else:
+                        stream_whole(operands, j, params, out)
                     j += lanes
             else:
                 while j + lanes <= n:
@@ -398,6 +414,9 @@ def make_map(value, out_access, x_access, y_access, w_access):
         while j < n:
             part(operands, j, n, params, out, out_step)
             j += lanes
+        # Behind a streamed line an element would have to wait until that has come back.
+        if labelled and 0 <= label < n and at_label + lanes > n:
+            put_element(out + label * out_step, grad)
 
     return sweep
 
@@ -660,8 +679,8 @@ class Rows:
 
         Where `labelled`, slot label_grad is the result at the class in slot label.
         """
-        row = make_map(value, self.out_access, *self._inputs)
-        operands, params, put_labels = self._operands, self._params(names), self._make_put_labels()
+        row = make_map(value, self.out_access, *self._inputs, labelled)
+        operands, params, label_of = self._operands, self._params(names), self._label(labelled)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
         s_out = SLOT["out"]
 
@@ -670,9 +689,8 @@ class Rows:
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             for i in range(count):
                 out = get_i64(state + s_out + 8 * i)
-                row(operands(frame, state, i), out, step, n, stream, params(state, i))
-            if labelled:
-                put_labels(frame, state, count)
+                label, grad = label_of(state, i)
+                row(operands(frame, state, i), out, step, n, stream, params(state, i), label, grad)
 
         return sweep
 
@@ -693,9 +711,9 @@ class Rows:
         def value_of_x(x, y, w, params):
             return value(exponential(x, *params[width:]), y, w, params[:width])
 
-        row_of_e = make_map(value, self.out_access, e_access, y_access, w_access)
-        row_of_x = make_map(value_of_x, self.out_access, *self._inputs)
-        operands, put_labels = self._operands, self._make_put_labels()
+        row_of_e = make_map(value, self.out_access, e_access, y_access, w_access, labelled)
+        row_of_x = make_map(value_of_x, self.out_access, *self._inputs, labelled)
+        operands, label_of = self._operands, self._label(labelled)
         params_of_e, params_of_x = self._params(names), self._params((*names, *CENTRED))
         normalise_block = make_normalise_block(self.elem, skipping)
         classes, out_step, flags = integer("classes"), integer("out_class"), integer("flags")
@@ -715,16 +733,17 @@ class Rows:
                     x, x_step, y, y_step, w = operands(frame, state, i)
                     y, w, out = y + j * y_step, w + j * size, get_i64(state + s_out + 8 * i)
                     out += j * step
+                    label, grad = label_of(state, i)
                     own = get_f64(state + s_ref + 8 * i) == get_f64(state + s_block_m + 8 * i)
                     if kept and n <= KEPT and own:
                         at = (kept_at(frame, state, i) + j * size, 0, y, y_step, w)
-                        row_of_e(at, out, step, length, stream, params_of_e(state, i))
+                        values = params_of_e(state, i)
+                        row_of_e(at, out, step, length, stream, values, label - j, grad)
                     else:
                         at = (x + j * x_step, x_step, y, y_step, w)
-                        row_of_x(at, out, step, length, stream, params_of_x(state, i))
+                        values = params_of_x(state, i)
+                        row_of_x(at, out, step, length, stream, values, label - j, grad)
                 j += block
-            if labelled:
-                put_labels(frame, state, count)
 
         return sweep
 
@@ -741,20 +760,16 @@ class Rows:
 
         self._kept = kept
 
-    def _make_put_labels(self):
-        out_step, put_element = integer("out_class"), make_put_element(self.out_access)
-        s_label, s_grad, s_out = SLOT["label"], SLOT["label_grad"], SLOT["out"]
+    def _label(self, labelled):
+        """label(state, i): class whose result is known better than the map knows it, the result."""
+        s_label, s_grad = SLOT["label"], SLOT["label_grad"]
 
         @traced
-        def put_labels(frame, state, count):
-            """Overwrite the result where it is known better than the map knows it."""
-            step = out_step(frame)
+        def label(state, i):
+            return get_i64(state + s_label + 8 * i), get_f64(state + s_grad + 8 * i)
 
-            def put(i):
-                t, out = get_i64(state + s_label + 8 * i), get_i64(state + s_out + 8 * i)
-                grad = get_f64(state + s_grad + 8 * i)
-                when(t >= 0, lambda: put_element(out + t * step, grad))
+        @traced
+        def no_label(_state, i):
+            return constant(i, -1, "i8"), constant(i, 0.0, "f8")
 
-            each(count, 1, put)
-
-        return put_labels
+        return label if labelled else no_label

@@ -336,6 +336,12 @@ def first_lanes(count, lanes):
     return Lanes(b, mask, "b1", lanes)
 
 
+def lane_at(place, lanes):
+    """The mask of the lane at this place; of none where there is no such lane."""
+    numbers = lane_numbers(splat(place, "i8", lanes), 1)
+    return numbers == place
+
+
 def where(mask, a, b):
     """a where the mask holds, b elsewhere."""
     if not isinstance(a, Lanes) and not isinstance(b, Lanes):

@@ -68,8 +68,6 @@ from numbakern.cpu.state import (
 )
 from numbakern.vmath import centre
 
-TILE_BYTES = 32 * 1024
-"""Size of a tile that is aimed at: it stays in the first-level cache."""
 _ALL = 1 << 40  # more vectors than a panel has
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
@@ -89,19 +87,24 @@ _FIRST, _X, _Y, _WIDTH, _HEAD, _CLASS, _ROW, _RECORD = (8 * i for i in range(8))
 
 COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
 """Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
+TILE_BYTES = {COLUMNS: 32 * 1024, ROWS: 12 * 1024, SCATTERED: 32 * 1024}
+"""Size of a tile that is aimed at: it stays in the first-level cache.
+
+Rows of adjacent classes need room there themselves: what a tile is packed from and unpacked to.
+"""
 
 
-def columns_for(elem, classes, inputs):
-    """Rows in a tile of adjacent rows: as many as TILE_BYTES hold, at least one vector."""
+def columns_for(elem, layout, classes, inputs):
+    """Rows in a tile: as many as TILE_BYTES hold, at least one vector."""
     lanes, classes = vector_lanes(elem), min(max(1, classes), BLOCK[elem])
-    fit = min(TILE_BYTES // (classes * SIZES[elem] * inputs), MAX_ROWS)
+    fit = min(TILE_BYTES[layout] // (classes * SIZES[elem] * inputs), MAX_ROWS)
     return max(lanes, fit // lanes * lanes)
 
 
-def panel_for(elem, classes, inputs):
-    """Rows that are packed at once where rows are adjacent: long runs suit the memory."""
-    columns = columns_for(elem, classes, inputs)
-    if classes > BLOCK[elem]:
+def panel_for(elem, layout, classes, inputs):
+    """Rows that are packed at once; where they are adjacent several tiles: long runs suit the memory."""
+    columns = columns_for(elem, layout, classes, inputs)
+    if layout != COLUMNS or classes > BLOCK[elem]:
         return columns
     fit = min(PANEL_BYTES // (max(1, classes) * SIZES[elem] * inputs), PANEL_ROWS)
     return max(columns, fit // columns * columns)
