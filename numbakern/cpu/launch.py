@@ -23,6 +23,8 @@ FEW_CLASSES = 240
 
 STREAM_BYTES = 4 << 20
 """Outputs larger than this are written past the caches: no line is read only to be overwritten."""
+SHORTEST_STREAMED = 32
+"""Bytes of the shortest rows for which it pays to put a tile of them together to whole lines."""
 
 
 class Plan(NamedTuple):
@@ -107,9 +109,12 @@ def plan(
         rows_of = zip(sizes, *table, strict=True)
         geometry = np.array([len(sizes), *itertools.chain(*rows_of)], np.int64)
     along = [s[0] if s else 0 for s in table]
-    flags = int(out_dtype is not None and out_dtype.itemsize * rows * classes > STREAM_BYTES)
+    row_bytes = classes * out_dtype.itemsize if out_dtype is not None else 0
+    stream = rows * row_bytes > STREAM_BYTES
+    if layout == tiles.ROWS:
+        stream &= geometry is None and along[2] == row_bytes >= SHORTEST_STREAMED
     address = 0 if geometry is None else id(geometry)
-    slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, flags)
+    slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, int(stream))
     batch = batch_shape(shape, axis)
     return Plan(kernel, items, work, scratch, slots, unit, batch, rows, order, geometry)
 

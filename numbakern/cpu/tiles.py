@@ -30,7 +30,9 @@ from numbakern.cpu.rows import (
     row_offsets,
 )
 from numbakern.cpu.simd import (
+    BYTES,
     SIZES,
+    Format,
     constant,
     convert,
     each,
@@ -102,7 +104,7 @@ def columns_for(elem, layout, classes, inputs):
 
 
 def panel_for(elem, layout, classes, inputs):
-    """Rows that are packed at once; where they are adjacent several tiles: long runs suit the memory."""
+    """Rows that are packed at once: of adjacent ones several tiles: long runs suit the memory."""
     columns = columns_for(elem, layout, classes, inputs)
     if layout != COLUMNS or classes > BLOCK[elem]:
         return columns
@@ -124,7 +126,8 @@ def _most_early(elem, layout):
 def scratch_size(elem, layout, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
     panels = inputs + (_panels(layout) - 1)
-    return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel)
+    staged = panel * classes * 8 + 2 * BYTES if layout == ROWS else 0
+    return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel) + staged
 
 
 def _panels(layout):
@@ -146,6 +149,40 @@ def _in_tree(values, combine):
         half = len(values) // 2
         values = [combine(*pair) for pair in zip(values[:half], values[half:], strict=True)]
     return values[0]
+
+
+def make_move_past_caches(form):
+    """move(source, target, n): copy n elements of this format that lie as far from a line's start.
+
+    Lines that the target fills are written past the caches.
+    """
+    line, size, lanes = Format("f8", "f8"), form.size, form.lanes
+
+    @traced
+    def whole(source, target):
+        line.stream(target, line.load(source))
+
+    @traced
+    def part(source, target, n):
+        form.store_first(target, n, form.load_first(source, n, 0.0))
+
+    @device
+    def some(source, target, n):
+        for i in range(0, n, lanes):
+            part(source + i * size, target + i * size, n - i)
+
+    @device
+    def move(source, target, n):
+        head = min((-target % BYTES) // size, n)
+        some(source, target, head)
+        end, source, target = target + n * size, source + head * size, target + head * size
+        while target + BYTES <= end:
+            whole(source, target)
+            source += BYTES
+            target += BYTES
+        some(source, target, (end - target) // size)
+
+    return move
 
 
 class Tiles:
@@ -339,7 +376,7 @@ class Tiles:
         x_step, y_step = integer("x_class"), integer("y_class")
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
-        elem, panels = self.elem, _panels(self.layout)
+        elem, panels, flags = self.elem, _panels(self.layout), integer("flags")
 
         @traced
         def packed(frame, state, now):
@@ -347,6 +384,12 @@ class Tiles:
             pitch = panel(frame) * size + _PAD
             length = (smaller(classes(frame), block) + (lanes - 1)) // lanes * lanes * pitch
             return state + _TILE + now * length, state + _TILE + panels * length, pitch
+
+        @traced
+        def staging(frame, state):
+            """Where results wait that are to be written past the caches: behind the tile."""
+            x, y, _ = packed(frame, state, constant(frame, 0, "i8"))
+            return y + (y - x) if has_y else y
 
         @traced
         def tiles(frame, state):
@@ -365,10 +408,11 @@ class Tiles:
                     put_i64(record + _CLASS, 0)
                 if get_i64(record + _CLASS) < n:
                     x, y, pitch = packed(frame, state, now)
-                    pack_x(state, now, x, pitch, count, j, n, x_step(frame), _ALL)
+                    stream = flags(frame) & 1
+                    pack_x(state, now, x, pitch, count, j, n, x_step(frame), _ALL, stream)
                     if has_y:
                         put_i64(record + _CLASS, 0)
-                        pack_y(state, now, y, pitch, count, j, n, y_step(frame), _ALL)
+                        pack_y(state, now, y, pitch, count, j, n, y_step(frame), _ALL, stream)
 
             return pack
 
@@ -383,7 +427,7 @@ class Tiles:
                 record = state + _RECORDS + now * _RECORD
                 if n <= block and get_i64(record + _FIRST) >= 0 and get_i64(record + _CLASS) < n:
                     x, _, pitch = packed(frame, state, now)
-                    pack_x(state, now, x, pitch, 0, 0, n, x_step(frame), n)
+                    pack_x(state, now, x, pitch, 0, 0, n, x_step(frame), n, 0)
 
         else:
 
@@ -434,12 +478,13 @@ class Tiles:
             when(~short, lambda: put_from_memory(frame, state, count))
 
         self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
+        self._staging = staging
         self._pack_ahead = pack_ahead
         self.load, self.put_x_labels = load, put_x_labels
         self._pack = make_pack(self._packer(self.x_access, "x", False))
 
     def _packer(self, access, name, maxima):
-        """pack(state, now, panel, pitch, count, j0, n, step, limit) for one input.
+        """pack(state, now, panel, pitch, count, j0, n, step, limit, stream) for one input.
 
         It packs classes j0 … j0 + n − 1 of the panel in record `now`; with `maxima` it leaves each
         row's maximum at _MAXIMA, NaN if one of its elements is. Where rows are adjacent it goes on
@@ -491,7 +536,7 @@ class Tiles:
             first_of = _X if name == "x" else _Y
 
             @device
-            def pack(state, now, panel, pitch, count, j0, n, step, limit):
+            def pack(state, now, panel, pitch, count, j0, n, step, limit, stream):
                 record, most = state + _RECORDS + now * _RECORD, state + _MAXIMA
                 most += now * 8 * PANEL_ROWS
                 j, row = get_i64(record + _CLASS), get_i64(record + _ROW)
@@ -519,16 +564,21 @@ class Tiles:
             out_size = self.out_access.size if self.out_access else 0
 
             @traced
-            def block(state, tile, most, pitch, j0, j, n, ahead):
+            def block(state, tile, most, pitch, j0, j, n, ahead, stream):
                 rows = []
                 for r in range(lanes):
                     address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
                     # No class is as low as what stands for the absent ones.
                     rows.append(form.load_first(address, n - j, -math.inf if maxima else 0.0))
                     prefetch(address + ahead)  # the next tile's row
-                    if name == "x" and out_size:
+
+                def fetch_out():
+                    for r in range(lanes):
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
                         prefetch(out + (j0 + j) * out_size, to_write=True)
+
+                if name == "x" and out_size:
+                    when(stream == 0, fetch_out)
                 columns = transpose(rows)
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
@@ -536,16 +586,25 @@ class Tiles:
                     m = _in_tree(columns, larger)
                     store_vector(most, larger(m, load_vector(most, elem, lanes)))
 
+            @traced
+            def fetch_end(state, n):
+                """Ask for the line that is shared with the next tile."""
+                out = load_scalar(state + SLOT["out"], "i8")
+                prefetch(out + n * out_size - 1, to_write=True)
+
             @device
-            def pack(state, now, tile, pitch, count, j0, n, step, limit):
+            def pack(state, now, tile, pitch, count, j0, n, step, limit, stream):
                 put_i64(state + _RECORDS + _CLASS, n)
                 last = state + slot + 8 * (count - 1)
+                if out_size:
+                    fetch_end(state + 8 * (count - 1), n)
                 ahead = get_i64(last) - get_i64(state + slot)
                 clear_maxima(state + _MAXIMA, count)
                 for c in range(0, count, lanes):
                     most = state + _MAXIMA + c * size
                     for j in range(0, n, lanes):
-                        block(state + 8 * c, tile + c * size, most, pitch, j0, j, n, ahead)
+                        at = tile + c * size
+                        block(state + 8 * c, at, most, pitch, j0, j, n, ahead, stream)
 
         else:
 
@@ -554,7 +613,7 @@ class Tiles:
                 put(tile, form.gather_at(state + slot, offset, count, 0.0), most)
 
             @device
-            def pack(state, now, tile, pitch, count, j0, n, step, limit):
+            def pack(state, now, tile, pitch, count, j0, n, step, limit, stream):
                 put_i64(state + _RECORDS + _CLASS, n)
                 clear_maxima(state + _MAXIMA, count)
                 for j in range(n):
@@ -876,18 +935,20 @@ class Tiles:
         out_step, flags = integer("out_class"), integer("flags")
         block, size = BLOCK[self.elem], self._size
         narrow, unpack = self._make_unpack(value, names, labelled)
+        staging = self._staging
 
         @device
         def sweep(frame, state, count):
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             x, y, pitch = tiles(frame, state)
+            staged = staging(frame, state)
             j = 0
             while j < n:
                 length = min(n - j, block)
                 pack(frame, state, count, j, length)
                 narrow(state, count, j, length)
                 operands = (x, y, weight(frame) + j * size, pitch)
-                unpack(state, operands, count, j, length, step, stream)
+                unpack(state, operands, count, j, length, step, stream, staged)
                 j += block
 
         return sweep
@@ -909,7 +970,7 @@ class Tiles:
         narrow, unpack = self._make_unpack(value, names, labelled)
         normalise_block, elem = make_normalise_block(self.elem, skipping), self.elem
         narrow_centred = self._narrower(("ref", *CENTRED), False)
-        params = self._exp_params()
+        params, staging = self._exp_params(), self._staging
 
         @traced
         def column(at, pitch, n, params):
@@ -924,6 +985,7 @@ class Tiles:
         def sweep(frame, state, count):
             n, step, stream = classes(frame), out_step(frame), flags(frame) & 1
             x, y, pitch = tiles(frame, state)
+            staged = staging(frame, state)
             j = 0
             while j < n:
                 length = min(n - j, block)
@@ -937,7 +999,7 @@ class Tiles:
                         column(x + c * size, pitch, length, params(state, c))
                 narrow(state, count, j, length)
                 operands = (x, y, weight(frame) + j * size, pitch)
-                unpack(state, operands, count, j, length, step, stream)
+                unpack(state, operands, count, j, length, step, stream, staged)
                 j += block
 
         return sweep
@@ -990,9 +1052,10 @@ class Tiles:
         return tuple(load_vector(at + i * pitch, self.elem, self._lanes) for i in range(count))
 
     def _unpacker(self, value, count_of_params, indexed=False):
-        """unpack(state, operands, count, j0, n, step, stream).
+        """unpack(state, operands, count, j0, n, step, stream, staging).
 
-        `indexed` tells that `value` takes the class too, counted from j0.
+        `indexed` tells that `value` takes the class too, counted from j0. Past the caches whole
+        lines are written: short rows are put beside each other at `staging` first.
         """
         inputs, lanes, form, slot = (
             self._inputs_at(),
@@ -1025,7 +1088,7 @@ class Tiles:
                 form.store_first(out, count, at(state, operands, c, j))
 
             @device
-            def unpack(state, operands, count, j0, n, step, stream):
+            def unpack(state, operands, count, j0, n, step, stream, staging):
                 first = get_i64(state + slot) + j0 * step
                 stream = stream and first % line == 0 and step % line == 0
                 for j in range(n):
@@ -1045,18 +1108,27 @@ class Tiles:
         elif self.layout == ROWS:
 
             @traced
-            def block(state, operands, c, j0, j, n):
+            def block(state, operands, c, j0, j, n, shift):
                 rows = transpose([at(state, operands, c, j + i) for i in range(lanes)])
+                before = (j0 + j) * form.size + shift
                 # Backwards: places behind the last row stand for the first one, written at last.
                 for r in reversed(range(lanes)):
-                    out = load_scalar(state + (slot + 8 * r) + c * 8, "i8") + (j0 + j) * form.size
-                    form.store_first(out, n - j, rows[r])
+                    out = load_scalar(state + (slot + 8 * r) + c * 8, "i8")
+                    form.store_first(out + before, n - j, rows[r])
+
+            form_size, move = form.size, make_move_past_caches(form)
 
             @device
-            def unpack(state, operands, count, j0, n, step, stream):
+            def unpack(state, operands, count, j0, n, step, stream, staging):
+                first, shift = get_i64(state + slot), 0
+                stream = stream and first % form_size == 0
+                if stream:
+                    shift = staging + first % BYTES - first
                 for c in range(0, count, lanes):
                     for j in range(0, n, lanes):
-                        block(state, operands, c, j0, j, n)
+                        block(state, operands, c, j0, j, n, shift)
+                if stream:
+                    move(first + shift, first, count * n)
 
         else:
 
@@ -1066,7 +1138,7 @@ class Tiles:
                 form.scatter_at(state + slot + c * 8, offset, count, v)
 
             @device
-            def unpack(state, operands, count, j0, n, step, stream):
+            def unpack(state, operands, count, j0, n, step, stream, staging):
                 for j in range(n):
                     for c in range(0, count, lanes):
                         single(state, operands, c, j, (j0 + j) * step, count - c)
