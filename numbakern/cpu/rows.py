@@ -24,6 +24,7 @@ from typing import NamedTuple
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
 from numbakern.cpu.simd import (
+    BYTES,
     SIZES,
     Format,
     any_lane,
@@ -366,7 +367,7 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
     """
     operands_at = Operands(x_access, y_access, w_access)
     size, lanes, strided = out_access.size, out_access.lanes, out_access.strided
-    line = size * lanes
+    line = max(BYTES // size, lanes)  # classes of a cache line, or more
 
     @traced
     def whole(operands, j, params, out):
@@ -375,14 +376,16 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
 
     @traced
     def stream_whole(operands, j, params, out):
-        v = value(*operands_at.whole(operands, j), params)
-        out_access.format.stream(out + j * size, v)
+        for i in range(0, line, lanes):
+            v = value(*operands_at.whole(operands, j + i), params)
+            out_access.format.stream(out + (j + i) * size, v)
 
     @traced
     def stream_labelled(operands, j, params, out, label, grad):
-        v = value(*operands_at.whole(operands, j), params)
-        v = where(lane_at(label - j, lanes), spread(grad, v), v)
-        out_access.format.stream(out + j * size, v)
+        for i in range(0, line, lanes):
+            v = value(*operands_at.whole(operands, j + i), params)
+            v = where(lane_at(label - (j + i), lanes), spread(grad, v), v)
+            out_access.format.stream(out + (j + i) * size, v)
 
     @traced
     def part(operands, j, n, params, out, out_step):
@@ -393,20 +396,22 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
 
     @device
     def sweep(operands, out, out_step, n, stream, params, label, grad):
-        j, at_label = 0, n  # where the vector begins that is streamed with the label's result
+        j, at_label = 0, n  # where the line begins that is streamed with the label's result
         if not strided:
             if stream and out % size == 0:
-                j = min((-out % line) // size, n)
-                if j > 0:
-                    part(operands, 0, j, params, out, out_step)
+                head = min((-out % (line * size)) // size, n)
+                while j < head:
+                    part(operands, j, head, params, out, out_step)
+                    j += lanes
+                j = head
                 if labelled and j <= label < n:
-                    at_label = j + (label - j) // lanes * lanes
-                while j + lanes <= n:
+                    at_label = j + (label - j) // line * line
+                while j + line <= n:
                     if labelled and j == at_label:
                         stream_labelled(operands, j, params, out, label, grad)
                     else:
                         stream_whole(operands, j, params, out)
-                    j += lanes
+                    j += line
             else:
                 while j + lanes <= n:
                     whole(operands, j, params, out)
@@ -415,7 +420,7 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
             part(operands, j, n, params, out, out_step)
             j += lanes
         # Behind a streamed line an element would have to wait until that has come back.
-        if labelled and 0 <= label < n and at_label + lanes > n:
+        if labelled and 0 <= label < n and at_label + line > n:
             put_element(out + label * out_step, grad)
 
     return sweep
