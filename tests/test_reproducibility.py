@@ -209,6 +209,63 @@ def test_an_output_far_larger_than_the_cache():
     assert np.all(out.view(np.uint32) == want.view(np.uint32))
 
 
+def everything_into(out, x, labels, axis=-1):
+    """What each function that takes `out` leaves there."""
+    logp = numbakern.log_softmax(x, axis)
+    g, rows = cases.logits(x.shape, x.dtype, seed=5), np.ones(labels.shape, x.dtype)
+    q, none = cases.probabilities(x.shape, axis, x.dtype), {"reduction": "none", "axis": axis}
+    lse = numbakern.logsumexp(x, axis)
+    calls = {
+        "log_softmax": lambda: numbakern.log_softmax(x, axis, out=out),
+        "softmax": lambda: numbakern.softmax(x, axis, out=out),
+        "log_softmax_backward": lambda: numbakern.log_softmax_backward(g, logp, axis, out=out),
+        "softmax_backward": lambda: numbakern.softmax_backward(g, q, axis, out=out),
+        "fused": lambda: numbakern.cross_entropy_value_and_grad(x, labels, out=out, **none),
+        "soft": lambda: numbakern.cross_entropy_value_and_grad(x, q, out=out, **none),
+        "by_lse": lambda: numbakern.cross_entropy_backward(
+            rows, x, labels, lse=lse, out=out, **none
+        ),
+        "nll": lambda: numbakern.nll_loss_backward(rows, logp, labels, out=out, **none),
+    }
+    for call in calls.values():
+        call()
+        yield out.copy()
+    for call in (calls["log_softmax"], calls["fused"], calls["soft"], calls["by_lse"]):
+        keep = x.copy()
+        out[...] = x
+        x = out  # in place
+        call()
+        yield out.copy()
+        x = keep
+
+
+@pytest.mark.parametrize("classes", [*FEW_LENGTHS, 9, 31, 40, 90, 241, 300, 5000, 70000])
+@cases.dtypes(float32, float64, float16, bfloat16)
+def test_past_the_caches(classes, dtype, monkeypatch):
+    """Small outputs written as the large ones are, from any address: the same, and nothing else."""
+    from numbakern.cpu import launch
+
+    rows = 75 if classes <= 1000 else 3
+    x, labels = rows_and_labels(rows, classes, dtype)
+    labels[:: max(1, rows // 3)] = 0, classes - 1, classes // 2
+    for axis, shape in ((1, x.shape), (0, x.shape[::-1])):
+        given = x if axis else np.ascontiguousarray(x.T)
+        want = list(everything_into(np.empty(shape, dtype), given, labels, axis))
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "STREAM_BYTES", -1)
+            patch.setattr(launch, "SHORTEST_STREAMED", 0)
+            launch.plan.cache_clear()
+            for shift in (0, x.itemsize, 16, 32, 64 - x.itemsize, 1):
+                raw = np.full(x.nbytes + 256, 0xA5, np.uint8)
+                first = -raw.ctypes.data % 64 + 64 + shift
+                out = raw[first : first + x.nbytes].view(dtype).reshape(shape)
+                for one, other in zip(want, everything_into(out, given, labels, axis), strict=True):
+                    assert same_bits(one, other), shift
+                rest = np.concatenate([raw[:first], raw[first + x.nbytes :]])
+                assert np.all(rest == 0xA5)
+            launch.plan.cache_clear()
+
+
 @cases.dtypes(*cases.INTEGERS)
 def test_labels_of_every_type(dtype):
     x, labels = rows_and_labels(9, 21)

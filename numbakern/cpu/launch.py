@@ -15,10 +15,15 @@ from numbakern.arrays import batch_shape, joined_axes, kind_of
 from numbakern.cpu import kernels, rowwise, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows, scratch_size
-from numbakern.cpu.simd import Format, vector_lanes
+from numbakern.cpu.simd import SIZES, Format, vector_lanes
 
-FEW_CLASSES = 240
-"""Contiguous rows up to this length are taken a vector of rows at a time."""
+FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}
+"""Rows up to this size, in the type computed in, are taken a vector of rows at a time.
+
+A longer row fills vectors of its own. Classes that are apart are gathered once, not thrice.
+"""
+FEW_BYTES_BACKWARD = 340
+"""The same where there are two arrays to pack, and no maximum or exponential sum to be found."""
 
 
 STREAM_BYTES = 4 << 20
@@ -79,7 +84,8 @@ def plan(
     if operation in _PER_ROW:
         layout = "strided"
     else:
-        layout = _layout(classes, class_steps, sizes, steps, itemsizes, elem)
+        backward = operation.endswith("_backward")
+        layout = _layout(classes, class_steps, sizes, steps, itemsizes, elem, backward)
     names = tuple(kind and (kind.kind, kind.compute, kind.swapped) for kind in kinds)
     kernel = _kernel(operation, options, *names, weighted, layout)
 
@@ -124,14 +130,19 @@ _PER_ROW = {"nll": 32, "nll_backward": 32}
 _ROW_LAYOUTS = ("contiguous", "strided")
 
 
-def _layout(classes, class_steps, sizes, steps, itemsizes, elem):
+def _layout(classes, class_steps, sizes, steps, itemsizes, elem, backward):
     """How the walker has to move: see `tiles` and `rows`."""
+
+    def few(layout):
+        most = FEW_BYTES_BACKWARD if backward else FEW_BYTES[layout]
+        return classes * SIZES[elem] <= most
+
     if classes <= 1 or class_steps == itemsizes:
-        return tiles.ROWS if 0 < classes <= FEW_CLASSES else "contiguous"
+        return tiles.ROWS if classes > 0 and few(tiles.ROWS) else "contiguous"
     adjacent = sizes and [s[-1] for s in steps] == itemsizes
     if adjacent and sizes[-1] >= vector_lanes(elem) // 2:
         return tiles.COLUMNS
-    return tiles.SCATTERED if classes <= FEW_CLASSES else "strided"
+    return tiles.SCATTERED if few(tiles.SCATTERED) else "strided"
 
 
 def _batch(shape, axis, strides):
