@@ -773,6 +773,13 @@ class Tiles:
                 group = widened(work, lane)
                 put_all(groups, lane, add_group(load_all(groups, lane), group, elem, exact))
 
+        @device
+        def put_group(groups, work, first):
+            if first:
+                set_all(groups, work)
+            else:
+                add_all(groups, work)
+
         @traced
         def close(groups, total):
             found = [load_all(groups, lane) for lane in range(wide_lanes)]
@@ -794,31 +801,31 @@ class Tiles:
         @device
         def sums(operands, n, params, state):
             work, groups, total = state + _WORK, state + _GROUPS, zero(n)
-            for g in range(0, n, group):
-                end = min(g + group, n)
-                rest = end - (end - g) % step  # where the last step begins, if it is not full
-                if rest > g:
-                    for lane in range(lanes):
-                        lane_a = lane_b = zero(n)
-                        for j in range(g, rest, step):
-                            lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
-                        keep(work, lane, lane_a, lane_b)
-                        total = plus(total, lane_b)
-                if rest < end:
-                    at = work if rest == g else work + area
-                    total = pair(at, operands, rest, end - rest, params, total)
-                    if rest + 2 * lanes < end:
-                        half = rest + 2 * lanes
-                        other = work + 4 * area
-                        total = pair(other, operands, half, end - half, params, total)
-                        add_area(at, other)
-                    if rest > g:
-                        add_area(work, at)
-                if g > 0:
-                    add_all(groups, work)
-                elif n > group:
-                    set_all(groups, work)
-            return close(groups, total) if n > group else close_alone(work, total)
+            whole = n - n % step  # where the last step begins, if it is not full
+            last = (n - 1) // group * group  # and the last group, full or not
+            for g in range(0, whole, group):
+                for lane in range(lanes):
+                    lane_a = lane_b = zero(n)
+                    for j in range(g, min(g + group, whole), step):
+                        lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
+                    keep(work, lane, lane_a, lane_b)
+                    total = plus(total, lane_b)
+                if g < last:
+                    put_group(groups, work, g == 0)
+            if whole < n:
+                at = work if whole == last else work + area
+                total = pair(at, operands, whole, n - whole, params, total)
+                half = whole + 2 * lanes
+                if half < n:
+                    other = work + 4 * area
+                    total = pair(other, operands, half, n - half, params, total)
+                    add_area(at, other)
+                if whole > last:
+                    add_area(work, at)
+            if n <= group:
+                return close_alone(work, total)
+            put_group(groups, work, False)
+            return close(groups, total)
 
         return sums
 
