@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -211,6 +213,36 @@ def test_backward_out_over_the_upstream_gradient():
 
 
 # --- the case table ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [65535, 65536, 65537, 200_003])
+@cases.dtypes(float32, float64)
+def test_rows_shared_by_threads(rows, dtype):
+    """Labels are checked, weights and losses added up, by several threads where rows are many."""
+    x = cases.logits((rows, 5), dtype)
+    labels = cases.class_labels(rows, 5)
+    labels[::7] = -100
+    weight = cases.class_weights(5, dtype)
+    live = labels != -100
+    terms = weight.astype(float64)[labels[live]]
+    losses = -terms * x.astype(float64)[live, labels[live]]
+    for reduction, divisor in (("sum", 1.0), ("mean", math.fsum(terms))):
+        got = nll_loss(x, labels, weight=weight, reduction=reduction)
+        assert_close(got, math.fsum(losses) / divisor, dtype)
+    got = nll_loss(x, labels)
+    assert_close(got, -math.fsum(x.astype(float64)[live, labels[live]]) / live.sum(), dtype)
+    for position, wrong in ((rows - 1, 5), (rows // 2, -1)):
+        labels[position] = wrong
+        with pytest.raises(IndexError, match=rf"labels\[{position}\].* got {wrong}"):
+            nll_loss(x, labels, weight=weight)
+
+
+def test_an_infinite_loss_among_many():
+    x, labels = np.ones((200_003, 2), float32), np.zeros(200_003, np.int64)
+    x[70_000] = -INF
+    assert nll_loss(x, labels) == INF
+    x[170_000, 0] = INF
+    assert np.isnan(nll_loss(x, labels))
 
 
 def test_no_rows():

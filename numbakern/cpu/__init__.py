@@ -42,6 +42,14 @@ def _launch():
     return launch
 
 
+@functools.cache
+def _rowwise():
+    """Another one."""
+    from numbakern.cpu import rowwise
+
+    return rowwise
+
+
 def cache_folder():
     """Folder of the compiled kernels, or None where none can be written."""
     from numbakern.cpu.compile import cache_folder as folder
@@ -196,9 +204,7 @@ class _Labels:
             clipped[(labels < 0) | (labels >= classes)] = -2
             clipped[labels == ignore_index] = self.ignored = -1
         self.values = _by_row(clipped, order, _I8)
-        good, self.count = _launch().rowwise.scan()(
-            id(self.values), self.values.size, classes, self.ignored
-        )
+        good, self.count = _rowwise().scan(self.values, classes, self.ignored)
         if not good:
             bad = (clipped != self.ignored) & ((clipped < 0) | (clipped >= classes))
             position = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -208,10 +214,7 @@ class _Labels:
         """Σ of the weights of the labels that are not ignored."""
         if weight is None:
             return float(self.count)
-        single = int(weight.dtype == np.float32)
-        return _launch().rowwise.weigh()(
-            id(self.values), self.values.size, self.ignored, id(weight), single
-        )
+        return _rowwise().weigh(self.values, self.ignored, weight)
 
 
 def _divide(a, b):
@@ -225,7 +228,7 @@ def _reduce(rows, plan, reduction, divisor, dtype):
         losses = _rounded(_by_batch(rows, plan), dtype)
         return losses if plan.batch else losses[()]
     losses = rows if plan.order is None else _by_batch(rows, plan)
-    value = _launch().rowwise.total()(id(losses), losses.size) if losses.size else 0.0
+    value = _rowwise().total(losses) if losses.size else 0.0
     if reduction == "mean":
         value = _divide(value, divisor)
     if abs(value) < _SAFE:  # the common case, without an error state
@@ -312,7 +315,7 @@ def nll_loss_backward(grad_output, labels, axis, compute, weight, ignore_index, 
     if reduction == "mean":
         scale = _divide(scale, checked.weight_of(weight))
     if _is_dense(out):
-        _launch().clear(out)
+        _rowwise().clear_array(out)
     else:
         out[...] = 0
     _launch().call(

@@ -48,6 +48,11 @@ HEADER = object.__basicsize__
 _i64 = ir.IntType(64)
 
 
+def slots(**values):
+    """The frame that has these values in its slots, and 0 elsewhere."""
+    return tuple(values.get(name, 0.0 if name in FLOAT_SLOTS else 0) for name in SLOTS)
+
+
 def integer(name):
     """A function (frame) -> int64 that reads this slot."""
     return traced(lambda frame: load_scalar(frame + 8 * INDEX[name], "i8"))

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from numbakern.arrays import batch_shape, joined_axes, kind_of
-from numbakern.cpu import kernels, rowwise, threads, tiles
+from numbakern.cpu import kernels, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.rows import Rows, scratch_size
+from numbakern.cpu.rowwise import STREAM_BYTES
 from numbakern.cpu.simd import SIZES, Format, vector_lanes
 
 FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}
@@ -26,8 +27,6 @@ FEW_BYTES_BACKWARD = 340
 """The same where there are two arrays to pack, and no maximum or exponential sum to be found."""
 
 
-STREAM_BYTES = 4 << 20
-"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
 SHORTEST_STREAMED = 32
 """Bytes of the shortest rows for which it pays to put a tile of them together to whole lines."""
 
@@ -211,11 +210,3 @@ def call(
         weight_sum,
     )
     threads.run(plan.kernel, plan.items, plan.work, slots, plan.scratch, plan.unit)
-
-
-def clear(out):
-    """Set an array whose elements fill one stretch of memory to zero, in parallel."""
-    kernel, size = rowwise.fill(), out.nbytes
-    shape = (size, *[0] * 10, int(size > STREAM_BYTES))
-    slots = (*shape, 0, 0, id(out), 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
-    threads.run(kernel, -(-size // rowwise.PAGE), size // 4, slots, 0)

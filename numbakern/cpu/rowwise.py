@@ -1,39 +1,92 @@
-"""What runs over one value a row: checking labels, adding losses up, setting memory to zero."""
+"""What runs over one value a row: checking labels, adding weights and losses up; clearing memory.
+
+Many rows are taken in blocks, on all threads, and what the blocks come to is joined in their order:
+the bits depend on the values and their number, not on who worked on which.
+"""
 
 import functools
 
+import numpy as np
 from numba import types
 
+from numbakern.cpu import threads
 from numbakern.cpu.compile import compile_function, compile_kernel
-from numbakern.cpu.frame import array_data, data, integer
+from numbakern.cpu.frame import array_data, data, integer, slots
 from numbakern.cpu.simd import (
     BYTES,
+    SIZES,
     any_lane,
     clear,
     constant,
     convert,
+    gather,
     lane_sum,
     lanes_of,
     load_scalar,
     load_vector,
     repeat,
+    store_scalar,
     traced,
     where,
 )
-from numbakern.vmath import two_sum, whole_sum
+from numbakern.vmath import is_finite, two_sum, whole_sum
 
 _i64 = types.int64
 PAGE = 1 << 16
 """Bytes that `fill` clears as one item."""
-
-
+STREAM_BYTES = 4 << 20
+"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
+BLOCK = 1 << 16
+"""Rows of a block."""
+_CHEAP = 4
+"""Rows that are the work of one element of a class axis (see `threads.run`)."""
 _WIDE = 16
 """Rows that are looked at at once."""
 
 
-@traced
-def _scan_labels(labels, n, classes, ignored):
-    at, whole = array_data(labels), n // _WIDE
+def _by_blocks(kernel, rows, **values):
+    """The two numbers of each block that a kernel of `_make_kernel` finds."""
+    found = np.empty((-(-rows // BLOCK), 2))
+    frame = slots(inner=rows, out=id(found), **values)
+    threads.run(kernel, len(found), rows // _CHEAP, frame, 0)
+    return found
+
+
+def _make_kernel(name, block):
+    """Address of a kernel whose items are blocks; block(frame, start, n) -> two float64."""
+    rows, out = integer("inner"), data("out")
+
+    @traced
+    def put(at, first, second):
+        store_scalar(at, first)
+        store_scalar(at + 8, second)
+
+    block = traced(block)
+
+    def kernel(frame, first, last, scratch):
+        for b in range(first, last):
+            start = b * BLOCK
+            one, other = block(frame, start, min(BLOCK, rows(frame) - start))
+            put(out(frame) + 16 * b, one, other)
+
+    return compile_kernel(kernel, name)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def scan(labels, classes, ignored):
+    """Whether all labels (int64) are classes or `ignored`; how many are not ignored."""
+    rows = labels.size
+    if rows <= BLOCK:
+        return _scan()(id(labels), rows, classes, ignored)
+    values = {"labels": id(labels), "classes": classes, "ignore_index": ignored}
+    bad, counted = _by_blocks(_scan_kernel(), rows, **values).sum(axis=0)
+    return bad == 0.0, int(counted)
+
+
+def _scan_labels(at, n, classes, ignored):
+    whole = n // _WIDE
 
     def look(t, bad, counted):
         live = t != ignored
@@ -49,12 +102,54 @@ def _scan_labels(labels, n, classes, ignored):
     none, no_lane = constant(at, False, "b1"), constant(at, False, "b1", _WIDE)
     bad, counted = repeat(whole, look_at_many, no_lane, constant(at, 0, "i8", _WIDE))
     more = repeat(n - whole * _WIDE, look_at_one, none, constant(at, 0, "i8"))
-    return ~(any_lane(bad) | more[0]), lane_sum(counted) + more[1]
+    return any_lane(bad) | more[0], lane_sum(counted) + more[1]
 
 
-def _scan(labels, n, classes, ignored):
-    """(whether all labels are classes or ignored, how many are not ignored)."""
-    return _scan_labels(labels, n, classes, ignored)
+@traced
+def _scan_array(labels, n, classes, ignored):
+    bad, counted = _scan_labels(array_data(labels), n, classes, ignored)
+    return ~bad, counted
+
+
+def _scan_all(labels, n, classes, ignored):
+    return _scan_array(labels, n, classes, ignored)
+
+
+@functools.cache
+def _scan():
+    return compile_function(_scan_all, "scan", (_i64,) * 4)
+
+
+@functools.cache
+def _scan_kernel():
+    labels, classes, ignored = data("labels"), integer("classes"), integer("ignore_index")
+
+    def block(frame, start, n):
+        at = labels(frame) + 8 * start
+        bad, counted = _scan_labels(at, n, classes(frame), ignored(frame))
+        return where(bad, constant(at, 1.0, "f8"), 0.0), convert(counted, "f8")
+
+    return _make_kernel("scan_blocks", block)
+
+
+# ---------------------------------------------------------------- sums
+
+
+def total(values):
+    """Σ of float64 values, the rounding errors of its additions added too."""
+    if values.size <= BLOCK:
+        return _total()(id(values), values.size)
+    found = _by_blocks(_total_kernel(), values.size, row_loss=id(values))
+    return _total()(id(found), found.size)
+
+
+def weigh(labels, ignored, weight):
+    """Σ of the weights of the labels that are not ignored, like `total`."""
+    rows, elem = labels.size, "f4" if weight.dtype == np.float32 else "f8"
+    if rows <= BLOCK:
+        return _weigh(elem)(id(labels), rows, ignored, id(weight))
+    arrays = {"labels": id(labels), "weight": id(weight)}
+    return total(_by_blocks(_weigh_kernel(elem), rows, ignore_index=ignored, **arrays).reshape(-1))
 
 
 def _plus(total, low, value):
@@ -62,70 +157,108 @@ def _plus(total, low, value):
     return total, low + e
 
 
-@traced
-def _weigh_labels(labels, n, ignored, weight, single):
-    at, weights, nothing = array_data(labels), array_data(weight), constant(labels, 0.0, "f8")
-    size = where(single != 0, constant(at, 4, "i8"), 8)
-
-    def add(i, total, low):
-        t = load_scalar(at + i * 8, "i8")
-        counts = t != ignored
-        place = where(counts, weights + t * size, at)  # there might be no weight at all
-        wide = load_scalar(where(single != 0, at, place), "f8")
-        w = where(single != 0, convert(load_scalar(place, "f4"), "f8"), wide)
-        return _plus(total, low, where(counts, w, -0.0))
-
-    return whole_sum(*repeat(n, add, nothing, nothing))
-
-
-def _weigh(labels, n, ignored, weight, single):
-    """Σ of the weights of the labels that are not ignored, in their order, exactly rounded."""
-    return _weigh_labels(labels, n, ignored, weight, single)
-
-
-@traced
-def _add_up(values, n):
-    at, whole = array_data(values), n // _WIDE
+def _add_up(at, n, wide, one):
+    """Σ in two parts of wide(i), the i-th vector of _WIDE values, then of the others, one(i)."""
+    whole = n // _WIDE
     none, nothing = constant(at, 0.0, "f8", _WIDE), constant(at, 0.0, "f8")
 
     def add_many(i, total, low):
-        return _plus(total, low, load_vector(at + i * (8 * _WIDE), "f8", _WIDE))
+        return _plus(total, low, wide(i))
 
     def add_one(i, total, low):
-        return _plus(total, low, load_scalar(at + (whole * _WIDE + i) * 8, "f8"))
+        return _plus(total, low, one(whole * _WIDE + i))
 
     total, low = nothing, nothing
     for lane, rest in zip(*map(lanes_of, repeat(whole, add_many, none, none)), strict=True):
         total, low = _plus(total, low, lane)
         low = low + rest
-    return whole_sum(*repeat(n - whole * _WIDE, add_one, total, low))
+    total, low = repeat(n - whole * _WIDE, add_one, total, low)
+    return total, where(is_finite(total), low, 0.0)
 
 
-def _total(values, n):
-    """Σ of float64 values in an order that depends on n alone, the rounding errors added too."""
-    return _add_up(values, n)
+def _add_values(at, n):
+    def wide(i):
+        return load_vector(at + i * (8 * _WIDE), "f8", _WIDE)
+
+    def one(i):
+        return load_scalar(at + i * 8, "f8")
+
+    return _add_up(at, n, wide, one)
 
 
-@functools.cache
-def scan():
-    """The compiled `_scan(labels, n, classes, ignored)`; arrays as their ids."""
-    return compile_function(_scan, "scan", (_i64,) * 4)
+@traced
+def _add_array(values, n):
+    return whole_sum(*_add_values(array_data(values), n))
 
 
-@functools.cache
-def weigh():
-    """The compiled `_weigh(labels, n, ignored, weight, single)`."""
-    return compile_function(_weigh, "weigh", (_i64,) * 5)
-
-
-@functools.cache
-def total():
-    """The compiled `_total(values, n)`."""
-    return compile_function(_total, "total", (_i64,) * 2)
+def _add_all(values, n):
+    return _add_array(values, n)
 
 
 @functools.cache
-def fill():
+def _total():
+    return compile_function(_add_all, "total", (_i64,) * 2)
+
+
+@functools.cache
+def _total_kernel():
+    values = data("row_loss")
+    return _make_kernel(
+        "total_blocks", lambda frame, start, n: _add_values(values(frame) + 8 * start, n)
+    )
+
+
+def _add_weights(elem, at, n, ignored, weights):
+    size = SIZES[elem]
+
+    def wide(i):
+        t = load_vector(at + i * (8 * _WIDE), "i8", _WIDE)
+        return convert(gather(weights + t * size, elem, t != ignored), "f8")
+
+    def one(i):
+        t = load_scalar(at + i * 8, "i8")
+        counts = t != ignored
+        place = where(counts, weights + t * size, at)  # there might be no weight at all
+        return where(counts, convert(load_scalar(place, elem), "f8"), 0.0)
+
+    return _add_up(at, n, wide, one)
+
+
+@functools.cache
+def _weigh(elem):
+    @traced
+    def weigh_array(labels, n, ignored, weight):
+        sums = _add_weights(elem, array_data(labels), n, ignored, array_data(weight))
+        return whole_sum(*sums)
+
+    def weigh_all(labels, n, ignored, weight):
+        return weigh_array(labels, n, ignored, weight)
+
+    return compile_function(weigh_all, f"weigh_{elem}", (_i64,) * 4)
+
+
+@functools.cache
+def _weigh_kernel(elem):
+    labels, weight, ignored = data("labels"), data("weight"), integer("ignore_index")
+
+    def block(frame, start, n):
+        return _add_weights(elem, labels(frame) + 8 * start, n, ignored(frame), weight(frame))
+
+    return _make_kernel(f"weigh_blocks_{elem}", block)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def clear_array(out):
+    """Set an array whose elements fill one stretch of memory to zero."""
+    size = out.nbytes
+    frame = slots(classes=size, out=id(out), flags=int(size > STREAM_BYTES))
+    threads.run(_fill(), -(-size // PAGE), size // 4, frame, 0)
+
+
+@functools.cache
+def _fill():
     """Address of the kernel that clears `classes` bytes at `out`, PAGE bytes an item."""
     size, out, flags = integer("classes"), data("out"), integer("flags")
 
