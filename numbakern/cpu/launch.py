@@ -14,8 +14,8 @@ import numpy as np
 from numbakern.arrays import batch_shape, joined_axes, kind_of
 from numbakern.cpu import kernels, threads, tiles
 from numbakern.cpu.compile import compile_kernel
+from numbakern.cpu.frame import STREAM_BYTES
 from numbakern.cpu.rows import Rows, scratch_size
-from numbakern.cpu.rowwise import STREAM_BYTES
 from numbakern.cpu.simd import SIZES, Format, vector_lanes
 
 FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}

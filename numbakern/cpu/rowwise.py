@@ -11,7 +11,7 @@ from numba import types
 
 from numbakern.cpu import threads
 from numbakern.cpu.compile import compile_function, compile_kernel
-from numbakern.cpu.frame import array_data, data, integer, slots
+from numbakern.cpu.frame import STREAM_BYTES, array_data, data, integer, slots
 from numbakern.cpu.simd import (
     BYTES,
     SIZES,
@@ -34,8 +34,6 @@ from numbakern.vmath import is_finite, two_sum, whole_sum
 _i64 = types.int64
 PAGE = 1 << 16
 """Bytes that `fill` clears as one item."""
-STREAM_BYTES = 4 << 20
-"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
 BLOCK = 1 << 16
 """Rows of a block."""
 _CHEAP = 4

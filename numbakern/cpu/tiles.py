@@ -387,7 +387,7 @@ class Tiles:
 
         @traced
         def staging(frame, state):
-            """Where results wait that are to be written past the caches: behind the tile."""
+            """Where rows wait to be written past the caches: behind the tile, their only panel."""
             x, y, _ = packed(frame, state, constant(frame, 0, "i8"))
             return y + (y - x) if has_y else y
 
