@@ -240,7 +240,7 @@ def everything_into(out, x, labels, axis=-1):
 
 
 @pytest.mark.parametrize("classes", [*FEW_LENGTHS, 9, 31, 40, 90, 241, 300, 5000, 70000])
-@cases.dtypes(float32, float64, float16, bfloat16)
+@cases.dtypes(float32, bfloat16, slow=(float16, float64))
 def test_past_the_caches(classes, dtype, monkeypatch):
     """Small outputs written as the large ones are, from any address: the same, and nothing else."""
     from numbakern.cpu import launch
