@@ -5,6 +5,7 @@ the bits depend on the values and their number, not on who worked on which.
 """
 
 import functools
+import math
 
 import numpy as np
 from numba import types
@@ -34,9 +35,11 @@ from numbakern.vmath import is_finite, two_sum, whole_sum
 _i64 = types.int64
 PAGE = 1 << 16
 """Bytes that `fill` clears as one item."""
-BLOCK = 1 << 16
+MANY = 1 << 17
+"""Rows above which they are taken in blocks, for it pays to start threads."""
+BLOCK = 1 << 15
 """Rows of a block."""
-_CHEAP = 4
+_CHEAP = 2
 """Rows that are the work of one element of a class axis (see `threads.run`)."""
 _WIDE = 16
 """Rows that are looked at at once."""
@@ -76,7 +79,7 @@ def _make_kernel(name, block):
 def scan(labels, classes, ignored):
     """Whether all labels (int64) are classes or `ignored`; how many are not ignored."""
     rows = labels.size
-    if rows <= BLOCK:
+    if rows <= MANY:
         return _scan()(id(labels), rows, classes, ignored)
     values = {"labels": id(labels), "classes": classes, "ignore_index": ignored}
     bad, counted = _by_blocks(_scan_kernel(), rows, **values).sum(axis=0)
@@ -135,19 +138,27 @@ def _scan_kernel():
 
 def total(values):
     """Σ of float64 values, the rounding errors of its additions added too."""
-    if values.size <= BLOCK:
+    if values.size <= MANY:
         return _total()(id(values), values.size)
-    found = _by_blocks(_total_kernel(), values.size, row_loss=id(values))
-    return _total()(id(found), found.size)
+    return _join(_by_blocks(_total_kernel(), values.size, row_loss=id(values)))
+
+
+def _join(found):
+    """Σ of what blocks have added up, in two parts each."""
+    try:
+        return math.fsum(found.flat)
+    except (OverflowError, ValueError):  # it raises where addition gives an infinity or NaN
+        with np.errstate(all="ignore"):
+            return float(found.sum())
 
 
 def weigh(labels, ignored, weight):
     """Σ of the weights of the labels that are not ignored, like `total`."""
     rows, elem = labels.size, "f4" if weight.dtype == np.float32 else "f8"
-    if rows <= BLOCK:
+    if rows <= MANY:
         return _weigh(elem)(id(labels), rows, ignored, id(weight))
     arrays = {"labels": id(labels), "weight": id(weight)}
-    return total(_by_blocks(_weigh_kernel(elem), rows, ignore_index=ignored, **arrays).reshape(-1))
+    return _join(_by_blocks(_weigh_kernel(elem), rows, ignore_index=ignored, **arrays))
 
 
 def _plus(total, low, value):
