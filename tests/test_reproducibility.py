@@ -5,6 +5,7 @@ Here our own results are compared with each other; that they are right is for th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -243,27 +244,41 @@ def everything_into(out, x, labels, axis=-1):
 @cases.dtypes(float32, bfloat16, slow=(float16, float64))
 def test_past_the_caches(classes, dtype, monkeypatch):
     """Small outputs written as the large ones are, from any address: the same, and nothing else."""
-    from numbakern.cpu import launch
-
     rows = 75 if classes <= 1000 else 3
     x, labels = rows_and_labels(rows, classes, dtype)
     labels[:: max(1, rows // 3)] = 0, classes - 1, classes // 2
-    for axis, shape in ((1, x.shape), (0, x.shape[::-1])):
-        given = x if axis else np.ascontiguousarray(x.T)
-        want = list(everything_into(np.empty(shape, dtype), given, labels, axis))
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "STREAM_BYTES", -1)
-            patch.setattr(launch, "SHORTEST_STREAMED", 0)
-            launch.plan.cache_clear()
-            for shift in (0, x.itemsize, 16, 32, 64 - x.itemsize, 1):
-                raw = np.full(x.nbytes + 256, 0xA5, np.uint8)
-                first = -raw.ctypes.data % 64 + 64 + shift
-                out = raw[first : first + x.nbytes].view(dtype).reshape(shape)
-                for one, other in zip(want, everything_into(out, given, labels, axis), strict=True):
-                    assert same_bits(one, other), shift
-                rest = np.concatenate([raw[:first], raw[first + x.nbytes :]])
-                assert np.all(rest == 0xA5)
-            launch.plan.cache_clear()
+    assert_same_past_the_caches(monkeypatch, x, labels, 1)
+    assert_same_past_the_caches(monkeypatch, np.ascontiguousarray(x.T), labels, 0)
+
+
+@pytest.mark.parametrize("length", [9, 127, 144, 331, 1024, 1500, 2111])
+@pytest.mark.parametrize("classes", [5, 21])
+@cases.dtypes(float32, bfloat16, slow=(float16, float64))
+def test_columns_past_the_caches(classes, length, dtype, monkeypatch):
+    """Classes that begin with a line, and classes that begin anywhere in one."""
+    x = cases.logits((3, classes, length), dtype)
+    labels = cases.class_labels((3, length), classes)
+    for end in (length, length // 2 + 1):
+        assert_same_past_the_caches(monkeypatch, x[:, :, :end], labels[:, :end], 1)
+
+
+def assert_same_past_the_caches(monkeypatch, x, labels, axis):
+    """All results do not depend on how they are written, from any address; nothing else changes."""
+    from numbakern.cpu import launch
+
+    want = list(everything_into(np.empty(x.shape, x.dtype), x, labels, axis))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "STREAM_BYTES", -1)
+        patch.setattr(launch, "SHORTEST_STREAMED", 0)
+        patch.setattr(launch, "plan", functools.cache(launch.plan.__wrapped__))
+        for shift in (0, x.itemsize, 16, 32, 64 - x.itemsize, 1):
+            raw = np.full(x.nbytes + 256, 0xA5, np.uint8)
+            first = -raw.ctypes.data % 64 + 64 + shift
+            out = raw[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+            for one, other in zip(want, everything_into(out, x, labels, axis), strict=True):
+                assert same_bits(one, other), shift
+            rest = np.concatenate([raw[:first], raw[first + x.nbytes :]])
+            assert np.all(rest == 0xA5)
 
 
 @cases.dtypes(*cases.INTEGERS)
