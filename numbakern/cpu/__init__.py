@@ -44,7 +44,7 @@ def _launch():
 
 @functools.cache
 def _rowwise():
-    """Another one."""
+    """The other such module that this one calls."""
     from numbakern.cpu import rowwise
 
     return rowwise

@@ -41,11 +41,11 @@ VALUE_SLOTS = (
     "weight_sum",  # float: Σ of the class weights
 )
 SLOTS = (*SHAPE_SLOTS, *ARRAY_SLOTS, *VALUE_SLOTS)
-STREAM_BYTES = 4 << 20
-"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
 INDEX = {name: i for i, name in enumerate(SLOTS)}
 FLOAT_SLOTS = ("scale", "keep", "spread", "weight_sum")
 HEADER = object.__basicsize__
+STREAM_BYTES = 4 << 20
+"""Outputs larger than this are written past the caches: no line is read only to be overwritten."""
 
 _i64 = ir.IntType(64)
 

@@ -25,8 +25,6 @@ A longer row fills vectors of its own. Classes that are apart are gathered once,
 """
 FEW_BYTES_BACKWARD = 340
 """The same where there are two arrays to pack, and no maximum or exponential sum to be found."""
-
-
 SHORTEST_STREAMED = 32
 """Bytes of the shortest rows for which it pays to put a tile of them together to whole lines."""
 

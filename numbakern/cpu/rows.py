@@ -404,6 +404,7 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
                     part(operands, j, head, params, out, out_step)
                     j += lanes
                 j = head
+                # Written afterwards, it would have to wait until its line has come back.
                 if labelled and j <= label < n:
                     at_label = j + (label - j) // line * line
                 while j + line <= n:
@@ -419,7 +420,6 @@ def make_map(value, out_access, x_access, y_access, w_access, labelled=False):
         while j < n:
             part(operands, j, n, params, out, out_step)
             j += lanes
-        # Behind a streamed line an element would have to wait until that has come back.
         if labelled and 0 <= label < n and at_label + line > n:
             put_element(out + label * out_step, grad)
 

@@ -30,11 +30,11 @@ from numbakern.cpu.simd import (
     traced,
     where,
 )
-from numbakern.vmath import is_finite, two_sum, whole_sum
+from numbakern.vmath import is_finite, two_sum
 
 _i64 = types.int64
 PAGE = 1 << 16
-"""Bytes that `fill` clears as one item."""
+"""Bytes that `_fill` clears as one item."""
 MANY = 1 << 17
 """Rows above which they are taken in blocks, for it pays to start threads."""
 BLOCK = 1 << 15
@@ -167,7 +167,10 @@ def _plus(total, low, value):
 
 
 def _add_up(at, n, wide, one):
-    """Σ in two parts of wide(i), the i-th vector of _WIDE values, then of the others, one(i)."""
+    """Σ of wide(i), the i-th vector of _WIDE values, then of the others, one(i).
+
+    In two parts; the second is 0 where the first is no finite number.
+    """
     whole = n // _WIDE
     none, nothing = constant(at, 0.0, "f8", _WIDE), constant(at, 0.0, "f8")
 
@@ -197,7 +200,8 @@ def _add_values(at, n):
 
 @traced
 def _add_array(values, n):
-    return whole_sum(*_add_values(array_data(values), n))
+    high, low = _add_values(array_data(values), n)
+    return high + low
 
 
 def _add_all(values, n):
@@ -237,8 +241,8 @@ def _add_weights(elem, at, n, ignored, weights):
 def _weigh(elem):
     @traced
     def weigh_array(labels, n, ignored, weight):
-        sums = _add_weights(elem, array_data(labels), n, ignored, array_data(weight))
-        return whole_sum(*sums)
+        high, low = _add_weights(elem, array_data(labels), n, ignored, array_data(weight))
+        return high + low
 
     def weigh_all(labels, n, ignored, weight):
         return weigh_array(labels, n, ignored, weight)

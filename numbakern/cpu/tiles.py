@@ -561,7 +561,8 @@ class Tiles:
                 put_i64(record + _ROW, row)
 
         elif self.layout == ROWS:
-            out_size = self.out_access.size if self.out_access else 0
+            # Once for all inputs the output's lines are asked for.
+            out_size = self.out_access.size if name == "x" and self.out_access else 0
 
             @traced
             def block(state, tile, most, pitch, j0, j, n, ahead, stream):
@@ -577,7 +578,7 @@ class Tiles:
                         out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
                         prefetch(out + (j0 + j) * out_size, to_write=True)
 
-                if name == "x" and out_size:
+                if out_size:
                     when(stream == 0, fetch_out)
                 columns = transpose(rows)
                 for r, column in enumerate(columns):
