@@ -100,6 +100,13 @@ class Row:
         self.number, self.narrow = convert(number, "i8"), number.elem == "i4"
         self.lane, self.lanes = lane, lanes
 
+    def element(self, name, fmt, mask):
+        """What an array has at the row's label; from the tile, if the block has copied it."""
+        if self.tiles and name in self.tiles.found:
+            return self.tiles.element(name, narrow(self.label), mask)
+        start, step = self.places[name]
+        return fmt.get(start + distance(self.label, step), mask)
+
     def or_void(self, v):
         """A float64 result where the label counts; 0 where it is ignored, NaN where it is bad."""
         return where(self.counts, v, where(self.skip, constant(v, 0.0, "f8"), math.nan))
@@ -519,12 +526,10 @@ class CrossEntropy(Operation):
         """As Operation.logit."""
         if self.soft:
             return None
-        start, step = row.places["x"]
         there = row.ok & row.counts  # of no classes no label does
 
         def read(mask):
-            at = start + distance(row.label, step)
-            return convert(self.formats["x"].get(at, there & mask), "f8")
+            return convert(row.element("x", self.formats["x"], there & mask), "f8")
 
         return read
 
@@ -723,9 +728,8 @@ class Nll(Operation):
     def settle(self, frame, row):
         """As Operation.settle: a bad label is recorded, and read what it chooses."""
         self.labels.record(frame, row)
-        start, step = row.places["x"]
-        at = start + distance(row.label, step)
-        row.x_label = self.formats["x"].get(at, row.ok & row.counts)  # of no classes no label does
+        there = row.ok & row.counts  # of no classes no label does
+        row.x_label = row.element("x", self.formats["x"], there)
         if "weight" in self.formats:
             row.w_label = self.labels.weight_of(row, self.formats["weight"])
 

@@ -598,13 +598,13 @@ class Walk:
 
     def settle(self):
         """What is to be known of the row."""
+        self.tiles.put()  # first: who waited for a label before would ask for its tile late
         self.op.look(self.frame, self.row)
         self.op.settle(self.frame, self.row)
 
     def run(self):
         """Reduce, join, map; as far as this launch does it."""
         op, stage, reduced = self.op, self.way.stage, None
-        self.tiles.put()
         if op.softmax or op.sums:
             if self.part.single:
                 reduced = self._reduced()

@@ -209,6 +209,12 @@ class Tiles:
         tile = self.tiles[name]
         return self.row * self.classes * tile.access.format.size + tile.at
 
+    def element(self, name, j, mask):
+        """The number that a lane's row has of class j, where the mask holds."""
+        fmt = self.tiles[name].access.format
+        at = self.tiles[name].access.at(self.start(name) + j * fmt.size)
+        return fmt.number(shared_words(at, fmt.size, 1, mask, fmt.fill_single)[0])
+
     @property
     def inputs(self):
         """The tiles of what is read."""
@@ -256,16 +262,21 @@ class _Tile:
         word, count = access.edge
         self.edge = word * count
 
-    def _accesses(self, behind=0):
+    def _accesses(self, behind=0, stored=False):
         """(whether it is there, its address, its place) of each of this thread's accesses.
 
-        The first of them all begins so many bytes behind the tile's beginning.
+        The first of them all begins so many bytes behind the tile's beginning. Those that are
+        `stored` compare bytes: ptxas, which has seven predicates, would keep those of the loads
+        for them, and ask for accesses one after the other.
         """
-        first, whole = self.thread * ACCESS + behind, self._whole(behind)
+        mine, end, each = self.thread, self._whole(behind), self.threads
+        if stored:
+            mine, end, each = (n * ACCESS for n in (mine, end, each))
+        first = self.thread * ACCESS + behind
         address = self.start + convert(first, "i8")
         for i in range(self.access.copied):
-            there, more = self.thread < whole - i * self.threads, i * self.threads * ACCESS
-            yield there, address + more, first + (self.at + more)
+            more = i * self.threads * ACCESS
+            yield mine < end - i * each, address + more, first + (self.at + more)
 
     def _whole(self, behind=0):
         """How many accesses there are from so many bytes on."""
@@ -305,7 +316,7 @@ class _Tile:
 
     def store(self):
         """Write the tile."""
-        for i, (there, address, place) in enumerate(self._accesses()):
+        for i, (there, address, place) in enumerate(self._accesses(stored=True)):
             known = None if i < self.access.full else there
             words = shared_words(self.access.at(place), WORD, ACCESS // WORD, known, None)
             store(address, WORD, words, there)
@@ -373,7 +384,7 @@ class _MovedTile(_Tile):
     def store(self):
         """As _Tile.store."""
         odd = self.before & (WORD - 1) if self.edge < WORD else None
-        for there, address, place in self._accesses(self.before):
+        for there, address, place in self._accesses(self.before, stored=True):
             store(address, self.word, self._words_of(place, there, odd), there)
         self._store_edges(0, self.before)
         self._store_edges(self._whole(self.before) * ACCESS + self.before, self.size)
