@@ -125,8 +125,9 @@ Result cuEventSynchronize(Handle in) { count(SYNCHRONIZATIONS); return 0; }
 Result cuGetErrorName(Result error, const char **out) { *out = "FAKE"; return 0; }
 Result cuGetErrorString(Result error, const char **out) { *out = "fake"; return 0; }
 
-/* The last launch: grid, block, shared memory, cluster; what a block of the last kernel may ask for. */
-static int last[5];
+/* The last launch: grid, block, shared memory, cluster; what a block of the last kernel may ask for;
+ * per cent of shared memory that it had better have. */
+static int last[6];
 int fake_last(int what) { return last[what]; }
 typedef struct { int id; int unused; unsigned value[16]; } Attribute;
 typedef struct { unsigned grid[3], block[3], shared; Handle on; Attribute *attributes; unsigned count; } Config;
@@ -135,7 +136,7 @@ static void note(const Config *config) {
   for (unsigned i = 0; i < config->count; i++)
     if (config->attributes[i].id == 4) last[3] = config->attributes[i].value[0]; /* cluster */
 }
-Result cuKernelSetAttribute(int attribute, int value, Handle kernel, int device) { if (attribute == 8) last[4] = value; return 0; }
+Result cuKernelSetAttribute(int attribute, int value, Handle kernel, int device) { if (attribute == 8 || attribute == 9) last[attribute - 4] = value; return 0; }
 
 static Result launched(void) { count(LAUNCHES); if (current == 1) count(LAUNCHES_ON_1); return current < 0 ? 201 : 0; }
 Result cuLaunchKernelEx(const Config *config, Handle kernel, void **arguments, void **extra) { note(config); return launched(); }

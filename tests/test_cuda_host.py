@@ -10,7 +10,6 @@ import gc
 import importlib.util
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import textwrap
@@ -107,21 +106,6 @@ def test_the_architecture_of_a_device():
     ]  # fmt: skip
 
 
-def cubin(registers, stack):
-    """A Cubin that says it takes so many, in an ELF file with nothing else."""
-    from numbakern.cuda.compile import Cubin
-
-    names = b"\0.nv.info\0.shstrtab\0"
-    other = struct.pack("<BBH", 3, 0x12, 77)  # an attribute of two bytes, of that number
-    found = [struct.pack("<BBHII", 4, n, 8, 5, v) for n, v in ((0x2F, registers), (0x12, stack))]
-    info = other + b"".join(found)
-    header = b"\x7fELF" + bytes(36) + struct.pack("<Q", 64 + len(names) + len(info))
-    header = header.ljust(58, b"\0") + struct.pack("<HHH", 64, 2, 0)
-    sections = ((10, 3, 64, len(names)), (1, 0x70000000, 64 + len(names), len(info)))
-    table = (struct.pack("<IIQQQQ", a, b, 0, 0, c, d).ljust(64, b"\0") for a, b, c, d in sections)
-    return Cubin("kernel", header + names + info + b"".join(table))
-
-
 @pytest.mark.parametrize("threads, registers, blocks", [
     (128, 96, 5),  # a scheduler has 16384 registers: 5 warps
     (352, 80, 2),  # 6 warps of each scheduler, 24 in all, of 11 a block
@@ -132,6 +116,22 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     from numbakern.cuda.compile import blocks_of
 
     assert blocks_of(threads, registers) == blocks
+
+
+@pytest.mark.parametrize("threads, registers, shared, most, share", [
+    (128, 56, 23 << 10, 228, 196),  # nine blocks: eight take 184 KB
+    (128, 64, 23 << 10, 228, 228),  # registers for eight, which the 196 KB hold anyway
+    (128, 32, 12 << 10, 228, 228),  # threads for sixteen: 192 KB
+    (128, 40, 20 << 10, 164, 132),
+    (256, 32, 37 << 10, 228, 196),
+    (256, 32, 38 << 10, 228, 196),
+    (256, 32, 39 << 10, 228, 228),  # five: each is worth more
+    (320, 64, 113 << 10, 228, 228),
+])  # fmt: skip
+def test_shared_memory_that_leaves_room_for_loads(threads, registers, shared, most, share):
+    from numbakern.cuda.compile import share_of
+
+    assert share_of(threads, registers, shared, most << 10) == share << 10
 
 
 @pytest.mark.parametrize("room, answers, tried, taken", [
@@ -176,7 +176,7 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
 def test_code_without_a_stack_where_there_is_some(room, answers, tried, taken, monkeypatch):
     from numbakern.cuda import compile
 
-    made = {bounds: cubin(*used) for bounds, used in answers.items()}
+    made = {bounds: mock_libraries.cubin(*used) for bounds, used in answers.items()}
     asked = []
 
     def compile_kernel(function, arg_types, arch, bounds):
@@ -1006,7 +1006,7 @@ import ctypes, os, sys, threading, time
 import numpy as np
 from tests import host_cost, mock_libraries
 from numbakern.cuda import compile
-compile.cubin = lambda *_: compile.Cubin("kernel", b"\\x7fELF" + bytes(60))
+compile.cubin = lambda *_: mock_libraries.cubin()
 sys.modules["torch"] = torch = mock_libraries.torch_module()
 import numbakern
 driver = ctypes.CDLL("libcuda.so.1")
@@ -1060,7 +1060,10 @@ def test_a_device_that_another_library_has_made_current(scripted):
 
 
 def test_what_the_driver_is_told_of_a_launch(scripted):
-    """Blocks, not clusters, are its grid; more than 48 KiB of shared memory a kernel asks for."""
+    """Blocks, not clusters, are its grid; more than 48 KiB of shared memory a kernel asks for.
+
+    Many blocks that would take nearly all of a multiprocessor's are to leave some of it to L1.
+    """
     done = scripted("""
         from numbakern.cuda import launch
         steps, prepared = [], launch.Device.prepared
@@ -1085,9 +1088,13 @@ def test_what_the_driver_is_told_of_a_launch(scripted):
                 own |= ("out", "shifted") in dict(step.spec.params)["modes"]
                 # What stores take of it is a kernel's own: 1 KB a warp.
                 assert step.shared <= told[4] <= device.shared - 32 * step.block, (step, told)
-        print(cluster, shared, own)
+        print(cluster, shared, own, driver.fake_last(5))
+        x = torch.Tensor(np.zeros((999, 49), np.float32))
+        numbakern.log_softmax_backward(x, x)
+        print(driver.fake_last(5))
         """)
-    assert done == ["True", "True", "True"]
+    # Eight blocks have 64 rows of 49 classes each, of two arrays; 196 of 228 KB are 85 per cent.
+    assert done == ["True", "True", "True", "0", "85"]
 
 
 def test_rows_that_several_blocks_hold(scripted):

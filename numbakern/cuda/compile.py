@@ -166,6 +166,32 @@ def blocks_of(threads, registers):
     return warps // -(-threads // 32)
 
 
+OWN = 1 << 10
+"""Bytes of shared memory that the driver keeps of each block."""
+
+
+def shared_of(used, shared, arch):
+    """Bytes of shared memory that a block of a kernel takes which is given so many."""
+    # The driver keeps some of each block; from sm_90 on ptxas counts that where there is any.
+    own = used.shared + OWN if arch < "sm_90" else max(OWN, used.shared)
+    return shared + own
+
+
+THREADS, CROWD, LEFT = 2048, 6, 32 << 10
+"""Threads of a multiprocessor; its blocks from which on one is given up for L1 to have so many
+bytes more."""
+
+
+def share_of(threads, registers, shared, most):
+    """Bytes of shared memory that a multiprocessor had better have for its blocks, of `most`.
+
+    `shared`: of a block, as `shared_of`. What is left is L1's, in which loads wait that are on
+    their way to registers: of many blocks that took nearly all they would wait for room there.
+    """
+    blocks = min(THREADS // threads, blocks_of(threads, registers), most // shared)
+    return most - LEFT if blocks >= CROWD and blocks * shared > most - LEFT else most
+
+
 LITTLE, LARGE, MANY = 24, 256, 1.25
 """Bytes of a thread's stack that one block more of so many threads is worth, or of any if there are
 so many times as many then."""

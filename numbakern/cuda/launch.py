@@ -192,12 +192,27 @@ class Device:
             # No more than is needed: with the kernel's own it may not exceed what a block can have.
             most = self._asked[cubin] = max(step.shared, self._asked.get(cubin, 0))
             wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most))
+        percent = self._share(step, cubin)
+        if percent < 100:
+            wanted.append((attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent))
         if step.cluster > _PORTABLE_CLUSTER:
             wanted.append((attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
         for attribute, value in wanted:
             device = _checked(driver().cuDeviceGet(self.ordinal))
             _checked(driver().cuKernelSetAttribute(attribute, value, kernel.handle, device))
         return kernel
+
+
+    def _share(self, step, cubin):
+        """Per cent of its shared memory that a multiprocessor had better have for a step's blocks.
+
+        The driver rounds up to the next step that there is.
+        """
+        if not step.shared:
+            return 100
+        most, used = self.shared + compiler.OWN, compiler.resources(cubin)
+        shared = compiler.shared_of(used, step.shared, self.arch)
+        return 100 * compiler.share_of(step.block, used.registers, shared, most) // most
 
 
 class _Words:

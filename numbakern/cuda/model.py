@@ -22,7 +22,7 @@ from numbakern.cuda import codegen
 from numbakern.cuda import compile as compiler
 from numbakern.cuda.footprint import WARP, footprint
 from numbakern.cuda.plan import Plan, Step
-from numbakern.cuda.ways import OWN, Machine, machine_of
+from numbakern.cuda.ways import Machine, machine_of
 
 SCHEDULERS = 4
 """Of a multiprocessor."""
@@ -506,20 +506,14 @@ class Bounds(NamedTuple):
 def resident(step, used, gpu):
     """Blocks of a step that a multiprocessor holds at once."""
     by_registers = compiler.blocks_of(step.block, used.registers)
-    by_shared = gpu.shared // _shared_of(step, used, gpu)
+    shared = compiler.shared_of(used, step.shared, gpu.arch)
+    by_shared = compiler.share_of(step.block, used.registers, shared, gpu.shared) // shared
     return max(0, min(gpu.threads // step.block, by_registers, gpu.blocks, by_shared))
-
-
-def _shared_of(step, used, gpu):
-    """Bytes of shared memory that a block takes."""
-    # The driver keeps some of each block; from sm_90 on ptxas counts that where there is any.
-    own = used.shared + OWN if gpu.arch == "sm_80" else max(OWN, used.shared)
-    return step.shared + own
 
 
 def l1_beside(step, used, gpu):
     """Bytes of L1 beside the shared memory of as many blocks as a multiprocessor holds."""
-    taken = resident(step, used, gpu) * _shared_of(step, used, gpu)
+    taken = resident(step, used, gpu) * compiler.shared_of(used, step.shared, gpu.arch)
     return gpu.shared + L1 - min(share << 10 for share in SHARES if share << 10 >= taken)
 
 
@@ -666,7 +660,7 @@ STREAMS = {
 def machine_for(gpu: Gpu) -> Machine:
     """What the choice of a way knows of a GPU."""
     capability = divmod(int(gpu.arch[3:].rstrip("a")), 10)
-    return machine_of(gpu.multiprocessors, gpu.shared - OWN, capability)
+    return machine_of(gpu.multiprocessors, gpu.shared - compiler.OWN, capability)
 
 
 def predict(gpu: Gpu, operation, kind, rows, classes, layout="whole") -> Prediction:

@@ -22,6 +22,7 @@ from numbakern.cuda.device import (
     shared_words,
     smaller_integer,
     store,
+    warp_barrier,
     when,
 )
 from numbakern.cuda.memory import ACCESS, Single
@@ -185,6 +186,7 @@ class Tiles:
 
     def __init__(self, accesses, frame, part, threads, run, short, begin):
         self.found, self.tiles, self.thread = slots(accesses), {}, frame.thread
+        self.lanes = part.lanes
         if self.found:
             self.row = _row_of(self.thread, part.lanes, threads, run)
             self._place(accesses, frame, part, threads, short, begin)
@@ -213,7 +215,10 @@ class Tiles:
         """The number that a lane's row has of class j, where the mask holds."""
         fmt = self.tiles[name].access.format
         at = self.tiles[name].access.at(self.start(name) + j * fmt.size)
-        return fmt.number(shared_words(at, fmt.size, 1, mask, fmt.fill_single)[0])
+        word = shared_words(at, fmt.size, 1, mask, fmt.fill_single)[0]
+        if self.lanes > 1 and "out" in self.tiles:
+            warp_barrier(self.thread)  # another lane of the row may write the result there
+        return fmt.number(word)
 
     @property
     def inputs(self):

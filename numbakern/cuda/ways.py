@@ -33,6 +33,7 @@ import os
 from typing import NamedTuple
 
 from numbakern.cuda.columns import side_by_side, threads_of
+from numbakern.cuda.compile import OWN
 from numbakern.cuda.gathered import numbers_of
 from numbakern.cuda.memory import ACCESS
 from numbakern.cuda.reduce import WARP
@@ -85,9 +86,8 @@ EXACT = 40
 PARTS = 8
 """Of a device that has clusters, each of which lies within one: no fewer multiprocessors than all
 over these are in each."""
-OWN, BLOCKS, REGISTERS = 1 << 10, 32, 1 << 16
-"""Bytes of shared memory that the driver keeps of each block; blocks and registers of a
-multiprocessor."""
+BLOCKS, REGISTERS = 32, 1 << 16
+"""Of a multiprocessor."""
 LANE_REGISTERS = 55
 """Of a lane that only reduces, about; one that reads many halves one by one has more."""
 BOARD = 16 << 10
