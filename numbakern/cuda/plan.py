@@ -560,15 +560,24 @@ class _Planner:
             # Groups' elements would come one by one, those of neighbouring lanes from more lines.
             apart = apart or (part.group > 1 and (size == 2 or side_by_side <= LINE))
         whole = part.single and part.span >= self.classes  # of one label's logit it is not
-        least = ALONE["labels" in self.layouts] if part.group * size == 2 else SECTOR
-        return whole and apart and self.along[name] == [row] and row > least
+        return whole and apart and self.along[name] == [row] and row > self._alone(part, size)
+
+    def _alone(self, part, size):
+        """Bytes of a row that a lane had better read where it lies."""
+        if part.group > 1 or size not in ALONE:
+            return SECTOR
+        simple, reduced, labelled = ALONE[size]
+        if self.operation.endswith("softmax_backward"):
+            return simple
+        return labelled if "labels" in self.layouts else reduced
 
 
 SECTOR, LINE = 32, 128
 """Bytes that L2 and DRAM move at once; that L1 looks up at once."""
-ALONE = 16, 20
-"""Bytes of a row of halves one by one that a lane had better read where it lies, without labels
-and with, of which there is more to do."""
+ALONE = {2: (12, 16, 20), 4: (24, 24, 24)}
+"""Bytes of a row of halves, of float32, one by one that a lane had better read where it lies: of
+two whose products are summed; of one whose exponentials are; with labels, of which there is more to
+do."""
 BESIDE = 16
 """Registers that a lane takes beside one for each load."""
 FEW_LOST = 4
