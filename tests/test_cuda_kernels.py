@@ -1109,6 +1109,34 @@ def test_rows_of_a_tile_that_starts_anywhere(dtype, classes, take):
         assert cases.same_bits(x, want[:rows])
 
 
+SECTOR_WIDE = (
+    (float32, 66), (float32, 126), (float32, 201), (bfloat16, 132), (bfloat16, 450),
+    (bfloat16, 510), (float64, 33), (float64, 63),
+)  # fmt: skip
+"""Rows whose lanes have a sector of 32 bytes between them, in parts of 16."""
+
+
+@pytest.mark.parametrize("dtype, classes", SECTOR_WIDE)
+def test_lanes_that_write_parts_of_a_sector(dtype, classes):
+    """They are copied where results are written; what is only reduced is read where it lies."""
+    x = cases.logits((131, classes), dtype, scale=4.0)
+    for operation in "log_softmax", "softmax", "cross_entropy":
+        found = []
+        for offset in 0, 1:
+            arrays, options = {"x": placed(x, offset), "out": placed(x, offset)}, {}
+            if operation == "cross_entropy":
+                labels = cases.class_labels(131, classes)
+                arrays |= {"labels": labels, "loss": np.full(131, 7, compute_of_loss(dtype))}
+                options = {"ignores": True, "ignore_index": -100}
+            made = run(operation, arrays, 1, **options)
+            assert (set(modes_of(made).values()) == {"staged"}) == (offset == 0)
+            found.append(arrays)
+        for name in set(found[0]) - {"x", "labels"}:
+            assert cases.same_bits(found[0][name], found[1][name])
+    made = run("logsumexp", {"x": placed(x, 0), "row_lse": np.empty(131)}, 1)
+    assert modes_of(made)["x"] == "whole" if classes % 2 == 0 else "single"
+
+
 def staged_calls(x, y, labels):
     """(operation, arrays, options) of all that is staged, y probabilities or an output."""
     rows = len(x)
@@ -1195,15 +1223,42 @@ def test_tiles_of_other_types(dtype, to, classes, take):
         x = placed(cases.logits((131, classes), dtype, scale=4.0), offset)
         out = placed(np.full(x.shape, 7, to), offset)
         made = run("log_softmax", {"x": x, "out": out}, 1, elem=compute_of(to))
-        there = classes < 65 or to != float64  # else lanes lie further from one another
-        assert ("staged" in modes_of(made).values()) == (offset == 0 and there)
-        assert ("staged anywhere" in modes_of(made).values()) == (anywhere and there)
+        assert ("staged" in modes_of(made).values()) == (offset == 0)
+        assert ("staged anywhere" in modes_of(made).values()) == anywhere
         found.append(out)
     for other in found[1:]:
         assert cases.same_bits(other, found[0])
 
 
-@pytest.mark.parametrize("dtype, classes", list(every_staged()))
+@pytest.mark.parametrize("operation, dtype, classes", [
+    *itertools.product(["log_softmax_backward"], [float64], [37, 101, 257, 501]),
+    *itertools.product(["log_softmax_backward", "softmax_backward", "soft"],
+                       [bfloat16], [150, 258, 450, 501, 900]),
+    *itertools.product(["log_softmax_backward", "softmax_backward"],
+                       [float32], [7, 106, 129, 150, 501, 1022]),
+    ("log_softmax_backward", bfloat16, 7), ("softmax_backward", bfloat16, 7),
+    ("soft", float32, 129), ("soft", float64, 101),
+])  # fmt: skip
+def test_rows_whose_second_array_would_come_late(operation, dtype, classes):
+    """They are copied, however many lanes they have; bits are those of rows that are not."""
+    found = []
+    for offset in 0, 1:
+        rows = 70
+        x = placed(cases.logits((rows, classes), dtype, scale=4.0), offset)
+        y = placed(cases.probabilities((rows, classes), 1, np.float32).astype(dtype), offset)
+        arrays = {"x": x, "y": y, "out": x}
+        if operation == "soft":
+            arrays |= {"loss": np.full(rows, 7, compute_of_loss(dtype))}
+            made = run("cross_entropy", arrays, 1, soft=True)
+        else:
+            made = run(operation, arrays, 1)
+        assert (set(modes_of(made).values()) == {"staged"}) == (offset == 0)
+        found.append(arrays)
+    for name in set(found[0]) - {"x", "y"}:
+        assert cases.same_bits(found[0][name], found[1][name])
+
+
+@pytest.mark.parametrize("dtype, classes", [*every_staged(), *SECTOR_WIDE])
 def test_lanes_meet_in_few_banks(dtype, classes, monkeypatch):
     """What a warp asks of shared memory at once lies in other banks, or two to a bank."""
     seen = []

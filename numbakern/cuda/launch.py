@@ -202,7 +202,6 @@ class Device:
             _checked(driver().cuKernelSetAttribute(attribute, value, kernel.handle, device))
         return kernel
 
-
     def _share(self, step, cubin):
         """Per cent of its shared memory that a multiprocessor had better have for a step's blocks.
 

@@ -27,7 +27,7 @@ from numbakern.cuda.memory import (
 )
 from numbakern.cuda.realigned import Realigned
 from numbakern.cuda.reduce import WARP
-from numbakern.cuda.rows import Partition, Rows, Way, joiners_of, partition, shelved
+from numbakern.cuda.rows import BLOCK, Partition, Rows, Way, joiners_of, partition, shelved
 from numbakern.cuda.softmax import width
 from numbakern.cuda.tiles import WORD, Staged, StagedAnywhere, run_of, size_of
 from numbakern.cuda.totals import Sums
@@ -550,17 +550,36 @@ class _Planner:
         return "shifted" if part.group * size <= ACCESS else "single"
 
     def _in_tiles(self, name, layout, part, size):
-        """Whether blocks copy their rows of an array: lanes would take parts of sectors."""
+        """Whether blocks copy their rows of an array: lanes would take parts of sectors.
+
+        Or would ask for a second array late (`_comes_late`).
+        """
         row, side_by_side = self.classes * size, part.lanes * part.group * size
-        # Halves one by one take so many accesses that parts of two sectors are too much as well.
-        apart = side_by_side < SECTOR or (part.group * size == 2 and side_by_side == SECTOR)
-        if not layout.aligned:
-            if not self.machine.realigned:
-                return False
+        apart = side_by_side < SECTOR or self._comes_late(part, size)
+        # Parts of two sectors are too much as well for halves one by one, which take many
+        # accesses, and where they are written.
+        if part.group * size == 2 or ("out" in self.layouts and part.group * size < ACCESS):
+            apart = apart or side_by_side == SECTOR
+        if layout.aligned:
+            apart = apart and BLOCK // part.lanes * row % ACCESS == 0  # so is that of every block
+        elif not self.machine.realigned:
+            return False
+        else:
             # Groups' elements would come one by one, those of neighbouring lanes from more lines.
             apart = apart or (part.group > 1 and (size == 2 or side_by_side <= LINE))
         whole = part.single and part.span >= self.classes  # of one label's logit it is not
         return whole and apart and self.along[name] == [row] and row > self._alone(part, size)
+
+    def _comes_late(self, part, size):
+        """Whether lanes that read two arrays by parts of an access would wait for many a latency.
+
+        ptxas has not the registers to ask for all of the second one before the first one's sum.
+        """
+        if "y" not in self.layouts or part.group * size >= ACCESS:
+            return False
+        if self.operation == "softmax_backward":
+            return size < 8
+        return self.operation == "log_softmax_backward" or size == 2 or part.group == 1
 
     def _alone(self, part, size):
         """Bytes of a row that a lane had better read where it lies."""
