@@ -29,11 +29,10 @@ from numbakern.cpu.simd import (
 )
 from numbakern.cpu.state import (
     CENTRED,
-    LANES,
     SLOT,
-    Eight,
+    Few,
     centre_on,
-    each_eight,
+    each_few,
     get,
     get_f64,
     get_i64,
@@ -77,7 +76,7 @@ def each_batch(walker, work):
 
 
 def log_sum_exp(rows):
-    """m + log Σ exp(x − m) of eight rows."""
+    """m + log Σ exp(x − m) of a few rows."""
     m, log_sum = get(rows, "m"), get(rows, "log_sum")
     # An infinite maximum is the result itself.
     return where(is_finite(m) | (m != m), m + log_sum, m)
@@ -164,7 +163,7 @@ def log_softmax_backward(walker):
     def value(grad, y, _w, params):
         return log_softmax_grad(grad, root_of_exp(y), *params)
 
-    @each_eight
+    @each_few
     def total(rows):
         put(rows, p0=whole_sum(get(rows, "sum_a"), get(rows, "sum_a_low")))
 
@@ -184,7 +183,7 @@ def softmax_backward(walker):
         high, low = params  # two parts, since grad − Σ cancels where a row is confident
         return formulas.softmax_grad(grad - high, y, low)
 
-    @each_eight
+    @each_few
     def total(rows):
         a, low = get(rows, "sum_a"), get(rows, "sum_a_low")
         high = convert(convert(whole_sum(a, low), elem), "f8")
@@ -259,7 +258,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         row_lse holds the log-sum-exp, which spares the reduction; otherwise it is written where
         the frame has an array for it. Not with `loss`.
     """
-    elem, weighted = walker.elem, walker.weighted
+    elem, weighted, many = walker.elem, walker.weighted, walker.many
     spread_out = soft or smooth  # every class has a target, not the label alone
     summed = soft or (smooth and loss)
 
@@ -308,21 +307,21 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         keep, spread, lse = keep_of(frame), spread_of(frame), row_lse(frame) + 8 * p
         targets, ignore = labels(frame) + 8 * p, convert(ignored(frame), "f8")
 
-        def eight(i):
-            rows = Eight(state, i)
+        def few(i):
+            rows = Few(state, i, many)
             if soft:
-                put(rows, skip=zeros(state, "f8", LANES))
+                put(rows, skip=zeros(state, "f8", many))
             else:
-                t = take_labels(targets + 8 * i, count - i)
+                t = take_labels(many, targets + 8 * i, count - i)
                 prefetch(targets + 8 * i + 8 * count)  # the next batch's
                 skip = t == ignore
                 put(rows, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
             if summed:
-                put(rows, p1=splat(keep, "f8", LANES), p2=splat(spread, "f8", LANES))
+                put(rows, p1=splat(keep, "f8", many), p2=splat(spread, "f8", many))
             if given:
-                put(rows, m=take_rows(lse + 8 * i, count - i))
+                put(rows, m=take_rows(many, lse + 8 * i, count - i))
 
-        each(count, LANES, eight)
+        each(count, many, few)
         if not soft:
             put_x_labels(frame, state, count)
 
@@ -389,7 +388,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 value = where(get(rows, "skip") != 0.0, 0.0, value)
                 put_rows(losses + 8 * (p + i), count - i, value)
             if grad:
-                scale = take_rows(*own(scales), 1.0) * common_scale
+                scale = take_rows(many, *own(scales), 1.0) * common_scale
                 # p − q cancels at a confident label; 1 − p is known as the share of the others
                 label_grad = more - total * others
                 if smooth:  # and that cancels at an improbable one, whose target may be small too
@@ -410,13 +409,13 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
 
     def label_weight(rows, weight):
         """The weight of the label; 0 of a row that is skipped."""
-        t = load_vector(rows + S_LABEL, "i8", LANES)
+        t = load_vector(rows + S_LABEL, "i8", many)
         return convert(gather(weight + t * SIZES[elem], elem, t >= 0), "f8")
 
     @traced
     def settle_all(frame, state, p, count):
         step = settle(frame, p, count)
-        each(count, LANES, lambda i: step(Eight(state, i), i))
+        each(count, many, lambda i: step(Few(state, i, many), i))
 
     reduce = add = sweep = None
     kept = grad and not given and not summed

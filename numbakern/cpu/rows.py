@@ -55,11 +55,12 @@ from numbakern.cpu.simd import (
 )
 from numbakern.cpu.state import (
     CENTRED,
+    LANES,
     SIZE,
     SLOT,
     centre_on,
     constants,
-    each_eight,
+    each_few,
     first_block,
     get,
     get_f64,
@@ -510,6 +511,8 @@ class Rows:
         Whether the class axis of some array is not contiguous.
     """
 
+    many = LANES  # rows of a batch that are finished at once
+
     def __init__(self, x_format, y_format, out_format, weighted, strided):
         self.elem = x_format.elem
         self.weighted = weighted
@@ -605,8 +608,8 @@ class Rows:
         block_max = make_block_max(x_access, self.elem)
         sums = make_sums(terms, self.elem, x_access, None, None, counts=True)
         elem = self.elem
-        centre_block = each_eight(lambda rows: centre_on(rows, get(rows, "block_m"), elem))
-        finish = make_finish(elem, then)
+        centre_block = each_few(lambda rows: centre_on(rows, get(rows, "block_m"), elem))
+        finish = make_finish(elem, self.many, then)
         params = self._exp_params()
         classes, x_step = integer("classes"), integer("x_class")
         s_x, s_block_m = SLOT["x"], SLOT["block_m"]

@@ -438,24 +438,68 @@ def any_lane(mask):
     return mask.like(mask.builder.icmp_unsigned("!=", bits, bits.type(0)), "b1", 0)
 
 
-def transpose(rows):
-    """The columns of a square block, given its rows.
+def transpose(rows, inside_first):
+    """The columns of a square block, given its rows; None stands for a row that nobody will read.
 
-    log2(lanes) rounds of two-vector shuffles, each swapping off-diagonal quarters of half the size.
+    Neighbouring rows exchange elements inside their pieces of 16 bytes, rows that are apart
+    exchange these pieces: a CPU has shuffles of two vectors for both. Who lacks the last rows had
+    better exchange `inside_first`, who takes but the first columns pieces first: less is to do.
     """
-    lanes, b = rows[0].lanes, rows[0].builder
-    values, index = [r.value for r in rows], ir.VectorType(_i32, lanes)
-    half = lanes // 2
-    while half:
-        low = [i if not i & half else i - half + lanes for i in range(lanes)]
-        high = [i + half if not i & half else i + lanes for i in range(lanes)]
-        for r in range(lanes):
-            if not r & half:
-                pair = values[r], values[r + half]
-                values[r] = b.shuffle_vector(*pair, ir.Constant(index, low))
-                values[r + half] = b.shuffle_vector(*pair, ir.Constant(index, high))
-        half //= 2
-    return [rows[0].like(v) for v in values]
+    lanes, piece = rows[0].lanes, 16 // SIZES[rows[0].elem]
+    pieces = lanes // piece
+
+    def order_inside(known, columns):
+        return [
+            n * lanes + at + column * known + row
+            for at in range(0, lanes, piece)
+            for column in columns
+            for n in (0, 1)
+            for row in range(known)
+        ]
+
+    def order_across(known, columns):
+        return [
+            n * lanes + (row * (pieces // known) + column) * piece + i
+            for n in (0, 1)
+            for row in range(known)
+            for column in columns
+            for i in range(piece)
+        ]
+
+    def inside(rows):
+        groups = (rows[at : at + piece] for at in range(0, lanes, piece))
+        return [v for group in groups for v in _exchanged(group, piece, order_inside)]
+
+    def across(rows):
+        found = [_exchanged(rows[i::piece], pieces, order_across) for i in range(piece)]
+        return [columns[i] for i in range(pieces) for columns in found]
+
+    return across(inside(rows)) if inside_first else inside(across(rows))
+
+
+def _exchanged(rows, count, order, known=1):
+    """Each of `count` columns of all rows, from vectors of some columns of `known` rows each.
+
+    `order` tells which elements of two of them are those of half of their columns.
+    """
+    if len(rows) == 1:
+        return rows
+    half = count // known // 2
+    found = []
+    for columns in range(half), range(half, 2 * half):
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        one = [_shuffled(a, b, order(known, columns)) for a, b in pairs]
+        found += _exchanged(one, count, order, 2 * known)
+    return found
+
+
+def _shuffled(a, b, order):
+    """Elements of two vectors, by their numbers; of the first one if there is no second."""
+    if a is None:
+        return None
+    other = ir.Constant(a.value.type, ir.Undefined) if b is None else b.value
+    index = ir.Constant(ir.VectorType(_i32, len(order)), order)
+    return a.like(a.builder.shuffle_vector(a.value, other, index))
 
 
 # ---------------------------------------------------------------- control
@@ -588,12 +632,14 @@ class Format:
         What is computed with.
     swapped : bool
         Whether the bytes are in the order that is not the machine's.
+    lanes : int, optional
+        Of a vector; as many as fill one.
     """
 
-    def __init__(self, kind, elem, swapped=False):
+    def __init__(self, kind, elem, swapped=False, lanes=None):
         self.kind, self.elem, self.swapped = kind, elem, swapped
         self.size = 2 if kind == "bf" else int(kind[1])
-        self.lanes = vector_lanes(elem)
+        self.lanes = lanes or vector_lanes(elem)
         self.name = ("s" if swapped else "") + kind + elem
         self._native = {"f2": _half, "f4": _single, "f8": _double}.get(kind)
         integer = ir.IntType(8 * self.size)
@@ -619,10 +665,10 @@ class Format:
             value = builder.bitcast(wide, ir.VectorType(_single, lanes))
         elif self._native is None:
             change = builder.sitofp if self.kind[0] == "i" else builder.uitofp
-            return Lanes(builder, change(value, _vector(self.elem)), self.elem, lanes)
+            return Lanes(builder, change(value, _vector(self.elem, lanes)), self.elem, lanes)
         elif self.swapped:
             value = builder.bitcast(value, ir.VectorType(self._native, lanes))
-        target = _vector(self.elem)
+        target = _vector(self.elem, lanes)
         if value.type != target:
             narrower = value.type.element == _double
             value = (builder.fptrunc if narrower else builder.fpext)(value, target)
@@ -749,5 +795,5 @@ class Format:
         return f"v{self.lanes}p0" if isinstance(places.type, ir.VectorType) else "p0"
 
 
-def _vector(elem):
-    return ir.VectorType(_ELEMENT[elem], vector_lanes(elem))
+def _vector(elem, lanes):
+    return ir.VectorType(_ELEMENT[elem], lanes)

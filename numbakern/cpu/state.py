@@ -5,6 +5,8 @@ scratch memory as slots of float64 or addresses, a value a row, so that what hap
 runs on vectors of rows: its latency is paid once a batch.
 """
 
+import functools
+
 from numbakern.cpu.simd import (
     SIZES,
     Format,
@@ -25,7 +27,7 @@ from numbakern.vmath import centre, exp_constants, exp_difference, is_finite, lo
 MAX_ROWS = 128
 """Rows of the largest batch."""
 LANES = 8
-"""Rows that are finished at once."""
+"""Rows that are finished at once, at least: a vector of float64."""
 _NAMES = (
     "x", "y", "out",  # addresses of a row's first element
     "m", "k", "rest", "rest_low",  # maximum, its count, Σ exp(x − m) over the others in two parts
@@ -97,57 +99,68 @@ def constants(state, elem):
     return tuple(splat(v, elem, lanes) for v in at)
 
 
-class Eight(Lanes):
-    """Where eight rows have their slots, with what is known of these. Inside traced functions."""
+class Few(Lanes):
+    """Where a few rows have their slots, with what is known of these. Inside traced functions.
 
-    __slots__ = ("known",)
+    Parameters
+    ----------
+    state, i : Value
+        Of the batch; the number of their first one in it.
+    many : int
+        A multiple of LANES.
+    """
 
-    def __init__(self, state, i):
+    __slots__ = ("known", "many")
+
+    def __init__(self, state, i, many=LANES):
         at = state + 8 * i
         super().__init__(at.builder, at.value, at.elem, at.lanes)
-        self.known = {}
+        self.known, self.many = {}, many
 
 
 def get(rows, name):
-    """Eight rows' values of a slot; read once."""
+    """A few rows' values of a slot; read once."""
     if name not in rows.known:
-        rows.known[name] = load_vector(rows + SLOT[name], "f8", LANES)
+        rows.known[name] = load_vector(rows + SLOT[name], "f8", rows.many)
     return rows.known[name]
 
 
 def put(rows, **values):
-    """Set slots of eight rows."""
+    """Set slots of a few rows."""
     for name, value in values.items():
         store_vector(rows + SLOT[name], value)
         rows.known[name] = value
 
 
-_f8, _i8 = Format("f8", "f8"), Format("i8", "f8")
+@functools.cache
+def _format(kind, many):
+    """Of so many rows at once."""
+    return Format(kind, "f8", lanes=many)
 
 
 def put_rows(address, left, value):
-    """Write the values of the `left` first ones of eight rows where an array has theirs, float64.
+    """Write the values of the `left` first ones of a few rows where an array has theirs, float64.
 
     Of an array that is not there these are 0, at any address but 0: masked, that one is slow.
     """
-    _f8.store_first(address, left, value)
+    _format("f8", value.lanes).store_first(address, left, value)
 
 
-def take_rows(address, left, missing=0.0):
-    """Their values, and `missing` of the others."""
-    return _f8.load_first(address, left, missing)
+def take_rows(many, address, left, missing=0.0):
+    """So many rows' values, `missing` of those behind the `left` first ones."""
+    return _format("f8", many).load_first(address, left, missing)
 
 
-def take_labels(address, left):
+def take_labels(many, address, left):
     """Their labels as float64, which holds every class; 0 of the others."""
-    return _i8.load_first(address, left, 0.0)
+    return _format("i8", many).load_first(address, left, 0.0)
 
 
-def each_eight(function):
-    """run(state, count): call a function of their slots for every eight rows of the batch."""
+def each_few(function):
+    """run(state, count): call a function of a Few for all rows of the batch."""
 
     def run(state, count):
-        each(count, LANES, lambda i: function(Eight(state, i)))
+        each(count, LANES, lambda i: function(Few(state, i)))
 
     return traced(run)
 
@@ -172,14 +185,14 @@ def _block(rows):
     return block_of(*(get(rows, name) for name in _SUMS))
 
 
-@each_eight
+@each_few
 def first_block(rows):
     """Take the first block's maximum and sums over."""
     m, k, rest, low = _block(rows)
     put(rows, m=m, k=k, rest=rest, rest_low=low)
 
 
-@each_eight
+@each_few
 def join_block(rows):
     """Join another block's maximum and sums to the rows': each part relative to the new maximum."""
     block_m, block_k, block_rest, block_low = _block(rows)
@@ -226,14 +239,14 @@ def make_normalise_block(elem, skipping):
         centre_on(rows, ref, elem)
         _put_scale(rows, get(rows, "factor") * exp_difference(ref, m), skipping)
 
-    return each_eight(normalise_block)
+    return each_few(normalise_block)
 
 
-def make_finish(elem, then=None):
+def make_finish(elem, many, then=None):
     """finish(frame, state, p, count): set rest and log_sum once all blocks are joined.
 
-    `then`: function (frame, p, count) -> step(rows, i), which is run on rows p + i … p + i + 7 of
-    the batch at once: what is known of them need not be read again.
+    Of so `many` rows at once. `then`: function (frame, p, count) -> step(rows, i), which is run on
+    those from p + i on as well: what is known of them need not be read again.
     """
 
     def close(rows):
@@ -247,11 +260,11 @@ def make_finish(elem, then=None):
         step = then and then(frame, p, count)
 
         def run(i):
-            rows = Eight(state, i)
+            rows = Few(state, i, many)
             close(rows)
             if step:
                 step(rows, i)
 
-        each(count, LANES, run)
+        each(count, many, run)
 
     return traced(finish)

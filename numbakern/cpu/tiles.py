@@ -198,6 +198,8 @@ class Tiles:
         How the rows of a tile lie.
     """
 
+    many = 2 * LANES  # rows of a tile that are finished at once: constants are fetched once for all
+
     def __init__(self, x_format, y_format, out_format, weighted, layout):
         self.elem, self.weighted, self.layout = x_format.elem, weighted, layout
         self.x_access = Access(x_format, True)
@@ -215,7 +217,7 @@ class Tiles:
         x_data, y_data, out_data = data("x"), data("y"), data("out")
         geometry = data("geometry")
         s_x, s_y, s_out = SLOT["x"], SLOT["y"], SLOT["out"]
-        adjacent, lanes = self.layout == COLUMNS, self._lanes
+        adjacent, lanes, many = self.layout == COLUMNS, self._lanes, self.many
         early = _most_early(self.elem, self.layout)
         x_size, out_size = (a.size if a else 0 for a in (self.x_access, self.out_access))
 
@@ -324,9 +326,9 @@ class Tiles:
         else:
 
             def put_evenly(state, i, x, y, out, dx, dy, dout):
-                """Addresses of eight rows that lie at even distances, the first one's given."""
+                """Addresses of a few rows that lie at even distances, the first one's given."""
                 for slot, first, step in ((s_x, x, dx), (s_y, y, dy), (s_out, out, dout)):
-                    start = spread(first, zeros(first, "i8", LANES))
+                    start = spread(first, zeros(first, "i8", many))
                     start = start + lane_numbers(start, 1) * step
                     store_vector(state + slot + 8 * i, start)
 
@@ -340,7 +342,7 @@ class Tiles:
                 shape, dx, dy, dout = geometry(frame), x_row(frame), y_row(frame), out_row(frame)
                 x0, y0, out0 = x_data(frame), y_data(frame), out_data(frame)
 
-                def eight(i):
+                def few(i):
                     x, y, out = (p + i) * dx, (p + i) * dy, (p + i) * dout
                     put_evenly(state, i, x0 + x, y0 + y, out0 + out, dx, dy, dout)
 
@@ -348,7 +350,7 @@ class Tiles:
                     x, y, out = row_offsets(shape, p + i, dx, dy, dout)
                     put(state, i, x0 + x, y0 + y, out0 + out)
 
-                when(shape == 0, lambda: each(count, LANES, eight))
+                when(shape == 0, lambda: each(count, many, few))
                 when(shape != 0, lambda: each(count, 1, one))
                 whole = (count - 1) // lanes * lanes
                 first = state + whole * 8
@@ -377,6 +379,7 @@ class Tiles:
         pack_y = self._packer(self.y_access, "y", False) if self.y_access else None
         has_y, size, block, lanes = pack_y is not None, self._size, BLOCK[self.elem], self._lanes
         elem, panels, flags = self.elem, _panels(self.layout), integer("flags")
+        many = self.many
 
         @traced
         def packed(frame, state, now):
@@ -455,8 +458,8 @@ class Tiles:
         pack_max = make_pack(pack_x)
         put_from_memory = make_put_x_labels(self)
 
-        def put_eight(state, x, pitch):
-            t = load_vector(state + SLOT["label"], "i8", LANES)
+        def put_few(state, x, pitch):
+            t = load_vector(state + SLOT["label"], "i8", many)
             v = gather(x + t * pitch + lane_numbers(t, size), elem, t >= 0)
             store_vector(state + SLOT["x_label"], convert(v, "f8"))
 
@@ -468,7 +471,7 @@ class Tiles:
 
         def put_from_tile(frame, state, count):
             x, _, pitch = tiles(frame, state)
-            each(count, LANES, lambda i: put_eight(state + 8 * i, x + i * size, pitch))
+            each(count, many, lambda i: put_few(state + 8 * i, x + i * size, pitch))
 
         @traced
         def put_x_labels(frame, state, count):
@@ -580,7 +583,7 @@ class Tiles:
 
                 if out_size:
                     when(stream == 0, fetch_out)
-                columns = transpose(rows)
+                columns = transpose(rows, inside_first=False)
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
                 if maxima:
@@ -862,7 +865,7 @@ class Tiles:
         put_sums, put_first = self._make_put_sums(), self._make_put_first()
         sums = self._make_column_sums(terms, self.elem, counts=True)
         params = self._exp_params()
-        finish = make_finish(self.elem, then)
+        finish = make_finish(self.elem, self.many, then)
         tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
@@ -1017,9 +1020,10 @@ class Tiles:
         if not labelled:
             return self._narrower(names, False), self._unpacker(value, len(names))
 
-        def labelled_value(x, y, w, params, index):
+        def labelled_value(x, y, w, params, j, i):
             *params, label, label_grad = params
-            return where(index == label, label_grad, value(x, y, w, params))
+            here = label - j == i if i else label == j
+            return where(here, label_grad, value(x, y, w, params))
 
         narrow = self._narrower((*names, "label_grad"), True)
         return narrow, self._unpacker(labelled_value, len(names) + 2, indexed=True)
@@ -1062,7 +1066,8 @@ class Tiles:
     def _unpacker(self, value, count_of_params, indexed=False):
         """unpack(state, operands, count, j0, n, step, stream, staging).
 
-        `indexed` tells that `value` takes the class too, counted from j0. Past the caches whole
+        `indexed` tells that `value` takes the class too, counted from j0, as a vector and a number
+        that is to be added. Past the caches whole
         lines are written: short rows are put beside each other at `staging` first.
         """
         inputs, lanes, form, slot = (
@@ -1073,12 +1078,12 @@ class Tiles:
         )
         size = self._size
 
-        def at(state, operands, c, j):
-            """The result for class j and the columns from c on."""
+        def at(state, operands, c, j, i=0):
+            """The result for class j + i and the columns from c on."""
             x, y, w, pitch = operands
             here = (x + c * size, y + c * size, w, pitch)
-            index = (splat(j, self.elem, lanes),) if indexed else ()
-            return value(*inputs(here, j), self._map_params(state, c, count_of_params), *index)
+            index = (splat(j, self.elem, lanes), i) if indexed else ()
+            return value(*inputs(here, j + i), self._map_params(state, c, count_of_params), *index)
 
         if self.layout == COLUMNS:
             line = form.size * lanes
@@ -1117,7 +1122,9 @@ class Tiles:
 
             @traced
             def block(state, operands, c, j0, j, n, shift):
-                rows = transpose([at(state, operands, c, j + i) for i in range(lanes)])
+                rows = transpose(
+                    [at(state, operands, c, j, i) for i in range(lanes)], inside_first=True
+                )
                 before = (j0 + j) * form.size + shift
                 # Backwards: places behind the last row stand for the first one, written at last.
                 for r in reversed(range(lanes)):
