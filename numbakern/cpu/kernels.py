@@ -253,10 +253,10 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     smooth : bool
         Labels are smoothed; probabilities always may be.
     loss, grad : bool
-        What to compute: row_loss, out.
+        What to compute: row_loss, out. Upstream gradients, row_scale, are not for both.
     given : bool
-        row_lse holds the log-sum-exp, which spares the reduction; otherwise it is written where
-        the frame has an array for it. Not with `loss`.
+        row_lse holds the log-sum-exp, which spares the reduction, of a gradient without a loss.
+        Of a loss without a gradient it is written where the frame has an array for it.
     """
     elem, weighted, many = walker.elem, walker.weighted, walker.many
     spread_out = soft or smooth  # every class has a target, not the label alone
@@ -370,7 +370,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 there = array != 0
                 return where(there, array + 8 * (p + i), rows), where(there, count - i, 0)
 
-            if not given:
+            if not grad:
                 put_rows(*own(lse), log_sum_exp(rows))
             log_p, prob, others = margin(rows)
             value = 0.0  # Σ of the targets times −log p
@@ -388,7 +388,9 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 value = where(get(rows, "skip") != 0.0, 0.0, value)
                 put_rows(losses + 8 * (p + i), count - i, value)
             if grad:
-                scale = take_rows(many, *own(scales), 1.0) * common_scale
+                scale = splat(common_scale, "f8", many)
+                if not loss:
+                    scale = scale * take_rows(many, *own(scales), 1.0)
                 # p − q cancels at a confident label; 1 − p is known as the share of the others
                 label_grad = more - total * others
                 if smooth:  # and that cancels at an improbable one, whose target may be small too
