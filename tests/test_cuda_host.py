@@ -118,6 +118,17 @@ def test_blocks_that_there_are_registers_for(threads, registers, blocks):
     assert blocks_of(threads, registers) == blocks
 
 
+@pytest.mark.parametrize("arch, static, taken", [
+    ("sm_80", 0, 5 << 10), ("sm_89", 2 << 10, 7 << 10),  # 1 KB is the driver's own
+    ("sm_90a", 0, 5 << 10), ("sm_90a", 3 << 10, 7 << 10), ("sm_100a", 3 << 10, 7 << 10),
+])  # fmt: skip
+def test_shared_memory_that_a_block_takes(arch, static, taken):
+    """What a kernel has of its own and what it is given; from 9.0 on ptxas counts the driver's."""
+    from numbakern.cuda.compile import Resources, shared_of
+
+    assert shared_of(Resources(32, 0, static, 0), 4 << 10, arch) == taken
+
+
 @pytest.mark.parametrize("threads, registers, shared, most, share", [
     (128, 56, 23 << 10, 228, 196),  # nine blocks: eight take 184 KB
     (128, 64, 23 << 10, 228, 228),  # registers for eight, which the 196 KB hold anyway

@@ -438,17 +438,16 @@ def any_lane(mask):
     return mask.like(mask.builder.icmp_unsigned("!=", bits, bits.type(0)), "b1", 0)
 
 
-def transpose(rows, inside_first):
-    """The columns of a square block, given its rows; None stands for a row that nobody will read.
+def transpose(rows):
+    """The columns of a square block, given its rows.
 
-    Neighbouring rows exchange elements inside their pieces of 16 bytes, rows that are apart
-    exchange these pieces: a CPU has shuffles of two vectors for both. Who lacks the last rows had
-    better exchange `inside_first`, who takes but the first columns pieces first: less is to do.
+    Neighbouring rows exchange elements inside their pieces of 16 bytes, then rows that are apart
+    exchange these pieces: a CPU has shuffles of two vectors for both.
     """
     lanes, piece = rows[0].lanes, 16 // SIZES[rows[0].elem]
     pieces = lanes // piece
 
-    def order_inside(known, columns):
+    def inside(known, columns):
         return [
             n * lanes + at + column * known + row
             for at in range(0, lanes, piece)
@@ -457,7 +456,7 @@ def transpose(rows, inside_first):
             for row in range(known)
         ]
 
-    def order_across(known, columns):
+    def across(known, columns):
         return [
             n * lanes + (row * (pieces // known) + column) * piece + i
             for n in (0, 1)
@@ -466,15 +465,10 @@ def transpose(rows, inside_first):
             for i in range(piece)
         ]
 
-    def inside(rows):
-        groups = (rows[at : at + piece] for at in range(0, lanes, piece))
-        return [v for group in groups for v in _exchanged(group, piece, order_inside)]
-
-    def across(rows):
-        found = [_exchanged(rows[i::piece], pieces, order_across) for i in range(piece)]
-        return [columns[i] for i in range(pieces) for columns in found]
-
-    return across(inside(rows)) if inside_first else inside(across(rows))
+    groups = (_exchanged(rows[at : at + piece], piece, inside) for at in range(0, lanes, piece))
+    rows = [v for group in groups for v in group]
+    found = [_exchanged(rows[i::piece], pieces, across) for i in range(piece)]
+    return [columns[i] for i in range(pieces) for columns in found]
 
 
 def _exchanged(rows, count, order, known=1):
@@ -484,22 +478,15 @@ def _exchanged(rows, count, order, known=1):
     """
     if len(rows) == 1:
         return rows
-    half = count // known // 2
+    half, b = count // known // 2, rows[0].builder
     found = []
     for columns in range(half), range(half, 2 * half):
+        chosen = order(known, columns)
+        index = ir.Constant(ir.VectorType(_i32, len(chosen)), chosen)
         pairs = zip(rows[::2], rows[1::2], strict=True)
-        one = [_shuffled(a, b, order(known, columns)) for a, b in pairs]
+        one = [v.like(b.shuffle_vector(v.value, w.value, index)) for v, w in pairs]
         found += _exchanged(one, count, order, 2 * known)
     return found
-
-
-def _shuffled(a, b, order):
-    """Elements of two vectors, by their numbers; of the first one if there is no second."""
-    if a is None:
-        return None
-    other = ir.Constant(a.value.type, ir.Undefined) if b is None else b.value
-    index = ir.Constant(ir.VectorType(_i32, len(order)), order)
-    return a.like(a.builder.shuffle_vector(a.value, other, index))
 
 
 # ---------------------------------------------------------------- control

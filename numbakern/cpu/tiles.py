@@ -583,7 +583,7 @@ class Tiles:
 
                 if out_size:
                     when(stream == 0, fetch_out)
-                columns = transpose(rows, inside_first=False)
+                columns = transpose(rows)
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
                 if maxima:
@@ -1066,9 +1066,9 @@ class Tiles:
     def _unpacker(self, value, count_of_params, indexed=False):
         """unpack(state, operands, count, j0, n, step, stream, staging).
 
-        `indexed` tells that `value` takes the class too, counted from j0, as a vector and a number
-        that is to be added. Past the caches whole
-        lines are written: short rows are put beside each other at `staging` first.
+        `indexed` tells that `value` takes the class too, counted from j0: a vector and a number to
+        be added. Past the caches whole lines are written: short rows are put beside each other at
+        `staging` first.
         """
         inputs, lanes, form, slot = (
             self._inputs_at(),
@@ -1122,9 +1122,7 @@ class Tiles:
 
             @traced
             def block(state, operands, c, j0, j, n, shift):
-                rows = transpose(
-                    [at(state, operands, c, j, i) for i in range(lanes)], inside_first=True
-                )
+                rows = transpose([at(state, operands, c, j, i) for i in range(lanes)])
                 before = (j0 + j) * form.size + shift
                 # Backwards: places behind the last row stand for the first one, written at last.
                 for r in reversed(range(lanes)):

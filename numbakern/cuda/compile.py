@@ -173,7 +173,8 @@ OWN = 1 << 10
 def shared_of(used, shared, arch):
     """Bytes of shared memory that a block of a kernel takes which is given so many."""
     # The driver keeps some of each block; from sm_90 on ptxas counts that where there is any.
-    own = used.shared + OWN if arch < "sm_90" else max(OWN, used.shared)
+    counted = int(arch[3:].rstrip("a")) >= 90
+    own = max(OWN, used.shared) if counted else used.shared + OWN
     return shared + own
 
 
