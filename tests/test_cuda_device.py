@@ -500,6 +500,8 @@ def all_calls(x, labels, axis):
     yield numbakern.log_softmax(x, axis)
     yield numbakern.logsumexp(x, axis)
     yield numbakern.softmax_backward(x, x, axis)
+    yield numbakern.log_softmax_backward(x, x, axis)
+    yield numbakern.cross_entropy_value_and_grad(x, numbakern.softmax(x, axis), axis=axis)[1]
     for reduction in cases.REDUCTIONS:
         options = {"axis": axis, "reduction": reduction, "ignore_index": 1}
         loss, lse = numbakern.cross_entropy(x, labels, return_lse=True, **options)
@@ -553,6 +555,20 @@ def test_short_rows_that_start_anywhere_change_no_bit(torch, choose, name, class
         x = x[start : start + rows * classes].reshape(rows, classes)
         labels = torch.randint(classes, (rows,), device="cuda")
         check_same_bits(torch, choose, "realigned", x, labels, 1)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("classes", [7, 9, 17, 33, 65, 101, 126, 132, 257, 450, 501, 510, 1000])
+def test_short_rows_have_the_bits_of_those_that_are_not_copied(torch, name, classes):
+    """A block copies rows of an array that starts at 16 bytes, many of them whole blocks."""
+    torch.manual_seed(classes)
+    for rows in 1, 131, 20_000:
+        whole = torch.randn(rows * classes + 1, device="cuda").to(getattr(torch, name))
+        x = whole[1:].reshape(rows, classes)
+        labels = torch.randint(classes, (rows,), device="cuda")
+        apart = list(all_calls(x, labels, 1))
+        for got, want in zip(all_calls(x.clone(), labels, 1), apart, strict=True):
+            assert torch.equal(bits(torch, got), bits(torch, want))
 
 
 @pytest.mark.parametrize("name, eps", [("bfloat16", 2.0**-7), ("float16", 2.0**-10)])
