@@ -12,6 +12,7 @@ from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer, real
 from numbakern.cpu.rows import make_element, make_put_element
 from numbakern.cpu.simd import (
+    BYTES,
     SIZES,
     any_lane,
     convert,
@@ -313,7 +314,8 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
                 put(rows, skip=zeros(state, "f8", many))
             else:
                 t = take_labels(many, targets + 8 * i, count - i)
-                prefetch(targets + 8 * i + 8 * count)  # the next batch's
+                for line in range(0, 8 * many, BYTES):  # the next batch's
+                    prefetch(targets + 8 * i + 8 * count + line)
                 skip = t == ignore
                 put(rows, skip=where(skip, 1.0, t - t), label=to_integer(where(skip, -1.0, t)))
             if summed:
