@@ -1134,7 +1134,7 @@ def test_lanes_that_write_parts_of_a_sector(dtype, classes):
         for name in set(found[0]) - {"x", "labels"}:
             assert cases.same_bits(found[0][name], found[1][name])
     made = run("logsumexp", {"x": placed(x, 0), "row_lse": np.empty(131)}, 1)
-    assert modes_of(made)["x"] == "whole" if classes % 2 == 0 else "single"
+    assert modes_of(made)["x"] == ("whole" if classes % 2 == 0 else "single")
 
 
 def staged_calls(x, y, labels):

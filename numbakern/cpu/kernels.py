@@ -254,7 +254,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
     smooth : bool
         Labels are smoothed; probabilities always may be.
     loss, grad : bool
-        What to compute: row_loss, out. Upstream gradients, row_scale, are not for both.
+        What to compute: row_loss, out. There are upstream gradients (row_scale) only without loss.
     given : bool
         row_lse holds the log-sum-exp, which spares the reduction, of a gradient without a loss.
         Of a loss without a gradient it is written where the frame has an array for it.

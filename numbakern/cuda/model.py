@@ -71,7 +71,7 @@ class Gpu(NamedTuple):
     shared: int
     cycles: dict[str, float]
     same: dict[str, str]
-    threads: int = 2048
+    threads: int = compiler.THREADS
     blocks: int = 32
     launch: float = 2e-6
 

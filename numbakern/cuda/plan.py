@@ -556,12 +556,12 @@ class _Planner:
         """
         row, side_by_side = self.classes * size, part.lanes * part.group * size
         apart = side_by_side < SECTOR or self._comes_late(part, size)
-        # Parts of two sectors are too much as well for halves one by one, which take many
-        # accesses, and where they are written.
+        # Lanes that have just a sector may meet parts of two: too much for halves one by one, which
+        # take many accesses, and where results are written by parts of an access.
         if part.group * size == 2 or ("out" in self.layouts and part.group * size < ACCESS):
             apart = apart or side_by_side == SECTOR
         if layout.aligned:
-            apart = apart and BLOCK // part.lanes * row % ACCESS == 0  # so is that of every block
+            apart = apart and BLOCK // part.lanes * row % ACCESS == 0  # every block's rows begin so
         elif not self.machine.realigned:
             return False
         else:
