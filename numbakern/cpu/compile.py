@@ -133,17 +133,20 @@ class _DeviceCompiler(_FunctionCompiler):
         result = super().compile(args, return_type)._replace(entry_point=object())
         context = self.targetdescr.target_context
         context.insert_user_function(result.entry_point, result.fndesc, [result.library])
+        if self.apart:
+            _apart.add(result.fndesc.mangled_name)
         return result
 
 
 class _DeviceDispatcher(CPUDispatcher):
-    def __init__(self, function):
+    def __init__(self, function, apart=False):
         options = {"nopython": True, "boundscheck": False, "error_model": "numpy"}
         super().__init__(function, targetoptions=options)
         own = self._compiler
         self._compiler = _DeviceCompiler(
             own.py_func, own.targetdescr, own.targetoptions, own.locals, _PartPipeline
         )
+        self._compiler.apart = apart
 
     def add_overload(self, result):
         self.overloads[tuple(result.signature.args)] = result  # nothing to call from Python
@@ -162,6 +165,18 @@ def device(function):
     return _DeviceDispatcher(function)
 
 
+@shared
+def apart(function):
+    """`device` that is not merged into its callers: whose registers are to be its own.
+
+    A loop that needs all of them would else save what its caller holds in each of its rounds.
+    """
+    return _DeviceDispatcher(function, apart=True)
+
+
+_apart: set[str] = set()  # names of such functions in LLVM
+
+
 class _Kernel(CFunc):
     """A C callback whose only visible symbol is its entry.
 
@@ -178,6 +193,8 @@ class _Kernel(CFunc):
             for function in library._final_module.functions:
                 if not function.is_declaration and function.name != entry:
                     function.linkage = "internal"
+                if function.name in _apart:
+                    function.add_function_attribute("noinline")
             optimize()
 
         library._optimize_final_module = internalize_and_optimize

@@ -111,8 +111,12 @@ def log_softmax(walker):
     def value(x, _y, _w, params):
         return formulas.log_softmax_value(x, *params)
 
-    reduce = walker.softmax(rest_and_count)
-    sweep = walker.map(value, ("m", "log_sum"))
+    def then(_frame, _p, _count):
+        return lambda rows, _i: put(rows, **{name: get(rows, name) for name in names})
+
+    names = "m", "log_sum"
+    reduce = walker.softmax(rest_and_count, then=then)
+    sweep = walker.map(value, names)
 
     @device
     def work(frame, state, p, count):

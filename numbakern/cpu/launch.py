@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from numbakern.arrays import batch_shape, joined_axes, kind_of
-from numbakern.cpu import kernels, threads, tiles
+from numbakern.cpu import kernels, short, threads, tiles
 from numbakern.cpu.compile import compile_kernel
 from numbakern.cpu.frame import STREAM_BYTES
 from numbakern.cpu.rows import Rows, scratch_size
@@ -114,7 +114,7 @@ def plan(
     along = [s[0] if s else 0 for s in table]
     row_bytes = classes * out_dtype.itemsize if out_dtype is not None else 0
     stream = rows * row_bytes > STREAM_BYTES
-    if layout == tiles.ROWS:
+    if layout in (tiles.ROWS, tiles.SHORT):
         stream &= geometry is None and along[2] == row_bytes >= SHORTEST_STREAMED
     address = 0 if geometry is None else id(geometry)
     slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, int(stream))
@@ -135,6 +135,8 @@ def _layout(classes, class_steps, sizes, steps, itemsizes, elem, backward):
         return classes * SIZES[elem] <= most
 
     if classes <= 1 or class_steps == itemsizes:
+        if 0 < classes <= vector_lanes(elem):
+            return tiles.SHORT
         return tiles.ROWS if classes > 0 and few(tiles.ROWS) else "contiguous"
     adjacent = sizes and [s[-1] for s in steps] == itemsizes
     if adjacent and sizes[-1] >= vector_lanes(elem) // 2:
@@ -164,6 +166,8 @@ def _kernel(operation, options, x, y, out, weighted, layout):
     formats = [name and Format(*name) for name in (x, y, out)]
     if layout in _ROW_LAYOUTS:
         walker = Rows(*formats, weighted, layout == "strided")
+    elif layout == tiles.SHORT:
+        walker = short.Short(*formats, weighted)
     else:
         walker = tiles.Tiles(*formats, weighted, layout)
     options = dict(zip(kernels.OPTIONS.get(operation, ()), options, strict=True))

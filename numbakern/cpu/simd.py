@@ -438,14 +438,38 @@ def any_lane(mask):
     return mask.like(mask.builder.icmp_unsigned("!=", bits, bits.type(0)), "b1", 0)
 
 
+def piece_lanes(elem):
+    """Lanes of a piece of 16 bytes."""
+    return 16 // SIZES[elem]
+
+
 def transpose(rows):
     """The columns of a square block, given its rows.
 
     Neighbouring rows exchange elements inside their pieces of 16 bytes, then rows that are apart
     exchange these pieces: a CPU has shuffles of two vectors for both.
     """
-    lanes, piece = rows[0].lanes, 16 // SIZES[rows[0].elem]
-    pieces = lanes // piece
+    piece = piece_lanes(rows[0].elem)
+    pieces = rows[0].lanes // piece
+
+    def across(known, columns):
+        return [
+            (n * pieces + row * (pieces // known) + column) * piece + i
+            for n in (0, 1)
+            for row in range(known)
+            for column in columns
+            for i in range(piece)
+        ]
+
+    groups = (transpose_pieces(rows[at : at + piece]) for at in range(0, len(rows), piece))
+    rows = [v for group in groups for v in group]
+    found = [_exchanged(rows[i::piece], pieces, across) for i in range(piece)]
+    return [columns[i] for i in range(pieces) for columns in found]
+
+
+def transpose_pieces(rows):
+    """The columns of the square blocks that the vectors' pieces of 16 bytes form."""
+    lanes, piece = rows[0].lanes, piece_lanes(rows[0].elem)
 
     def inside(known, columns):
         return [
@@ -456,19 +480,7 @@ def transpose(rows):
             for row in range(known)
         ]
 
-    def across(known, columns):
-        return [
-            n * lanes + (row * (pieces // known) + column) * piece + i
-            for n in (0, 1)
-            for row in range(known)
-            for column in columns
-            for i in range(piece)
-        ]
-
-    groups = (_exchanged(rows[at : at + piece], piece, inside) for at in range(0, lanes, piece))
-    rows = [v for group in groups for v in group]
-    found = [_exchanged(rows[i::piece], pieces, across) for i in range(piece)]
-    return [columns[i] for i in range(pieces) for columns in found]
+    return _exchanged(rows, piece, inside)
 
 
 def _exchanged(rows, count, order, known=1):
@@ -709,6 +721,35 @@ class Format:
         """The first `count` lanes from memory, `fill` in the others, which are not read."""
         return self._masked_load(_at(address, _i8), address.builder, count, fill, "masked.load")
 
+    def load_pieces(self, addresses, count, fill):
+        """`load_first` of as many lanes from each address as `transpose_pieces` takes together."""
+        b = count.builder
+        pieces = [self._masked_piece(b, a, count) for a in addresses]
+        whole = _joined(b, pieces)
+        v = self._decode(b, whole)
+        mask = _joined(b, [self._piece_mask(count)] * len(pieces))
+        return v.like(b.select(mask, v.value, _constant_like(v, fill).value))
+
+    def store_pieces(self, addresses, count, v):
+        """`store_first` of a vector's pieces at these addresses, the last one first."""
+        b, value = v.builder, self._encode(v)
+        lanes = piece_lanes(self.elem)
+        mask = self._piece_mask(count)
+        suffix = f"v{lanes}{_suffix(value.type.element)}.p0"
+        for i, address in reversed(list(enumerate(addresses))):
+            index = ir.Constant(ir.VectorType(_i32, lanes), list(range(i * lanes, (i + 1) * lanes)))
+            part = b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), index)
+            args = [part, _at(address, _i8), _i32(1), mask]
+            _call(b, "masked.store", ir.VoidType(), args, suffix)
+
+    def _piece_mask(self, count):
+        return first_lanes(count, piece_lanes(self.elem)).value
+
+    def _masked_piece(self, builder, address, count):
+        llvm = ir.VectorType(self._memory.element, piece_lanes(self.elem))
+        args = [_at(address, _i8), _i32(1), self._piece_mask(count), ir.Constant(llvm, None)]
+        return _call(builder, "masked.load", llvm, args, f"{_suffix(llvm)}.p0")
+
     def store_first(self, address, count, v):
         """Write the first `count` lanes only."""
         self._masked_store(_at(address, _i8), count, v, "masked.store")
@@ -780,6 +821,16 @@ class Format:
 
     def _pointer_suffix(self, places):
         return f"v{self.lanes}p0" if isinstance(places.type, ir.VectorType) else "p0"
+
+
+def _joined(builder, values):
+    """Vectors one behind the other, a power of two of them."""
+    while len(values) > 1:
+        lanes = 2 * values[0].type.count
+        index = ir.Constant(ir.VectorType(_i32, lanes), list(range(lanes)))
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [builder.shuffle_vector(a, b, index) for a, b in pairs]
+    return values[0]
 
 
 def _vector(elem, lanes):

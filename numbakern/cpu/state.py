@@ -242,25 +242,35 @@ def make_normalise_block(elem, skipping):
     return each_few(normalise_block)
 
 
-def make_finish(elem, many, then=None):
+def know(rows, **values):
+    """Note slots of a few rows that nothing will read from memory."""
+    rows.known.update(values)
+
+
+def make_finish(elem, many, then=None, sums=None):
     """finish(frame, state, p, count): set rest and log_sum once all blocks are joined.
 
     Of so `many` rows at once. `then`: function (frame, p, count) -> step(rows, i), which is run on
-    those from p + i on as well: what is known of them need not be read again.
+    those from p + i on as well: what is known of them need not be read again. `sums`: function
+    (frame, state, i) -> the sums of those that are a single block, which have no slots.
     """
+    keep = know if sums and then else put
 
     def close(rows):
         m, k = get(rows, "m"), get(rows, "k")
         rest = get(rows, "rest") + get(rows, "rest_low")
         good = is_finite(m)
         value = log_sum(where(good, k, 1.0), where(good, rest, 0.0), elem)
-        put(rows, rest=rest, log_sum=where(good, value, float("nan")))
+        keep(rows, rest=rest, log_sum=where(good, value, float("nan")))
 
     def finish(frame, state, p, count):
         step = then and then(frame, p, count)
 
         def run(i):
             rows = Few(state, i, many)
+            if sums:
+                block = block_of(get(rows, "block_m"), get(rows, "factor"), *sums(frame, state, i))
+                keep(rows, **dict(zip(("m", "k", "rest", "rest_low"), block, strict=True)))
             close(rows)
             if step:
                 step(rows, i)

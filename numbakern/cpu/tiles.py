@@ -87,9 +87,12 @@ _LAST, _OFFSET, _NOW, _RECORDS = (SLOT["panel"] + 8 * i for i in range(4))
 # rows; the rows in its first tile; the class and the row up to which it is packed.
 _FIRST, _X, _Y, _WIDTH, _HEAD, _CLASS, _ROW, _RECORD = (8 * i for i in range(8))
 
-COLUMNS, ROWS, SCATTERED = "columns", "rows", "scattered"
-"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither."""
-TILE_BYTES = {COLUMNS: 32 * 1024, ROWS: 12 * 1024, SCATTERED: 32 * 1024}
+COLUMNS, ROWS, SHORT, SCATTERED = "columns", "rows", "short", "scattered"
+"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither.
+
+Of adjacent classes SHORT are those that a vector holds (see `short`).
+"""
+TILE_BYTES = {COLUMNS: 32 * 1024, ROWS: 12 * 1024, SHORT: 12 * 1024, SCATTERED: 32 * 1024}
 """Size of a tile that is aimed at: it stays in the first-level cache.
 
 Rows of adjacent classes need room there themselves: what a tile is packed from and unpacked to.
@@ -126,7 +129,7 @@ def _most_early(elem, layout):
 def scratch_size(elem, layout, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
     panels = inputs + (_panels(layout) - 1)
-    staged = panel * classes * 8 + 2 * BYTES if layout == ROWS else 0
+    staged = panel * classes * 8 + 2 * BYTES if layout in (ROWS, SHORT) else 0
     return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel) + staged
 
 
@@ -149,6 +152,12 @@ def _in_tree(values, combine):
         half = len(values) // 2
         values = [combine(*pair) for pair in zip(values[:half], values[half:], strict=True)]
     return values[0]
+
+
+def larger_or_nan(v, m):
+    """The larger one; NaN where one of them is."""
+    m = where(v > m, v, m)
+    return where(v == v, m, v)
 
 
 def make_move_past_caches(form):
@@ -439,21 +448,16 @@ class Tiles:
                 """Tiles are packed when it is their turn."""
                 return  # as in `rows`
 
-        def centre_on(state, c, most):
-            m = load_vector(most + c * size, elem, lanes)
-            wide = convert(m, "f8")
-            *centred, factor = centre(wide, elem)
-            store_vector(state + (SLOT["block_m"] + 8 * c), wide)
-            store_vector(state + (SLOT["factor"] + 8 * c), factor)
-            for i, v in enumerate((m, *centred)):
-                store_vector(state + (_PARAMS + i * MAX_ROWS * size) + c * size, convert(v, elem))
-
         @traced
         def take_maxima(state, count):
             """The maxima that packing has found, into block_m; what `_exp_params` reads of them."""
             most = state + _MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
             most += get_i64(state + _OFFSET) * size
-            each(count, lanes, lambda c: centre_on(state, c, most))
+
+            def centre_few(c):
+                self._centre_on(state, c, load_vector(most + c * size, elem, lanes))
+
+            each(count, lanes, centre_few)
 
         pack_max = make_pack(pack_x)
         put_from_memory = make_put_x_labels(self)
@@ -486,6 +490,16 @@ class Tiles:
         self.load, self.put_x_labels = load, put_x_labels
         self._pack = make_pack(self._packer(self.x_access, "x", False))
 
+    def _centre_on(self, state, c, m):
+        """Slots block_m and factor of the columns from c on; what `_exp_params` reads of them."""
+        size, elem = self._size, self.elem
+        wide = convert(m, "f8")
+        *centred, factor = centre(wide, elem)
+        store_vector(state + SLOT["block_m"] + 8 * c, wide)
+        store_vector(state + SLOT["factor"] + 8 * c, factor)
+        for i, v in enumerate((m, *centred)):
+            store_vector(state + _PARAMS + i * MAX_ROWS * size + c * size, convert(v, elem))
+
     def _packer(self, access, name, maxima):
         """pack(state, now, panel, pitch, count, j0, n, step, limit, stream) for one input.
 
@@ -496,15 +510,10 @@ class Tiles:
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
         size, width = self._size, lanes * self._size
 
-        def larger(v, m):
-            """The larger one; NaN once there was one."""
-            m = where(v > m, v, m)
-            return where(v == v, m, v)
-
         def put(target, v, most):
             store_vector(target, v)
             if maxima:
-                store_vector(most, larger(v, load_vector(most, elem, lanes)))
+                store_vector(most, larger_or_nan(v, load_vector(most, elem, lanes)))
 
         @traced
         def clear_maxima(most, count):
@@ -587,8 +596,8 @@ class Tiles:
                 for r, column in enumerate(columns):
                     store_vector(tile + (j + r) * pitch, column)
                 if maxima:
-                    m = _in_tree(columns, larger)
-                    store_vector(most, larger(m, load_vector(most, elem, lanes)))
+                    m = _in_tree(columns, larger_or_nan)
+                    store_vector(most, larger_or_nan(m, load_vector(most, elem, lanes)))
 
             @traced
             def fetch_end(state, n):
@@ -738,6 +747,19 @@ class Tiles:
             """Of the only group: add its lanes."""
             a, b = _in_tree([load(work, lane) for lane in range(lanes)], both)
             return alone((convert(a, "f8"), convert(total if counts else b, "f8")), exact)
+
+        if self.layout == SHORT:
+
+            @device
+            def sums_of_one(operands, n, params, state):
+                work, total, nothing = state + _GROUPS, zero(n), zero(n)
+                for lane in range(n):
+                    total = set_one(work, lane, operands, lane, params, total)
+                for lane in range(n, lanes):
+                    keep(work, lane, nothing, nothing)
+                return close_alone(work, total)
+
+            return sums_of_one
 
         # Of all groups' a, a_low and b, what there is.
         used = True, elem == "f8", not (counts or exact)
@@ -1063,6 +1085,18 @@ class Tiles:
         pitch, at = MAX_ROWS * self._size, state + _PARAMS + c * self._size
         return tuple(load_vector(at + i * pitch, self.elem, self._lanes) for i in range(count))
 
+    def _make_result(self, value, count_of_params, indexed):
+        """Inside traced functions: the result for class j + i and the columns from c on."""
+        inputs, lanes, size = self._inputs_at(), self._lanes, self._size
+
+        def result(state, operands, c, j, i=0):
+            x, y, w, pitch = operands
+            here = (x + c * size, y + c * size, w, pitch)
+            index = (splat(j, self.elem, lanes), i) if indexed else ()
+            return value(*inputs(here, j + i), self._map_params(state, c, count_of_params), *index)
+
+        return result
+
     def _unpacker(self, value, count_of_params, indexed=False):
         """unpack(state, operands, count, j0, n, step, stream, staging).
 
@@ -1070,20 +1104,8 @@ class Tiles:
         be added. Past the caches whole lines are written: short rows are put beside each other at
         `staging` first.
         """
-        inputs, lanes, form, slot = (
-            self._inputs_at(),
-            self._lanes,
-            self.out_access.format,
-            SLOT["out"],
-        )
-        size = self._size
-
-        def at(state, operands, c, j, i=0):
-            """The result for class j + i and the columns from c on."""
-            x, y, w, pitch = operands
-            here = (x + c * size, y + c * size, w, pitch)
-            index = (splat(j, self.elem, lanes), i) if indexed else ()
-            return value(*inputs(here, j + i), self._map_params(state, c, count_of_params), *index)
+        lanes, form, slot = self._lanes, self.out_access.format, SLOT["out"]
+        at = self._make_result(value, count_of_params, indexed)
 
         if self.layout == COLUMNS:
             line = form.size * lanes
