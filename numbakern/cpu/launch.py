@@ -18,7 +18,7 @@ from numbakern.cpu.frame import STREAM_BYTES
 from numbakern.cpu.rows import Rows, scratch_size
 from numbakern.cpu.simd import SIZES, Format, vector_lanes
 
-FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}
+FEW_BYTES = {tiles.ROWS: 1020, tiles.SCATTERED: 1920}
 """Rows up to this size, in the type computed in, are taken a vector of rows at a time.
 
 A longer row fills vectors of its own. Classes that are apart are gathered once, not thrice.
@@ -114,7 +114,7 @@ def plan(
     along = [s[0] if s else 0 for s in table]
     row_bytes = classes * out_dtype.itemsize if out_dtype is not None else 0
     stream = rows * row_bytes > STREAM_BYTES
-    if layout in (tiles.ROWS, tiles.SHORT):
+    if layout in tiles.OF_ROWS:
         stream &= geometry is None and along[2] == row_bytes >= SHORTEST_STREAMED
     address = 0 if geometry is None else id(geometry)
     slots = (classes, *spread(class_steps, 0), *along, address, inner, columns, panel, int(stream))
@@ -166,8 +166,8 @@ def _kernel(operation, options, x, y, out, weighted, layout):
     formats = [name and Format(*name) for name in (x, y, out)]
     if layout in _ROW_LAYOUTS:
         walker = Rows(*formats, weighted, layout == "strided")
-    elif layout == tiles.SHORT:
-        walker = short.Short(*formats, weighted)
+    elif layout in tiles.OF_ROWS:
+        walker = short.Short(*formats, weighted, layout)
     else:
         walker = tiles.Tiles(*formats, weighted, layout)
     options = dict(zip(kernels.OPTIONS.get(operation, ()), options, strict=True))

@@ -1,25 +1,23 @@
-"""Walks rows of at most a vector of classes, which are adjacent in memory: a tile of many rows.
+"""Walks short rows of adjacent classes: a tile of many rows, a vector lane a row.
 
-As `tiles`, but a row is one vector: no panels, blocks or groups. What depends on what comes before
-it (exponentials, their sum, its logarithm) is done for all rows of a tile, one step after the
-other, so that the CPU finds work in other rows while it waits.
+As `tiles`; but a row is a single group of its sums, so there are no blocks to be joined, and what
+waits for what comes before it (exponentials, their sum, its logarithm) is done for all rows of a
+tile before the next step: while it waits the CPU finds work in other rows.
 """
 
 import math
 
+from numbakern.cpu.column_sums import Sums, clear, in_tree
 from numbakern.cpu.compile import apart, device
 from numbakern.cpu.frame import integer
 from numbakern.cpu.simd import (
     BYTES,
-    SIZES,
-    constant,
+    Format,
     convert,
     each,
     load_scalar,
-    load_vector,
     piece_lanes,
     prefetch,
-    splat,
     store_vector,
     traced,
     transpose,
@@ -28,237 +26,271 @@ from numbakern.cpu.simd import (
     where,
     zeros,
 )
-from numbakern.cpu.rows import count as counted
-from numbakern.cpu.state import MAX_ROWS, SLOT, get_i64, make_finish, put_i64
-from numbakern.cpu.tiles import (
-    _CLASS,
-    _MAXIMA,
-    _PARAMS,
-    _RECORDS,
-    _WORK,
-    SHORT,
-    Tiles,
-    _in_tree,
-    larger_or_nan,
-    make_move_past_caches,
-)
+from numbakern.cpu.state import SLOT, get_i64, make_finish, put_i64
+from numbakern.cpu.tiles import CLASS, MAXIMA, RECORDS, SHORT, Tiles, larger_or_nan
+
+
+def make_move_past_caches(form):
+    """move(source, target, n): copy n elements of this format that lie as far from a line's start.
+
+    Lines that the target fills are written past the caches.
+    """
+    line, size, lanes = Format("f8", "f8"), form.size, form.lanes
+
+    @traced
+    def whole(source, target):
+        line.stream(target, line.load(source))
+
+    @traced
+    def part(source, target, n):
+        form.store_first(target, n, form.load_first(source, n, 0.0))
+
+    @device
+    def some(source, target, n):
+        for i in range(0, n, lanes):
+            part(source + i * size, target + i * size, n - i)
+
+    @device
+    def move(source, target, n):
+        head = min((-target % BYTES) // size, n)
+        some(source, target, head)
+        end, source, target = target + n * size, source + head * size, target + head * size
+        while target + BYTES <= end:
+            whole(source, target)
+            source += BYTES
+            target += BYTES
+        some(source, target, (end - target) // size)
+
+    return move
 
 
 class Short(Tiles):
     """The walker for such rows; the parameters are those of `tiles.Tiles`."""
 
-    def __init__(self, x_format, y_format, out_format, weighted):
-        self._pitch = MAX_ROWS * SIZES[x_format.elem] + 64  # of exponentials, from class to class
-        super().__init__(x_format, y_format, out_format, weighted, SHORT)
-
     def _make_walk(self):
         super()._make_walk()
-        lanes, size, pitch, start_tiles = self._lanes, self._size, self._pitch, self.start
+        start_tiles = self.start
 
         @traced
-        def clear(state):
-            """No exponentials: those behind a row stay so."""
-            nothing = zeros(state, self.elem, lanes)
-            for at in range(0, lanes * pitch, lanes * size):
-                store_vector(state + (_WORK + at), nothing)
-
-        @device
         def start(state, last):
             start_tiles(state, last)
-            clear(state)
+            clear(state, self.elem)
 
         self.start = start
 
     def _packer(self, access, name, maxima):
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
-        size, piece = self._size, piece_lanes(self.elem)
+        size, piece, half = self._size, piece_lanes(self.elem), self._lanes // 2
         fill = -math.inf if maxima else 0.0  # no class is as low as what stands for the absent ones
+        # Once for all inputs the output's lines are asked for.
         out_size = self.out_access.size if name == "x" and self.out_access else 0
+        s_out = SLOT["out"]
 
-        def row(state, r, name=slot):
-            return load_scalar(state + (name + 8 * r), "i8")
+        def row(state, r, slot=slot):
+            return load_scalar(state + (slot + 8 * r), "i8")
+
+        def ask_for_rows(state, slot, offset, to_write=False):
+            for r in range(lanes):
+                prefetch(row(state, r, slot) + offset, to_write)
+
+        def ask_for_lines(state, slot, offset, length, to_write=False):
+            """The same, of rows of `length` bytes that may share lines."""
+            first = row(state, 0, slot)
+            span = row(state, lanes - 1, slot) - first
+            close = (span >= 0) & (span < (lanes - 1) * BYTES)
+            lines = where(close, span + length, 0)
+            each(lines, BYTES, lambda at: prefetch(first + offset + at, to_write))
+            when(~close, lambda: ask_for_rows(state, slot, offset, to_write))
+
+        @traced
+        def fetch(state, j, ahead, stream):
+            """Ask for the next tile's rows from class j on, and for this one's lines to write."""
+            ask_for_rows(state, slot, ahead + j * form.size)
+            if out_size:
+                when(stream == 0, lambda: ask_for_rows(state, s_out, j * out_size, to_write=True))
+
+        @traced
+        def fetch_short(state, n, ahead, stream):
+            """The same of rows of half a vector at most."""
+            ask_for_lines(state, slot, ahead, n * form.size)
+            if out_size:
+                length = n * out_size
+                when(stream == 0, lambda: ask_for_lines(state, s_out, 0, length, to_write=True))
 
         def put(tile, pitch, j, columns, most):
             for i, column in enumerate(columns):
                 store_vector(tile + (j + i) * pitch, column)
-            return _in_tree([*columns], larger_or_nan) if maxima else most
-
-        def ask_rows(state, name, ahead, to_write=False):
-            for r in range(lanes):
-                prefetch(row(state, r, name) + ahead, to_write)
-
-        def ask_lines(state, name, ahead, bytes_of, to_write=False):
-            first = row(state, 0, name)
-            span = row(state, lanes - 1, name) - first
-            close = (span >= 0) & (span < (lanes - 1) * BYTES)
-            span = where(close, span + bytes_of, 0)
-            each(span, BYTES, lambda at: prefetch(first + ahead + at, to_write))
+            return larger_or_nan(in_tree(columns, larger_or_nan), most) if maxima else most
 
         @traced
-        def fetch_rows(state, ahead, stream):
-            """Ask for the next tile's rows, and for the lines that this one's results go to."""
-            ask_rows(state, slot, ahead)
-            if out_size:
-                when(stream == 0, lambda: ask_rows(state, SLOT["out"], 0, to_write=True))
-
-        @traced
-        def fetch_lines(state, n, ahead, stream):
-            """The same of rows that share lines."""
-            ask_lines(state, slot, ahead, n * form.size)
-            if out_size:
-                when(
-                    stream == 0,
-                    lambda: ask_lines(state, SLOT["out"], 0, n * out_size, to_write=True),
-                )
-
-        @traced
-        def whole(state, tile, pitch, n, most):
-            rows = [form.load_first(row(state, r), n, fill) for r in range(lanes)]
-            return put(tile, pitch, constant(n, 0, "i8"), transpose(rows), most)
+        def whole(state, tile, pitch, j, n, most):
+            """Up to a vector of classes from j on; the maxima with these."""
+            addresses = [row(state, r) + j * form.size for r in range(lanes)]
+            rows = [form.load_first(address, n - j, fill) for address in addresses]
+            return put(tile, pitch, j, transpose(rows), most)
 
         @traced
         def part(state, tile, pitch, j, n, most):
+            """The same of as many classes as 16 bytes hold."""
             vectors = []
             for i in range(piece):
                 addresses = [row(state, r) + j * form.size for r in range(i, lanes, piece)]
                 vectors.append(form.load_pieces(addresses, n - j, fill))
-            columns = transpose_pieces(vectors)
-            m = put(tile, pitch, j, columns, most)
-            return larger_or_nan(m, most) if maxima else m
+            return put(tile, pitch, j, transpose_pieces(vectors), most)
 
         @traced
         def lowest(state):
             return zeros(state, elem, lanes) - math.inf
 
         @traced
-        def put_most(state, c, m):
+        def leave(state, c, most):
             if maxima:
-                store_vector(state + _MAXIMA + c * size, m)
+                store_vector(state + MAXIMA + c * size, most)
 
         @traced
-        def centre_all(state, count):
-            if maxima:
-                each(
-                    count,
-                    lanes,
-                    lambda c: self._centre_on(
-                        state, c, load_vector(state + _MAXIMA + c * size, elem, lanes)
-                    ),
-                )
+        def begin(state, n, count):
+            put_i64(state + (RECORDS + CLASS), n)
+            last = 8 * (count - 1)
+            if out_size:  # the line that is shared with the next tile
+                prefetch(row(state, 0, s_out + last) + n * out_size - 1, to_write=True)
+            return row(state, 0, slot + last) - row(state, 0)
 
-        @traced
-        def fetch_end(state, n):
-            """Ask for the line that is shared with the next tile."""
-            prefetch(row(state, 0, SLOT["out"]) + n * out_size - 1, to_write=True)
+        @device
+        def take_vector(at, target, pitch, n, ahead, stream):
+            """Pack a vector of rows, of at most a vector of classes; their maxima."""
+            most = lowest(at)
+            if n > half:
+                fetch(at, 0, ahead, stream)
+                most = whole(at, target, pitch, 0, n, most)
+            else:
+                fetch_short(at, n, ahead, stream)
+                for j in range(0, n, piece):
+                    most = part(at, target, pitch, j, n, most)
+            return most
+
+        @device
+        def take(at, target, pitch, n, ahead, stream):
+            """The same of any number of classes."""
+            most, j = lowest(at), 0
+            while j < n:
+                if j % lanes == 0:
+                    fetch(at, j, ahead, stream)
+                if n - j > half:
+                    most = whole(at, target, pitch, j, n, most)
+                    j += lanes
+                else:
+                    most = part(at, target, pitch, j, n, most)
+                    j += piece
+            return most
+
+        if self.layout == SHORT:
+            take = take_vector
 
         @apart
         def pack(state, now, tile, pitch, count, j0, n, step, limit, stream):
-            put_i64(state + _RECORDS + _CLASS, n)
-            last = 8 * (count - 1)
-            if out_size:
-                fetch_end(state + last, n)
-            ahead = get_i64(state + slot + last) - get_i64(state + slot)
+            ahead = begin(state, n, count)
             for c in range(0, count, lanes):
-                m = lowest(state)
-                if n > lanes // 2:
-                    fetch_rows(state + 8 * c, ahead, stream)
-                    m = whole(state + 8 * c, tile + c * size, pitch, n, m)
-                else:
-                    fetch_lines(state + 8 * c, n, ahead, stream)
-                    for j in range(0, n, piece):
-                        m = part(state + 8 * c, tile + c * size, pitch, j, n, m)
-                put_most(state, c, m)
-            centre_all(state, count)
+                leave(state, c, take(state + 8 * c, tile + c * size, pitch, n, ahead, stream))
 
         return pack
 
+    def _group_sums(self, terms, elem, **options):
+        sums = Sums(self._inputs_at(), self._lanes, terms, elem, **options)
+        return sums.of_a_group(self.layout == SHORT)
+
+    def _make_sums(self, terms, elem, counts=False, exact=False):
+        add_up, close = self._group_sums(terms, elem, counts=counts, exact=exact)
+        close_few = traced(lambda state: close(state, 0, self._lanes))
+
+        @device
+        def sums(operands, n, params, state):
+            add_up(operands, n, params, state, 0)
+            return close_few(state)
+
+        return sums
+
     def softmax(self, terms, keep=False, then=None):
-        lanes, elem, size, pitch = self._lanes, self.elem, self._size, self._pitch
-        params, inputs = self._exp_params(), self._inputs_at()
-        tiles, pack, classes = self._tiles, self._pack_max, integer("classes")
-
-        @traced
-        def term(operands, j, at, params, total):
-            a, b, *kept = terms(*inputs(operands, j), params)
-            store_vector(at + j * pitch, a)
-            if kept:
-                x, _, _, step = operands
-                store_vector(x + j * step, kept[0])
-            return counted(total, b)
-
-        @traced
-        def none(state):
-            return zeros(state, elem, lanes)
-
-        @traced
-        def put_count(at, total):
-            store_vector(at + lanes * pitch, total)
+        """As that of `tiles.Tiles`; without `then` every slot is set, else `then` sets them."""
+        lanes, size, many = self._lanes, self._size, self.many
+        params, tiles, pack = self._exp_params(), self._tiles, self._pack_max
+        classes, take_maxima = integer("classes"), self._take_maxima
+        add_up, close = self._group_sums(terms, self.elem, counts=True, together=True)
 
         def sums(frame, state, i):
-            at = state + _WORK + i * size
-            found = [load_vector(at + lane * pitch, elem, self.many) for lane in range(lanes)]
-            total = load_vector(at + lanes * pitch, elem, self.many)
-            a = _in_tree(found, lambda v, w: v + w)
-            n = convert(classes(frame), "f8")
-            return convert(a, "f8"), zeros(a, "f8", self.many), n - convert(total, "f8")
+            a, low, below = close(state, i, many)
+            return a, low, convert(classes(frame), "f8") - below
 
-        finish = make_finish(elem, self.many, then, sums)
+        finish = make_finish(self.elem, self.many, then, sums)
 
         @apart
         def reduce(frame, state, p, count):
             n = classes(frame)
-            x, _, step = tiles(frame, state)
+            x, _, pitch = tiles(frame, state)
             pack(frame, state, count, 0, n)
+            take_maxima(state, count)
             for c in range(0, count, lanes):
-                operands, at = (x + c * size, x, x, step), state + _WORK + c * size
-                values, total = params(state, c), none(state)
-                for j in range(n):
-                    total = term(operands, j, at, values, total)
-                put_count(at, total)
+                operands = (x + c * size, x, x, pitch)
+                add_up(operands, n, params(state, c), state, c)
             finish(frame, state, p, count)
 
         return reduce
 
     def _unpacker(self, value, count_of_params, indexed=False):
         at = self._make_result(value, count_of_params, indexed)
-        lanes, form, slot, piece = (
-            self._lanes,
-            self.out_access.format,
-            SLOT["out"],
-            piece_lanes(self.elem),
-        )
+        lanes, form, slot = self._lanes, self.out_access.format, SLOT["out"]
         form_size, move = form.size, make_move_past_caches(form)
+        piece, half = piece_lanes(self.elem), self._lanes // 2
 
         def row(state, r, before):
             return load_scalar(state + (slot + 8 * r), "i8") + before
 
         @traced
-        def whole(state, operands, c, n, shift):
-            rows = transpose([at(state, operands, c, shift * 0, i) for i in range(lanes)])
+        def whole(state, operands, c, j, n, shift):
+            rows = transpose([at(state, operands, c, j, i) for i in range(lanes)])
             # Backwards: places behind the last row stand for the first one, written at last.
             for r in reversed(range(lanes)):
-                form.store_first(row(state + 8 * c, r, shift), n, rows[r])
+                form.store_first(row(state + 8 * c, r, j * form_size + shift), n - j, rows[r])
 
         @traced
         def part(state, operands, c, j, n, shift):
             vectors = transpose_pieces([at(state, operands, c, j, i) for i in range(piece)])
-            before = j * form_size + shift
             for i, v in reversed(list(enumerate(vectors))):
-                addresses = [row(state + 8 * c, r, before) for r in range(i, lanes, piece)]
+                rows = range(i, lanes, piece)
+                addresses = [row(state + 8 * c, r, j * form_size + shift) for r in rows]
                 form.store_pieces(addresses, n - j, v)
+
+        @device
+        def give_vector(state, operands, c, n, shift):
+            """Unpack a vector of rows, of at most a vector of classes."""
+            if n > half:
+                whole(state, operands, c, 0, n, shift)
+            else:
+                for j in range(0, n, piece):
+                    part(state, operands, c, j, n, shift)
+
+        @device
+        def give(state, operands, c, n, shift):
+            """The same of any number of classes."""
+            j = 0
+            while j < n:
+                if n - j > half:
+                    whole(state, operands, c, j, n, shift)
+                    j += lanes
+                else:
+                    part(state, operands, c, j, n, shift)
+                    j += piece
+
+        if self.layout == SHORT:
+            give = give_vector
 
         @apart
         def unpack(state, operands, count, j0, n, step, stream, staging):
             first, shift = get_i64(state + slot), 0
             stream = stream and first % form_size == 0
-            if stream:
+            if stream:  # rows wait there, as far from a line's start
                 shift = staging + first % BYTES - first
             for c in range(0, count, lanes):
-                if n > lanes // 2:
-                    whole(state, operands, c, n, shift)
-                else:
-                    for j in range(0, n, piece):
-                        part(state, operands, c, j, n, shift)
+                give(state, operands, c, n, shift)
             if stream:
                 move(first + shift, first, count * n)
 

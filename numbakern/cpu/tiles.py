@@ -13,26 +13,19 @@ by bit while this one is summed: memory and arithmetic work at the same time.
 
 import math
 
+from numbakern.cpu import column_sums
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer
 from numbakern.cpu.rows import (
     BLOCK,
-    STEPS,
     Access,
     add_blocks,
-    add_four,
-    add_group,
-    add_lanes,
-    add_pairs,
-    alone,
-    count,
     make_put_x_labels,
     row_offsets,
 )
 from numbakern.cpu.simd import (
     BYTES,
     SIZES,
-    Format,
     constant,
     convert,
     each,
@@ -47,7 +40,6 @@ from numbakern.cpu.simd import (
     spread,
     store_vector,
     traced,
-    transpose,
     vector_lanes,
     when,
     where,
@@ -57,7 +49,6 @@ from numbakern.cpu.state import (
     CENTRED,
     LANES,
     MAX_ROWS,
-    SIZE,
     SLOT,
     block_of,
     constants,
@@ -74,25 +65,23 @@ _ALL = 1 << 40  # more vectors than a panel has
 PANEL_BYTES, PANEL_ROWS = 128 * 1024, 1024
 """Size of a panel of several tiles, packed in one go; it stays in the second-level cache."""
 
-# Lane sums of a column, areas of 16 lanes of 16 float64 at most: of a group, of all groups.
-_WORK, _GROUPS = SIZE, SIZE + 8 * 16 * 128
-_PARAMS = _GROUPS + 3 * 16 * 128  # parameters of a map, in the type computed in
-_MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of two panels' rows, in the type computed in
-_TILE = _MAXIMA + 2 * 8 * PANEL_ROWS
+_PARAMS = column_sums.END  # parameters of a map, in the type computed in
+MAXIMA = _PARAMS + 12 * 8 * MAX_ROWS  # of two panels' rows, in the type computed in
+_TILE = MAXIMA + 2 * 8 * PANEL_ROWS
 
 # In slot panel, int64 each: the worker's last item; where the tile begins in the packed panel; the
 # record of its panel (0 or 1); and two records, of this panel and of the next one.
-_LAST, _OFFSET, _NOW, _RECORDS = (SLOT["panel"] + 8 * i for i in range(4))
+_LAST, _OFFSET, _NOW, RECORDS = (SLOT["panel"] + 8 * i for i in range(4))
 # In a record: the panel's first row, −1 for none; the address of its first element in x and y; its
 # rows; the rows in its first tile; the class and the row up to which it is packed.
-_FIRST, _X, _Y, _WIDTH, _HEAD, _CLASS, _ROW, _RECORD = (8 * i for i in range(8))
+_FIRST, _X, _Y, _WIDTH, _HEAD, CLASS, _ROW, _RECORD = (8 * i for i in range(8))
 
-COLUMNS, ROWS, SHORT, SCATTERED = "columns", "rows", "short", "scattered"
-"""Layouts: neighbouring rows adjacent in memory; classes adjacent in memory; neither.
-
-Of adjacent classes SHORT are those that a vector holds (see `short`).
+COLUMNS, SCATTERED, ROWS, SHORT = "columns", "scattered", "rows", "short"
+"""Layouts: neighbouring rows are adjacent in memory; nothing is; classes are, a group of its sums
+at most; and at most a vector of them (see `short`).
 """
-TILE_BYTES = {COLUMNS: 32 * 1024, ROWS: 12 * 1024, SHORT: 12 * 1024, SCATTERED: 32 * 1024}
+OF_ROWS = ROWS, SHORT
+TILE_BYTES = {COLUMNS: 32 * 1024, SCATTERED: 32 * 1024, ROWS: 12 * 1024, SHORT: 12 * 1024}
 """Size of a tile that is aimed at: it stays in the first-level cache.
 
 Rows of adjacent classes need room there themselves: what a tile is packed from and unpacked to.
@@ -129,7 +118,7 @@ def _most_early(elem, layout):
 def scratch_size(elem, layout, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
     panels = inputs + (_panels(layout) - 1)
-    staged = panel * classes * 8 + 2 * BYTES if layout in (ROWS, SHORT) else 0
+    staged = panel * classes * 8 + 2 * BYTES if layout in OF_ROWS else 0
     return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel) + staged
 
 
@@ -146,52 +135,10 @@ def _tile_size(elem, classes, columns):
 _PAD = 64  # between the classes of a tile: no power of two, which would fall into one cache set
 
 
-def _in_tree(values, combine):
-    """What values come to, a power of two of them, halves combined as by `simd.lane_fold`."""
-    while len(values) > 1:
-        half = len(values) // 2
-        values = [combine(*pair) for pair in zip(values[:half], values[half:], strict=True)]
-    return values[0]
-
-
 def larger_or_nan(v, m):
     """The larger one; NaN where one of them is."""
     m = where(v > m, v, m)
     return where(v == v, m, v)
-
-
-def make_move_past_caches(form):
-    """move(source, target, n): copy n elements of this format that lie as far from a line's start.
-
-    Lines that the target fills are written past the caches.
-    """
-    line, size, lanes = Format("f8", "f8"), form.size, form.lanes
-
-    @traced
-    def whole(source, target):
-        line.stream(target, line.load(source))
-
-    @traced
-    def part(source, target, n):
-        form.store_first(target, n, form.load_first(source, n, 0.0))
-
-    @device
-    def some(source, target, n):
-        for i in range(0, n, lanes):
-            part(source + i * size, target + i * size, n - i)
-
-    @device
-    def move(source, target, n):
-        head = min((-target % BYTES) // size, n)
-        some(source, target, head)
-        end, source, target = target + n * size, source + head * size, target + head * size
-        while target + BYTES <= end:
-            whole(source, target)
-            source += BYTES
-            target += BYTES
-        some(source, target, (end - target) // size)
-
-    return move
 
 
 class Tiles:
@@ -261,7 +208,7 @@ class Tiles:
             put_constants(state)
             put_i64(state + _LAST, last)
             put_i64(state + _NOW, constant(last, 0, "i8"))
-            for record in (_RECORDS, _RECORDS + _RECORD):
+            for record in (RECORDS, RECORDS + _RECORD):
                 put_i64(state + record + _FIRST, constant(last, -1, "i8"))
 
         @traced
@@ -285,7 +232,7 @@ class Tiles:
             # The panel's first tile is shorter by `gap`; the others begin where they would anyway.
             gap = first - at
             put_i64(record + _HEAD, where(gap > 0, columns(frame) - gap, width))
-            for progress in _CLASS, _ROW:
+            for progress in CLASS, _ROW:
                 put_i64(record + progress, constant(at, 0, "i8"))
 
         @traced
@@ -299,10 +246,10 @@ class Tiles:
 
             def change():
                 if not adjacent:
-                    describe(frame, state + _RECORDS, run, at)
+                    describe(frame, state + RECORDS, run, at)
                     return
                 put_i64(state + _NOW, 1 - now)
-                record = state + _RECORDS + (1 - now) * _RECORD
+                record = state + RECORDS + (1 - now) * _RECORD
                 when(get_i64(record + _FIRST) != first, lambda: describe(frame, record, run, at))
                 after, tiles = at + width, tiles_of(frame)
                 more = after < length  # of this run
@@ -312,9 +259,9 @@ class Tiles:
             def describe_next(after, more):
                 other = where(more, run, run + 1)
                 start = where(more, after, -skew(frame, other))
-                describe(frame, state + _RECORDS + now * _RECORD, other, start)
+                describe(frame, state + RECORDS + now * _RECORD, other, start)
 
-            when(get_i64(state + _RECORDS + now * _RECORD + _FIRST) != first, change)
+            when(get_i64(state + RECORDS + now * _RECORD + _FIRST) != first, change)
             put_i64(state + _OFFSET, where(column > 0, column - at, 0))
 
         @traced
@@ -415,15 +362,15 @@ class Tiles:
             def pack(frame, state, count, j, n):
                 """Pack classes j … j + n − 1 of the tile's panel, what of them is not there yet."""
                 now = get_i64(state + _NOW)
-                record = state + _RECORDS + now * _RECORD
+                record = state + RECORDS + now * _RECORD
                 if n < classes(frame):
-                    put_i64(record + _CLASS, 0)
-                if get_i64(record + _CLASS) < n:
+                    put_i64(record + CLASS, 0)
+                if get_i64(record + CLASS) < n:
                     x, y, pitch = packed(frame, state, now)
                     stream = flags(frame) & 1
                     pack_x(state, now, x, pitch, count, j, n, x_step(frame), _ALL, stream)
                     if has_y:
-                        put_i64(record + _CLASS, 0)
+                        put_i64(record + CLASS, 0)
                         pack_y(state, now, y, pitch, count, j, n, y_step(frame), _ALL, stream)
 
             return pack
@@ -436,8 +383,8 @@ class Tiles:
             def pack_ahead(frame, state):
                 """Pack as many vectors of the next panel as there are classes."""
                 now, n = 1 - get_i64(state + _NOW), classes(frame)
-                record = state + _RECORDS + now * _RECORD
-                if n <= block and get_i64(record + _FIRST) >= 0 and get_i64(record + _CLASS) < n:
+                record = state + RECORDS + now * _RECORD
+                if n <= block and get_i64(record + _FIRST) >= 0 and get_i64(record + CLASS) < n:
                     x, _, pitch = packed(frame, state, now)
                     pack_x(state, now, x, pitch, 0, 0, n, x_step(frame), n, 0)
 
@@ -451,7 +398,7 @@ class Tiles:
         @traced
         def take_maxima(state, count):
             """The maxima that packing has found, into block_m; what `_exp_params` reads of them."""
-            most = state + _MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
+            most = state + MAXIMA + get_i64(state + _NOW) * 8 * PANEL_ROWS
             most += get_i64(state + _OFFSET) * size
 
             def centre_few(c):
@@ -504,7 +451,7 @@ class Tiles:
         """pack(state, now, panel, pitch, count, j0, n, step, limit, stream) for one input.
 
         It packs classes j0 … j0 + n − 1 of the panel in record `now`; with `maxima` it leaves each
-        row's maximum at _MAXIMA, NaN if one of its elements is. Where rows are adjacent it goes on
+        row's maximum at MAXIMA, NaN if one of its elements is. Where rows are adjacent it goes on
         from where it stood, for `limit` vectors; elsewhere a panel is a tile, of `count` rows.
         """
         form, lanes, slot, elem = access.format, self._lanes, SLOT[name], self.elem
@@ -549,9 +496,9 @@ class Tiles:
 
             @device
             def pack(state, now, panel, pitch, count, j0, n, step, limit, stream):
-                record, most = state + _RECORDS + now * _RECORD, state + _MAXIMA
+                record, most = state + RECORDS + now * _RECORD, state + MAXIMA
                 most += now * 8 * PANEL_ROWS
-                j, row = get_i64(record + _CLASS), get_i64(record + _ROW)
+                j, row = get_i64(record + CLASS), get_i64(record + _ROW)
                 width = get_i64(record + _WIDTH)
                 head = min(get_i64(record + _HEAD), width)  # rows of a shorter first tile
                 gap = (head + lanes - 1) // lanes * lanes - head  # places left free behind it
@@ -569,55 +516,8 @@ class Tiles:
                     row += rows
                     if row == width:
                         j, row = j + 1, 0
-                put_i64(record + _CLASS, j)
+                put_i64(record + CLASS, j)
                 put_i64(record + _ROW, row)
-
-        elif self.layout == ROWS:
-            # Once for all inputs the output's lines are asked for.
-            out_size = self.out_access.size if name == "x" and self.out_access else 0
-
-            @traced
-            def block(state, tile, most, pitch, j0, j, n, ahead, stream):
-                rows = []
-                for r in range(lanes):
-                    address = load_scalar(state + (slot + 8 * r), "i8") + (j0 + j) * form.size
-                    # No class is as low as what stands for the absent ones.
-                    rows.append(form.load_first(address, n - j, -math.inf if maxima else 0.0))
-                    prefetch(address + ahead)  # the next tile's row
-
-                def fetch_out():
-                    for r in range(lanes):
-                        out = load_scalar(state + (SLOT["out"] + 8 * r), "i8")
-                        prefetch(out + (j0 + j) * out_size, to_write=True)
-
-                if out_size:
-                    when(stream == 0, fetch_out)
-                columns = transpose(rows)
-                for r, column in enumerate(columns):
-                    store_vector(tile + (j + r) * pitch, column)
-                if maxima:
-                    m = _in_tree(columns, larger_or_nan)
-                    store_vector(most, larger_or_nan(m, load_vector(most, elem, lanes)))
-
-            @traced
-            def fetch_end(state, n):
-                """Ask for the line that is shared with the next tile."""
-                out = load_scalar(state + SLOT["out"], "i8")
-                prefetch(out + n * out_size - 1, to_write=True)
-
-            @device
-            def pack(state, now, tile, pitch, count, j0, n, step, limit, stream):
-                put_i64(state + _RECORDS + _CLASS, n)
-                last = state + slot + 8 * (count - 1)
-                if out_size:
-                    fetch_end(state + 8 * (count - 1), n)
-                ahead = get_i64(last) - get_i64(state + slot)
-                clear_maxima(state + _MAXIMA, count)
-                for c in range(0, count, lanes):
-                    most = state + _MAXIMA + c * size
-                    for j in range(0, n, lanes):
-                        at = tile + c * size
-                        block(state + 8 * c, at, most, pitch, j0, j, n, ahead, stream)
 
         else:
 
@@ -627,11 +527,11 @@ class Tiles:
 
             @device
             def pack(state, now, tile, pitch, count, j0, n, step, limit, stream):
-                put_i64(state + _RECORDS + _CLASS, n)
-                clear_maxima(state + _MAXIMA, count)
+                put_i64(state + RECORDS + CLASS, n)
+                clear_maxima(state + MAXIMA, count)
                 for j in range(n):
                     for c in range(0, count, lanes):
-                        target, most = tile + j * pitch + c * size, state + _MAXIMA + c * size
+                        target, most = tile + j * pitch + c * size, state + MAXIMA + c * size
                         single(state + 8 * c, target, most, (j0 + j) * step, count - c)
 
         return pack
@@ -671,189 +571,10 @@ class Tiles:
 
         return inputs
 
-    def _make_column_sums(self, terms, elem, counts=False, exact=False):
-        """sums(operands, n, params, state) -> (a, a_low, b) of a vector of columns, float64.
-
-        `counts`, `exact`: as `rows.make_sums`. A third term replaces x in the tile.
-        """
-        inputs, lanes = self._inputs_at(), self._lanes
-        step, group = 4 * lanes, 4 * lanes * STEPS
-        line = lanes * SIZES[elem]  # work: a line a lane, for each term and then the pairs
-        area = lanes * line
-        wide_lanes, wide_line = lanes // 2 if elem == "f4" else lanes, lanes * 8
-
-        def put(at, lane, a, b):
-            """A lane's sums. A count is not kept by lanes."""
-            store_vector(at + lane * line, a)
-            if not counts:
-                store_vector(at + (lane * line + 2 * area), b)
-
-        def load(at, lane):
-            a = load_vector(at + lane * line, elem, lanes)
-            b = None if counts else load_vector(at + (lane * line + 2 * area), elem, lanes)
-            return a, b
-
-        def both(first, second):
-            if counts:
-                return first[0] + second[0], None
-            return add_pairs(first, second, exact)
-
-        def more(total, b):
-            return count(total, b) if counts else total
-
-        def take(operands, j, params):
-            a, b, *kept = terms(*inputs(operands, j), params)
-            if kept:
-                x, _, _, pitch = operands
-                store_vector(x + j * pitch, kept[0])
-            return a, b
-
-        @traced
-        def four(group_a, group_b, operands, j, params):
-            pairs = [take(operands, j + i * lanes, params) for i in range(4)]
-            return add_four((group_a, group_b), pairs, exact)
-
-        @traced
-        def keep(at, lane, a, b):
-            put(at, lane, a, b)
-
-        @traced
-        def set_one(at, lane, operands, j, params, total):
-            a, b = take(operands, j, params)
-            put(at, lane, a, b)
-            return more(total, b)
-
-        @traced
-        def add_one(at, lane, operands, j, params, total):
-            a, b = take(operands, j, params)
-            put(at, lane, *both(load(at, lane), (a, b)))
-            return more(total, b)
-
-        @traced
-        def add_area(at, other):
-            for lane in range(lanes):
-                put(at, lane, *both(load(at, lane), load(other, lane)))
-
-        @traced
-        def zero(j):
-            return zeros(j, elem, lanes)
-
-        @traced
-        def plus(a, b):
-            return a + b
-
-        @traced
-        def close_alone(work, total):
-            """Of the only group: add its lanes."""
-            a, b = _in_tree([load(work, lane) for lane in range(lanes)], both)
-            return alone((convert(a, "f8"), convert(total if counts else b, "f8")), exact)
-
-        if self.layout == SHORT:
-
-            @device
-            def sums_of_one(operands, n, params, state):
-                work, total, nothing = state + _GROUPS, zero(n), zero(n)
-                for lane in range(n):
-                    total = set_one(work, lane, operands, lane, params, total)
-                for lane in range(n, lanes):
-                    keep(work, lane, nothing, nothing)
-                return close_alone(work, total)
-
-            return sums_of_one
-
-        # Of all groups' a, a_low and b, what there is.
-        used = True, elem == "f8", not (counts or exact)
-
-        def place(groups, lane, i):
-            return groups + (i * wide_lanes + lane) * wide_line
-
-        def load_all(groups, lane):
-            nothing = zeros(groups, "f8", lanes)
-            places = [place(groups, lane, i) for i in range(3)]
-            return [
-                load_vector(p, "f8", lanes) if on else nothing
-                for p, on in zip(places, used, strict=True)
-            ]
-
-        def put_all(groups, lane, sums):
-            for i, v in enumerate(sums):
-                if used[i]:
-                    store_vector(place(groups, lane, i), v)
-
-        def widened(work, lane):
-            """A lane of the group in float64; of float32, added to the one half a vector apart."""
-            a, b = load(work, lane)
-            if elem == "f4":
-                a, b = both((a, b), load(work, lane + wide_lanes))
-            a = convert(a, "f8")
-            return a, a.like(a.constant(0.0)) if b is None else convert(b, "f8")
-
-        @traced
-        def set_all(groups, work):
-            for lane in range(wide_lanes):
-                put_all(groups, lane, alone(widened(work, lane), exact))
-
-        @traced
-        def add_all(groups, work):
-            for lane in range(wide_lanes):
-                group = widened(work, lane)
-                put_all(groups, lane, add_group(load_all(groups, lane), group, elem, exact))
-
-        @device
-        def put_group(groups, work, first):
-            if first:
-                set_all(groups, work)
-            else:
-                add_all(groups, work)
-
-        @traced
-        def close(groups, total):
-            found = [load_all(groups, lane) for lane in range(wide_lanes)]
-            a, a_low, b = _in_tree(found, lambda first, second: add_lanes(first, second, elem))
-            return a, a_low, convert(total, "f8") if counts else b
-
-        @device
-        def pair(at, operands, j, n, params, total):
-            """v + w of a step that is not full, v from class j on, w the next vector; n classes."""
-            nothing = zero(n)
-            for lane in range(min(n, lanes)):
-                total = set_one(at, lane, operands, j + lane, params, total)
-            for lane in range(n, lanes):
-                keep(at, lane, nothing, nothing)
-            for lane in range(min(n - lanes, lanes)):
-                total = add_one(at, lane, operands, j + lanes + lane, params, total)
-            return total
-
-        @device
-        def sums(operands, n, params, state):
-            work, groups, total = state + _WORK, state + _GROUPS, zero(n)
-            whole = n - n % step  # where the last step begins, if it is not full
-            last = (n - 1) // group * group  # and the last group, full or not
-            for g in range(0, whole, group):
-                for lane in range(lanes):
-                    lane_a = lane_b = zero(n)
-                    for j in range(g, min(g + group, whole), step):
-                        lane_a, lane_b = four(lane_a, lane_b, operands, j + lane, params)
-                    keep(work, lane, lane_a, lane_b)
-                    total = plus(total, lane_b)
-                if g < last:
-                    put_group(groups, work, g == 0)
-            if whole < n:
-                at = work if whole == last else work + area
-                total = pair(at, operands, whole, n - whole, params, total)
-                half = whole + 2 * lanes
-                if half < n:
-                    other = work + 4 * area
-                    total = pair(other, operands, half, n - half, params, total)
-                    add_area(at, other)
-                if whole > last:
-                    add_area(work, at)
-            if n <= group:
-                return close_alone(work, total)
-            put_group(groups, work, False)
-            return close(groups, total)
-
-        return sums
+    def _make_sums(self, terms, elem, counts=False, exact=False):
+        """As `column_sums.Sums`, which see, of columns of any length."""
+        sums = column_sums.Sums(self._inputs_at(), self._lanes, terms, elem, counts, exact)
+        return sums.of_any_length()
 
     def _make_put_sums(self):
         @traced
@@ -885,8 +606,7 @@ class Tiles:
         Where `keep`, the third of the `terms` is left for `map_exp`.
         """
         put_sums, put_first = self._make_put_sums(), self._make_put_first()
-        sums = self._make_column_sums(terms, self.elem, counts=True)
-        params = self._exp_params()
+        sums, params = self._make_sums(terms, self.elem, counts=True), self._exp_params()
         finish = make_finish(self.elem, self.many, then)
         tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
@@ -927,7 +647,7 @@ class Tiles:
         `exact`: as `rows.make_sums`.
         """
         put_sums = self._make_put_sums()
-        sums = self._make_column_sums(terms, elem, exact=exact)
+        sums = self._make_sums(terms, elem, exact=exact)
         params, tiles, pack = self._params(names, elem), self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
@@ -1139,31 +859,6 @@ class Tiles:
                         c += lanes
                     if c < count:
                         part(state, operands, c, j, out, count - c)
-
-        elif self.layout == ROWS:
-
-            @traced
-            def block(state, operands, c, j0, j, n, shift):
-                rows = transpose([at(state, operands, c, j, i) for i in range(lanes)])
-                before = (j0 + j) * form.size + shift
-                # Backwards: places behind the last row stand for the first one, written at last.
-                for r in reversed(range(lanes)):
-                    out = load_scalar(state + (slot + 8 * r) + c * 8, "i8")
-                    form.store_first(out + before, n - j, rows[r])
-
-            form_size, move = form.size, make_move_past_caches(form)
-
-            @device
-            def unpack(state, operands, count, j0, n, step, stream, staging):
-                first, shift = get_i64(state + slot), 0
-                stream = stream and first % form_size == 0
-                if stream:
-                    shift = staging + first % BYTES - first
-                for c in range(0, count, lanes):
-                    for j in range(0, n, lanes):
-                        block(state, operands, c, j0, j, n, shift)
-                if stream:
-                    move(first + shift, first, count * n)
 
         else:
 
