@@ -26,10 +26,11 @@ from numbakern.cpu.simd import (
 )
 from numbakern.cpu.state import MAX_ROWS, SIZE
 
-# Behind the state: lanes of a group, six areas of 16 lines of 16 float64 at most or one area of all
-# rows; and those of all groups in float64.
+# Behind the state: lanes of a group, six areas of 16 lines of 16 float64 at most; of all groups in
+# float64; and of a group of each row of a tile, what is counted behind them.
 _WORK, _GROUPS = SIZE, SIZE + 8 * 16 * 128
-END = _GROUPS + 3 * 16 * 128
+_TOGETHER = _GROUPS + 3 * 16 * 128
+END = _TOGETHER + 17 * (4 * MAX_ROWS + 3 * BYTES)
 
 
 def in_tree(values, combine):
@@ -57,7 +58,7 @@ def clear(state, elem):
     """
     nothing = zeros(state, elem, vector_lanes(elem))
     for at in range(0, vector_lanes(elem) * _line_of_all(elem), BYTES):
-        store_vector(state + (_WORK + at), nothing)
+        store_vector(state + (_TOGETHER + at), nothing)
 
 
 class Sums:
@@ -82,10 +83,10 @@ class Sums:
         self._lanes, self._elem, self._counts, self._exact = lanes, elem, counts, exact
         self._inputs, self._terms = inputs, terms
         if together:  # and behind them those of what is not complete
-            self._line, self._column = _line_of_all(elem), SIZES[elem]
+            self._work, self._line, self._column = _TOGETHER, _line_of_all(elem), SIZES[elem]
             self._spares = MAX_ROWS * SIZES[elem], MAX_ROWS * SIZES[elem] + BYTES
         else:  # areas of both terms
-            self._line, self._column = lanes * SIZES[elem], 0
+            self._work, self._line, self._column = _WORK, lanes * SIZES[elem], 0
             self._spares = lanes * self._line, 4 * lanes * self._line
         self._make_parts()
 
@@ -187,8 +188,8 @@ class Sums:
         add_up(operands, n, params, state, c) adds the columns from c on, close(state, c, columns)
         returns (a, a_low, b) of so many of them; traced.
         """
-        lanes, column, behind = self._lanes, self._column, self._lanes * self._line
-        spare, other = self._spares
+        lanes, place, column = self._lanes, self._work, self._column
+        (spare, other), behind = self._spares, lanes * self._line
         step, filled = 4 * lanes, bool(column)
         four, keep, plus, zero = self._four, self._keep, self._plus, self._zero
         set_one, pair, add_area = self._set_one, self._pair, self._add_area
@@ -199,7 +200,7 @@ class Sums:
                 store_vector(work + behind, total)
 
         def close(state, c, columns):
-            work = state + _WORK + c * column
+            work = state + place + c * column
             total = zeros(state, self._elem, columns)
             if self._counts:
                 total = load_vector(work + behind, self._elem, columns)
@@ -207,7 +208,7 @@ class Sums:
 
         @device
         def add_up_vector(operands, n, params, state, c):
-            work, total, nothing = state + _WORK + c * column, zero(n), zero(n)
+            work, total, nothing = state + place + c * column, zero(n), zero(n)
             for lane in range(n):
                 total = set_one(work, lane, operands, lane, params, total)
             if not filled:
@@ -217,7 +218,7 @@ class Sums:
 
         @device
         def add_up(operands, n, params, state, c):
-            work, total = state + _WORK + c * column, zero(n)
+            work, total = state + place + c * column, zero(n)
             whole = n - n % step  # where the last step begins, if it is not full
             if whole > 0:
                 for lane in range(lanes):
@@ -227,11 +228,11 @@ class Sums:
                     keep(work, lane, lane_a, lane_b)
                     total = plus(total, lane_b)
             if whole < n:
-                at = work if whole == 0 else state + (_WORK + spare)
+                at = work if whole == 0 else state + (place + spare)
                 total = pair(at, operands, whole, n - whole, params, total)
                 half = whole + 2 * lanes
                 if half < n:
-                    more = state + (_WORK + other)
+                    more = state + (place + other)
                     total = pair(more, operands, half, n - half, params, total)
                     add_area(at, more)
                 if whole > 0:
