@@ -62,7 +62,7 @@ S_LABEL, S_X_LABEL, S_Q_LABEL = (SLOT[name] for name in ("label", "x_label", "q_
 
 def each_batch(walker, work):
     """The kernel that calls work(frame, state, p, count) for every batch of rows p … p+count−1."""
-    start, advance, begin = walker.start, walker.advance, walker.begin
+    start, advance, begin, stop = walker.start, walker.advance, walker.begin, walker.stop
 
     def kernel(frame, first, last, state):
         item = first
@@ -72,6 +72,7 @@ def each_batch(walker, work):
             if count > 0:  # a run's last tiles may be empty, and row p behind the last one
                 begin(frame, state, p, count)
                 work(frame, state, p, count)
+        stop(frame, state)
 
     return kernel
 

@@ -566,6 +566,10 @@ class Rows:
             put_constants(state)
 
         @traced
+        def stop(frame, state):
+            """To be called after the last batch."""
+
+        @traced
         def load(frame, state, count):
             """To be called before `put_x_labels`: rows are read where they lie."""
 
@@ -573,7 +577,7 @@ class Rows:
             """address(state, i): where row i of the batch lies."""
             return traced(lambda state, i: get_i64(state + slot + 8 * i))
 
-        self.start, self.advance, self.begin = start, advance, begin
+        self.start, self.advance, self.begin, self.stop = start, advance, begin, stop
         self.x_of, self.y_of, self.out_of = (make_address(s) for s in (s_x, s_y, s_out))
         self.load, self.put_x_labels = load, make_put_x_labels(self)
         self._operands = operands

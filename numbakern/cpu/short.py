@@ -10,9 +10,9 @@ import math
 from numbakern.cpu.column_sums import Sums, clear, in_tree
 from numbakern.cpu.compile import apart, device
 from numbakern.cpu.frame import integer
+from numbakern.cpu.lines import make_move
 from numbakern.cpu.simd import (
     BYTES,
-    Format,
     convert,
     each,
     load_scalar,
@@ -28,40 +28,6 @@ from numbakern.cpu.simd import (
 )
 from numbakern.cpu.state import SLOT, get_i64, make_finish, put_i64
 from numbakern.cpu.tiles import CLASS, MAXIMA, RECORDS, SHORT, Tiles, larger_or_nan
-
-
-def make_move_past_caches(form):
-    """move(source, target, n): copy n elements of this format that lie as far from a line's start.
-
-    Lines that the target fills are written past the caches.
-    """
-    line, size, lanes = Format("f8", "f8"), form.size, form.lanes
-
-    @traced
-    def whole(source, target):
-        line.stream(target, line.load(source))
-
-    @traced
-    def part(source, target, n):
-        form.store_first(target, n, form.load_first(source, n, 0.0))
-
-    @device
-    def some(source, target, n):
-        for i in range(0, n, lanes):
-            part(source + i * size, target + i * size, n - i)
-
-    @device
-    def move(source, target, n):
-        head = min((-target % BYTES) // size, n)
-        some(source, target, head)
-        end, source, target = target + n * size, source + head * size, target + head * size
-        while target + BYTES <= end:
-            whole(source, target)
-            source += BYTES
-            target += BYTES
-        some(source, target, (end - target) // size)
-
-    return move
 
 
 class Short(Tiles):
@@ -238,7 +204,7 @@ class Short(Tiles):
     def _unpacker(self, value, count_of_params, indexed=False):
         at = self._make_result(value, count_of_params, indexed)
         lanes, form, slot = self._lanes, self.out_access.format, SLOT["out"]
-        form_size, move = form.size, make_move_past_caches(form)
+        form_size, move = form.size, make_move(form)
         piece, half = piece_lanes(self.elem), self._lanes // 2
 
         def row(state, r, before):

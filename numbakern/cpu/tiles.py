@@ -13,9 +13,10 @@ by bit while this one is summed: memory and arithmetic work at the same time.
 
 import math
 
-from numbakern.cpu import column_sums
-from numbakern.cpu.compile import device
+from numbakern.cpu import column_sums, lines
+from numbakern.cpu.compile import apart, device
 from numbakern.cpu.frame import data, integer
+from numbakern.cpu.lines import WIDE
 from numbakern.cpu.rows import (
     BLOCK,
     Access,
@@ -75,6 +76,7 @@ _LAST, _OFFSET, _NOW, RECORDS = (SLOT["panel"] + 8 * i for i in range(4))
 # In a record: the panel's first row, −1 for none; the address of its first element in x and y; its
 # rows; the rows in its first tile; the class and the row up to which it is packed.
 _FIRST, _X, _Y, _WIDTH, _HEAD, CLASS, _ROW, _RECORD = (8 * i for i in range(8))
+_LINES = RECORDS + 2 * _RECORD  # two int64, of `lines.Lines`
 
 COLUMNS, SCATTERED, ROWS, SHORT = "columns", "scattered", "rows", "short"
 """Layouts: neighbouring rows are adjacent in memory; nothing is; classes are, a group of its sums
@@ -119,7 +121,14 @@ def scratch_size(elem, layout, classes, panel, inputs):
     """Bytes of scratch memory a worker needs for panels of this many rows."""
     panels = inputs + (_panels(layout) - 1)
     staged = panel * classes * 8 + 2 * BYTES if layout in OF_ROWS else 0
+    if layout == COLUMNS and classes <= _most_waiting(elem):
+        staged = lines.scratch_size(classes, panel)
     return _TILE + panels * _tile_size(elem, min(classes, BLOCK[elem]), panel) + staged
+
+
+def _most_waiting(elem):
+    """Most classes of which a tile may be WIDE, of at most 8 bytes an element."""
+    return TILE_BYTES[COLUMNS] // (WIDE // 8 * SIZES[elem])
 
 
 def _panels(layout):
@@ -207,7 +216,8 @@ class Tiles:
             """To be called before the first tile: no panel is packed."""
             put_constants(state)
             put_i64(state + _LAST, last)
-            put_i64(state + _NOW, constant(last, 0, "i8"))
+            for slot in _NOW, _LINES, _LINES + 8:
+                put_i64(state + slot, constant(last, 0, "i8"))
             for record in (RECORDS, RECORDS + _RECORD):
                 put_i64(state + record + _FIRST, constant(last, -1, "i8"))
 
@@ -346,9 +356,9 @@ class Tiles:
 
         @traced
         def staging(frame, state):
-            """Where rows wait to be written past the caches: behind the tile, their only panel."""
+            """Where results wait to be written past the caches: behind the panels."""
             x, y, _ = packed(frame, state, constant(frame, 0, "i8"))
-            return y + (y - x) if has_y else y
+            return y + (y - x) // panels if has_y else y
 
         @traced
         def tiles(frame, state):
@@ -433,9 +443,28 @@ class Tiles:
 
         self._tiles, self._pack_max, self._take_maxima = tiles, pack_max, take_maxima
         self._staging = staging
+        self._make_stop()
         self._pack_ahead = pack_ahead
         self.load, self.put_x_labels = load, put_x_labels
         self._pack = make_pack(self._packer(self.x_access, "x", False))
+
+    def _make_stop(self):
+        """What is to be called after the last tile."""
+        classes, out_step, staging = integer("classes"), integer("out_class"), self._staging
+
+        @device
+        def stop(frame, state):
+            return
+
+        if self.layout == COLUMNS and self.out_access:
+            self._lines = lines.Lines(self.out_access.format, _LINES)
+            settle = self._lines.settle
+
+            @device
+            def stop(frame, state):
+                settle(state, classes(frame), out_step(frame), staging(frame, state))
+
+        self.stop = stop
 
     def _centre_on(self, state, c, m):
         """Slots block_m and factor of the columns from c on; what `_exp_params` reads of them."""
@@ -828,7 +857,9 @@ class Tiles:
         at = self._make_result(value, count_of_params, indexed)
 
         if self.layout == COLUMNS:
-            line = form.size * lanes
+            form_size, line = form.size, form.size * lanes
+            begin, place, write = self._lines.begin, self._lines.place, self._lines.write
+            most = _most_waiting(self.elem)
 
             @traced
             def whole(state, operands, c, j, out):
@@ -842,10 +873,25 @@ class Tiles:
             def part(state, operands, c, j, out, count):
                 form.store_first(out, count, at(state, operands, c, j))
 
+            @apart
+            def unpack_by_lines(state, operands, count, n, first, step, staging):
+                """Past the caches what begins within a line."""
+                begin(state, first, count, n, step, staging)
+                for j in range(n):
+                    out = place(first + j * step, j, n, staging)
+                    for c in range(0, count, lanes):
+                        part(state, operands, c, j, out + c * form_size, count - c)
+                    write(state, first + j * step, count, j, n, step, staging)
+
             @device
             def unpack(state, operands, count, j0, n, step, stream, staging):
                 first = get_i64(state + slot) + j0 * step
-                stream = stream and first % line == 0 and step % line == 0
+                if stream and (first % line or step % line):
+                    stream = False
+                    wide = count * form_size >= WIDE and n <= most and j0 == 0
+                    if wide and first % form_size == 0 and step % form_size == 0:
+                        unpack_by_lines(state, operands, count, n, first, step, staging)
+                        return
                 for j in range(n):
                     out, c = first + j * step, 0
                     if stream:
