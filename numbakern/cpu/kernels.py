@@ -1,7 +1,7 @@
 """The kernels: for each operation a reduction, a finish, a map, over any walker.
 
-A walker (`rows.Rows`, `tiles.Tiles`) knows how rows lie in memory and moves them in vectors; an
-operation knows what is computed of them. Every kernel has the signature
+A walker (`rows.Rows`, `tiles.Tiles`, `short.Short`) knows how rows lie in memory and moves them in
+vectors; an operation knows what is computed of them. Every kernel has the signature
 kernel(frame, first, last, scratch) and works on items first … last − 1 of its walker.
 """
 

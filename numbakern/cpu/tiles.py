@@ -7,8 +7,9 @@ transposed copy of the array is made. Sums follow the order that `rows` describe
 the same.
 
 Where rows are adjacent, several tiles are packed at once (a panel), and tiles begin where the
-output has a whole vector, so that it can be written past the caches. The next panel is packed bit
-by bit while this one is summed: memory and arithmetic work at the same time.
+output has a whole vector, so that it can be written past the caches; if not all classes have one
+there, the lines that two tiles share wait for the second one (`lines`). The next panel is packed
+bit by bit while this one is summed: memory and arithmetic work at the same time.
 """
 
 import math
@@ -159,7 +160,7 @@ class Tiles:
         How the inputs and the output lie in memory; None for what an operation has not.
     weighted : bool
         Whether there is a weight for each class.
-    layout : {COLUMNS, ROWS, SCATTERED}
+    layout : {COLUMNS, SCATTERED}, of `short.Short` {ROWS, SHORT}
         How the rows of a tile lie.
     """
 
@@ -850,8 +851,7 @@ class Tiles:
         """unpack(state, operands, count, j0, n, step, stream, staging).
 
         `indexed` tells that `value` takes the class too, counted from j0: a vector and a number to
-        be added. Past the caches whole lines are written: short rows are put beside each other at
-        `staging` first.
+        be added. At `staging` results wait that are to fill lines.
         """
         lanes, form, slot = self._lanes, self.out_access.format, SLOT["out"]
         at = self._make_result(value, count_of_params, indexed)
