@@ -6,6 +6,9 @@ i of a group are the classes i, i + lanes, …; what `rows` adds across lanes is
 
 from numbakern.cpu.compile import device
 from numbakern.cpu.rows import (
+    COUNT,
+    PAIR,
+    PARTS,
     STEPS,
     add_four,
     add_group,
@@ -72,15 +75,17 @@ class Sums:
         Of a vector.
     terms : function (x, y, w, params) -> (a, b) or (a, b, kept)
         What is added up; `kept` replaces x in the tile. Traced.
-    elem, counts, exact
+    elem, kind
         As for `rows.make_sums`.
     together : bool
         Whether the lanes of all columns of a tile have places of their own, so that they may be
         added up later than those of the next columns; the places begin as 0 (`clear`).
     """
 
-    def __init__(self, inputs, lanes, terms, elem, counts=False, exact=False, together=False):
-        self._lanes, self._elem, self._counts, self._exact = lanes, elem, counts, exact
+    def __init__(self, inputs, lanes, terms, elem, kind, together=False):
+        self._lanes, self._elem = lanes, elem
+        self._counts, self._exact = kind == COUNT, kind == PARTS
+        self._pairs, self._both_kept = kind == PAIR, kind in (PAIR, PARTS)
         self._inputs, self._terms = inputs, terms
         if together:  # and behind them those of what is not complete
             self._work, self._line, self._column = _TOGETHER, _line_of_all(elem), SIZES[elem]
@@ -95,7 +100,7 @@ class Sums:
     def _put(self, at, lane, a, b):
         """A lane's sums. A count is not kept by lanes."""
         store_vector(at + lane * self._line, a)
-        if not self._counts:
+        if self._both_kept:
             store_vector(at + (lane + 2 * self._lanes) * self._line, b)
 
     def _load(self, at, lane, columns=None):
@@ -103,6 +108,8 @@ class Sums:
         a = load_vector(at + lane * self._line, self._elem, columns)
         if self._counts:
             return a, None
+        if not self._both_kept:
+            return a, a.like(a.constant(-0.0))
         return a, load_vector(at + (lane + 2 * self._lanes) * self._line, self._elem, columns)
 
     def _both(self, first, second):
@@ -253,7 +260,7 @@ class Sums:
         pair, add_area = self._pair, self._add_area
 
         # Of all groups' a, a_low and b, what there is.
-        used = True, elem == "f8", not (counts or exact)
+        used = True, elem == "f8", self._pairs
 
         def place(groups, lane, i):
             return groups + (i * wide_lanes + lane) * wide_line

@@ -10,7 +10,7 @@ import math
 from numbakern import formulas
 from numbakern.cpu.compile import device
 from numbakern.cpu.frame import data, integer, real
-from numbakern.cpu.rows import make_element, make_put_element
+from numbakern.cpu.rows import PAIR, PARTS, SINGLE, make_element, make_put_element
 from numbakern.cpu.simd import (
     BYTES,
     SIZES,
@@ -205,7 +205,7 @@ def _nothing(like):
 
 def _backward(walker, terms, total, value, names):
     # Sums of float32 have the bits to spare for what cancels.
-    reduce = walker.sums(terms, "f8", (), exact=walker.elem == "f8")
+    reduce = walker.sums(terms, "f8", (), PARTS if walker.elem == "f8" else SINGLE)
     sweep = walker.map(value, names)
 
     @device
@@ -277,7 +277,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         m, log_sum, keep, spread = params
         q = target(y and convert(y, "f8"), w and convert(w, "f8"), keep, spread)
         nll = formulas.nll_value(convert(x, "f8"), m, log_sum)
-        return (q * nll if loss else q), q
+        return (q * nll if loss else q), q if soft else _nothing(q)
 
     def value(e, y, w, params):
         scale, factor, *more = params
@@ -433,7 +433,7 @@ def cross_entropy(walker, *, soft, smooth, loss, grad, given):
         terms_of = rest_count_and_all if kept else rest_and_count
         reduce = walker.softmax(terms_of, keep=kept, then=settle if at_once else None)
     if summed:
-        add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"))
+        add = walker.sums(terms, "f8", ("m", "log_sum", "p1", "p2"), PAIR if soft else SINGLE)
     # Exponentials that were summed are finite: scale and p0 of 0 are enough for a row to skip.
     names = ("scale", "p0")
     if spread_out:

@@ -77,6 +77,10 @@ from numbakern.vmath import exact_sum, two_sum
 BLOCK = {"f4": 4096, "f8": 2048}
 """Elements whose maximum is found before their exponentials are summed: 16 KiB."""
 STEPS = 4
+PAIR, COUNT, PARTS, SINGLE = "pair", "count", "parts", "single"
+"""What the second one of two terms is: summed like the first; a mask, to be counted; what the first
+one was rounded by, so that no addition rounds; nothing, −0.
+"""
 BATCH = 8
 """Rows in a batch at most; fewer when they would not stay in the first-level cache."""
 KEPT = 1 << 16
@@ -246,7 +250,7 @@ def add_blocks(first, second):
     return *exact_sum(parts, others), b0 + b1
 
 
-def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=False):
+def make_sums(terms, elem, x_access, y_access, w_access, kind):
     """Sum two terms over a stretch of a row, in the canonical order.
 
     Parameters
@@ -255,15 +259,13 @@ def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=Fal
         Vectors to be added up. Traced.
     elem : str
         Element kind of the terms: what the order's vectors are added in.
-    counts : bool
-        Whether b is a mask, whose lanes are counted: exact in any order.
-    exact : bool
-        Whether b is what a was rounded by, and there is one sum, of a + b: no addition rounds.
+    kind : {PAIR, COUNT, PARTS, SINGLE}
+        What b is. A count is exact in any order; of PARTS there is one sum, of a + b.
 
     Returns
     -------
     function (operands, n, ahead, params, kept) -> (a, a_low, b)
-        Σ of the first term is a + a_low, Σ of the second is b (0 where `exact`), float64. With each
+        Σ of the first term is a + a_low, Σ of the second is b (0 of PARTS), float64. With each
         line another one is fetched, `ahead` bytes behind it (0: none). What is to be kept goes to
         the address `kept`, up to the end of a step.
     """
@@ -271,6 +273,7 @@ def make_sums(terms, elem, x_access, y_access, w_access, counts=False, exact=Fal
     lanes, size = x_access.lanes, x_access.size
     step, group = 4 * lanes, 4 * lanes * STEPS
     wide_lanes = lanes // 2 if elem == "f4" else lanes
+    counts, exact = kind == COUNT, kind == PARTS
 
     def keep(v, kept, j):
         if v:
@@ -610,7 +613,7 @@ class Rows:
         x_access = self.x_access
         block, size, strided = BLOCK[self.elem], x_access.size, x_access.strided
         block_max = make_block_max(x_access, self.elem)
-        sums = make_sums(terms, self.elem, x_access, None, None, counts=True)
+        sums = make_sums(terms, self.elem, x_access, None, None, COUNT)
         elem = self.elem
         centre_block = each_few(lambda rows: centre_on(rows, get(rows, "block_m"), elem))
         finish = make_finish(elem, self.many, then)
@@ -650,13 +653,13 @@ class Rows:
 
         return reduce
 
-    def sums(self, terms, elem, names, exact=False):
+    def sums(self, terms, elem, names, kind):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
 
-        With the parameters in these slots, into sum_a, sum_a_low and sum_b. `exact`: as
+        With the parameters in these slots, into sum_a, sum_a_low and sum_b. `kind`: as
         `make_sums`.
         """
-        sums = make_sums(terms, elem, *self._inputs, exact=exact)
+        sums = make_sums(terms, elem, *self._inputs, kind)
         operands, params, classes = self._operands, self._params(names, elem), integer("classes")
         s_a, s_a_low, s_b = SLOT["sum_a"], SLOT["sum_a_low"], SLOT["sum_b"]
         block, size = BLOCK[self.elem], SIZES[self.elem]

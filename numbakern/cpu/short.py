@@ -11,6 +11,7 @@ from numbakern.cpu.column_sums import Sums, clear, in_tree
 from numbakern.cpu.compile import apart, device
 from numbakern.cpu.frame import integer
 from numbakern.cpu.lines import make_move
+from numbakern.cpu.rows import COUNT
 from numbakern.cpu.simd import (
     BYTES,
     convert,
@@ -160,12 +161,12 @@ class Short(Tiles):
 
         return pack
 
-    def _group_sums(self, terms, elem, **options):
-        sums = Sums(self._inputs_at(), self._lanes, terms, elem, **options)
+    def _group_sums(self, terms, elem, kind, together=False):
+        sums = Sums(self._inputs_at(), self._lanes, terms, elem, kind, together)
         return sums.of_a_group(self.layout == SHORT)
 
-    def _make_sums(self, terms, elem, counts=False, exact=False):
-        add_up, close = self._group_sums(terms, elem, counts=counts, exact=exact)
+    def _make_sums(self, terms, elem, kind):
+        add_up, close = self._group_sums(terms, elem, kind)
         close_few = traced(lambda state: close(state, 0, self._lanes))
 
         @device
@@ -180,7 +181,7 @@ class Short(Tiles):
         lanes, size, many = self._lanes, self._size, self.many
         params, tiles, pack = self._exp_params(), self._tiles, self._pack_max
         classes, take_maxima = integer("classes"), self._take_maxima
-        add_up, close = self._group_sums(terms, self.elem, counts=True, together=True)
+        add_up, close = self._group_sums(terms, self.elem, COUNT, together=True)
 
         def sums(frame, state, i):
             a, low, below = close(state, i, many)

@@ -20,6 +20,7 @@ from numbakern.cpu.frame import data, integer
 from numbakern.cpu.lines import WIDE
 from numbakern.cpu.rows import (
     BLOCK,
+    COUNT,
     Access,
     add_blocks,
     make_put_x_labels,
@@ -601,9 +602,9 @@ class Tiles:
 
         return inputs
 
-    def _make_sums(self, terms, elem, counts=False, exact=False):
+    def _make_sums(self, terms, elem, kind):
         """As `column_sums.Sums`, which see, of columns of any length."""
-        sums = column_sums.Sums(self._inputs_at(), self._lanes, terms, elem, counts, exact)
+        sums = column_sums.Sums(self._inputs_at(), self._lanes, terms, elem, kind)
         return sums.of_any_length()
 
     def _make_put_sums(self):
@@ -636,7 +637,7 @@ class Tiles:
         Where `keep`, the third of the `terms` is left for `map_exp`.
         """
         put_sums, put_first = self._make_put_sums(), self._make_put_first()
-        sums, params = self._make_sums(terms, self.elem, counts=True), self._exp_params()
+        sums, params = self._make_sums(terms, self.elem, COUNT), self._exp_params()
         finish = make_finish(self.elem, self.many, then)
         tiles, pack, pack_ahead = self._tiles, self._pack_max, self._pack_ahead
         classes, take_maxima = integer("classes"), self._take_maxima
@@ -670,14 +671,14 @@ class Tiles:
 
         return reduce
 
-    def sums(self, terms, elem, names, exact=False):
+    def sums(self, terms, elem, names, kind):
         """add(frame, state, count): both sums of `terms` (vectors of `elem`) over every row.
 
         With the parameters in these slots, into sum_a, sum_a_low and sum_b; packs the tile.
-        `exact`: as `rows.make_sums`.
+        `kind`: as `rows.make_sums`.
         """
         put_sums = self._make_put_sums()
-        sums = self._make_sums(terms, elem, exact=exact)
+        sums = self._make_sums(terms, elem, kind)
         params, tiles, pack = self._params(names, elem), self._tiles, self._pack
         classes, weight = integer("classes"), data("weight")
         block, lanes, size = BLOCK[self.elem], self._lanes, self._size
