@@ -78,8 +78,8 @@ class Sums:
     elem, kind
         As for `rows.make_sums`.
     together : bool
-        Whether the lanes of all columns of a tile have places of their own, so that they may be
-        added up later than those of the next columns; the places begin as 0 (`clear`).
+        Of COUNT, whether the lanes of all columns of a tile have places of their own, so that they
+        may be added up later than those of the next columns; the places begin as 0 (`clear`).
     """
 
     def __init__(self, inputs, lanes, terms, elem, kind, together=False):
