@@ -21,6 +21,7 @@ from numbakern.cpu.simd import (
     BYTES,
     SIZES,
     convert,
+    either,
     load_vector,
     store_vector,
     traced,
@@ -79,7 +80,7 @@ class Sums:
         As for `rows.make_sums`.
     together : bool
         Of COUNT, whether the lanes of all columns of a tile have places of their own, so that they
-        may be added up later than those of the next columns; the places begin as 0 (`clear`).
+        may be added up later than those of the next columns; these begin as 0 (`clear`).
     """
 
     def __init__(self, inputs, lanes, terms, elem, kind, together=False):
@@ -180,24 +181,26 @@ class Sums:
         self._four, self._keep, self._plus, self._zero = four, keep, plus, zero
         self._set_one, self._pair, self._add_area = set_one, pair, add_area
 
-    def _close_alone(self, work, total):
-        """Of the only group: add its lanes."""
-        found = [self._load(work, lane, total.lanes) for lane in range(self._lanes)]
+    def _close_alone(self, work, total, reached=None):
+        """Of the only group: add its lanes, or those that are `reached`."""
+        found = [self._load(work, lane, total.lanes) for lane in range(reached or self._lanes)]
         a, b = in_tree(found, self._both)
         b = total if self._counts else b
-        return alone((convert(a, "f8"), convert(b, "f8")), self._exact)
+        # As with the other lanes, whose sums are 0: of −0 alone that is 0 as well.
+        return alone((convert(a + 0.0 if reached else a, "f8"), convert(b, "f8")), self._exact)
 
     # -- of a single group
 
     def of_a_group(self, vector):
         """(add_up, close) for at most a group of classes, or where `vector` a vector of them.
 
-        add_up(operands, n, params, state, c) adds the columns from c on, close(state, c, columns)
-        returns (a, a_low, b) of so many of them; traced.
+        add_up(operands, n, params, state, c) adds the columns from c on, close(state, n, c,
+        columns) returns (a, a_low, b) of so many of them; traced.
         """
         lanes, place, column = self._lanes, self._work, self._column
+        few = lanes // 4
         (spare, other), behind = self._spares, lanes * self._line
-        step, filled = 4 * lanes, bool(column)
+        step = 4 * lanes
         four, keep, plus, zero = self._four, self._keep, self._plus, self._zero
         set_one, pair, add_area = self._set_one, self._pair, self._add_area
 
@@ -206,20 +209,31 @@ class Sums:
             if self._counts:
                 store_vector(work + behind, total)
 
-        def close(state, c, columns):
+        def close(state, n, c, columns):
             work = state + place + c * column
             total = zeros(state, self._elem, columns)
             if self._counts:
                 total = load_vector(work + behind, self._elem, columns)
-            return self._close_alone(work, total)
+
+            def among(reached):
+                """Of the first few lanes, if no class is in another one; else of twice as many."""
+                if reached == lanes:
+                    return self._close_alone(work, total, reached)
+
+                def these():
+                    return self._close_alone(work, total, reached)
+
+                return either(n <= reached, these, lambda: among(2 * reached))
+
+            return among(few) if vector else self._close_alone(work, total)
 
         @device
         def add_up_vector(operands, n, params, state, c):
             work, total, nothing = state + place + c * column, zero(n), zero(n)
             for lane in range(n):
                 total = set_one(work, lane, operands, lane, params, total)
-            if not filled:
-                for lane in range(n, lanes):
+            if not column:
+                for lane in range(n, few if n <= few else 2 * few if n <= 2 * few else lanes):
                     keep(work, lane, nothing, nothing)
             put_total(work, total)
 

@@ -36,12 +36,12 @@ class Short(Tiles):
 
     def _make_walk(self):
         super()._make_walk()
-        start_tiles = self.start
+        start_tiles, elem = self.start, self.elem
 
         @traced
         def start(state, last):
             start_tiles(state, last)
-            clear(state, self.elem)
+            clear(state, elem)
 
         self.start = start
 
@@ -167,12 +167,12 @@ class Short(Tiles):
 
     def _make_sums(self, terms, elem, kind):
         add_up, close = self._group_sums(terms, elem, kind)
-        close_few = traced(lambda state: close(state, 0, self._lanes))
+        close_few = traced(lambda state, n: close(state, n, 0, self._lanes))
 
         @device
         def sums(operands, n, params, state):
             add_up(operands, n, params, state, 0)
-            return close_few(state)
+            return close_few(state, n)
 
         return sums
 
@@ -184,8 +184,9 @@ class Short(Tiles):
         add_up, close = self._group_sums(terms, self.elem, COUNT, together=True)
 
         def sums(frame, state, i):
-            a, low, below = close(state, i, many)
-            return a, low, convert(classes(frame), "f8") - below
+            n = classes(frame)
+            a, low, below = close(state, n, i, many)
+            return a, low, convert(n, "f8") - below
 
         finish = make_finish(self.elem, self.many, then, sums)
 

@@ -541,6 +541,22 @@ def value_if(mask, compute):
     return nothing.like(b.load(result))
 
 
+def either(mask, compute, otherwise):
+    """The values, a tuple, of compute() if a scalar mask holds, of otherwise() if not."""
+    b, found = mask.builder, []
+    with b.if_else(mask.value) as branches:
+        for branch, values in zip(branches, (compute, otherwise), strict=True):
+            with branch:
+                found.append((values(), b.block))
+    chosen = []
+    for one, other in zip(*(values for values, _ in found), strict=True):
+        phi = b.phi(one.value.type)
+        for v, (_, block) in zip((one, other), found, strict=True):
+            phi.add_incoming(v.value, block)
+        chosen.append(one.like(phi))
+    return tuple(chosen)
+
+
 def smaller(a, b):
     """The smaller one of two integers."""
     a, b = _together(a, b)
