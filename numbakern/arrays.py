@@ -305,7 +305,8 @@ def _loss_options(
         same_shape("labels", label_shape, batch, "the input without its class axis")
         soft = False
     elif soft and kind_of(label_dtype) is not None and label_dtype.kind != "b":
-        same_shape("labels", label_shape, shape, "the input, for class probabilities")
+        of = f"the input, for class probabilities ({label_dtype}; class labels are integers)"
+        same_shape("labels", label_shape, shape, of)
     else:
         wanted = "integers, or floats for class probabilities" if soft else "integers"
         raise TypeError(f"labels: expected {wanted}, got dtype {label_dtype}")
