@@ -21,6 +21,7 @@ from numbakern.cpu.simd import (
     BYTES,
     SIZES,
     convert,
+    each,
     either,
     load_vector,
     store_vector,
@@ -55,14 +56,22 @@ def _line_of_all(elem):
     return MAX_ROWS * SIZES[elem] + 3 * BYTES
 
 
-def clear(state, elem):
-    """Let there be no sums of any column, for `Sums` that are `together`. Inside traced functions.
+def clear(state, elem, n):
+    """No sums in the lanes that n classes do not reach, for `Sums` that are `together`.
 
-    So stay the lanes that the classes of a row that fills no vector do not reach.
+    So they stay. Inside traced functions.
     """
-    nothing = zeros(state, elem, vector_lanes(elem))
-    for at in range(0, vector_lanes(elem) * _line_of_all(elem), BYTES):
-        store_vector(state + (_TOGETHER + at), nothing)
+    lanes, line, nothing = (
+        vector_lanes(elem),
+        _line_of_all(elem),
+        zeros(state, elem, vector_lanes(elem)),
+    )
+
+    def clear_lane(i):
+        for at in range(0, MAX_ROWS * SIZES[elem], BYTES):
+            store_vector(state + _TOGETHER + (n + i) * line + at, nothing)
+
+    each(lanes - n, 1, clear_lane)
 
 
 class Sums:
@@ -80,7 +89,8 @@ class Sums:
         As for `rows.make_sums`.
     together : bool
         Of COUNT, whether the lanes of all columns of a tile have places of their own, so that they
-        may be added up later than those of the next columns; these begin as 0 (`clear`).
+        may be added up later than those of the next columns; those that no class reaches are 0
+        before (`clear`).
     """
 
     def __init__(self, inputs, lanes, terms, elem, kind, together=False):

@@ -66,7 +66,7 @@ def each_batch(walker, work):
 
     def kernel(frame, first, last, state):
         item = first
-        start(state, last)
+        start(frame, state, last)
         while item < last:
             p, count, item = advance(frame, item, last)
             if count > 0:  # a run's last tiles may be empty, and row p behind the last one

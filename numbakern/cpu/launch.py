@@ -18,7 +18,7 @@ from numbakern.cpu.frame import STREAM_BYTES
 from numbakern.cpu.rows import Rows, scratch_size
 from numbakern.cpu.simd import SIZES, Format, vector_lanes
 
-FEW_BYTES = {tiles.ROWS: 1020, tiles.SCATTERED: 1920}
+FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}
 """Rows up to this size, in the type computed in, are taken a vector of rows at a time.
 
 A longer row fills vectors of its own. Classes that are apart are gathered once, not thrice.

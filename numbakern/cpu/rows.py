@@ -564,7 +564,7 @@ class Rows:
         put_constants = make_put_constants(self.elem)
 
         @traced
-        def start(state, last):
+        def start(frame, state, last):
             """To be called before the first batch."""
             put_constants(state)
 

@@ -36,12 +36,12 @@ class Short(Tiles):
 
     def _make_walk(self):
         super()._make_walk()
-        start_tiles, elem = self.start, self.elem
+        start_tiles, elem, classes = self.start, self.elem, integer("classes")
 
         @traced
-        def start(state, last):
-            start_tiles(state, last)
-            clear(state, elem)
+        def start(frame, state, last):
+            start_tiles(frame, state, last)
+            clear(state, elem, classes(frame))
 
         self.start = start
 

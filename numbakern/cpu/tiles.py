@@ -214,7 +214,7 @@ class Tiles:
         put_constants = make_put_constants(self.elem)
 
         @traced
-        def start(state, last):
+        def start(frame, state, last):
             """To be called before the first tile: no panel is packed."""
             put_constants(state)
             put_i64(state + _LAST, last)
