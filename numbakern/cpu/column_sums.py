@@ -46,11 +46,6 @@ def in_tree(values, combine):
     return values[0]
 
 
-def group_of(lanes):
-    """Classes of a group."""
-    return 4 * lanes * STEPS
-
-
 def _line_of_all(elem):
     """Bytes of a line of all columns of a tile; no power of two."""
     return MAX_ROWS * SIZES[elem] + 3 * BYTES
@@ -61,11 +56,8 @@ def clear(state, elem, n):
 
     So they stay. Inside traced functions.
     """
-    lanes, line, nothing = (
-        vector_lanes(elem),
-        _line_of_all(elem),
-        zeros(state, elem, vector_lanes(elem)),
-    )
+    lanes, line = vector_lanes(elem), _line_of_all(elem)
+    nothing = zeros(state, elem, lanes)
 
     def clear_lane(i):
         for at in range(0, MAX_ROWS * SIZES[elem], BYTES):
@@ -227,12 +219,12 @@ class Sums:
 
             def among(reached):
                 """Of the first few lanes, if no class is in another one; else of twice as many."""
-                if reached == lanes:
-                    return self._close_alone(work, total, reached)
 
                 def these():
                     return self._close_alone(work, total, reached)
 
+                if reached == lanes:
+                    return these()
                 return either(n <= reached, these, lambda: among(2 * reached))
 
             return among(few) if vector else self._close_alone(work, total)
@@ -242,8 +234,11 @@ class Sums:
             work, total, nothing = state + place + c * column, zero(n), zero(n)
             for lane in range(n):
                 total = set_one(work, lane, operands, lane, params, total)
-            if not column:
-                for lane in range(n, few if n <= few else 2 * few if n <= 2 * few else lanes):
+            if not column:  # the lanes that `close` adds beside these
+                reached = few
+                while reached < n:
+                    reached *= 2
+                for lane in range(n, reached):
                     keep(work, lane, nothing, nothing)
             put_total(work, total)
 
@@ -277,7 +272,7 @@ class Sums:
     def of_any_length(self):
         """sums(operands, n, params, state) -> (a, a_low, b) of a vector of columns, float64."""
         lanes, elem, counts, exact = self._lanes, self._elem, self._counts, self._exact
-        step, group = 4 * lanes, group_of(lanes)
+        step, group = 4 * lanes, 4 * lanes * STEPS
         wide_lanes, wide_line = lanes // 2 if elem == "f4" else lanes, lanes * 8
         spare, other = self._spares
         four, keep, plus, zero = self._four, self._keep, self._plus, self._zero

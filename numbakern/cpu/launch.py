@@ -21,7 +21,8 @@ from numbakern.cpu.simd import SIZES, Format, vector_lanes
 FEW_BYTES = {tiles.ROWS: 880, tiles.SCATTERED: 1920}
 """Rows up to this size, in the type computed in, are taken a vector of rows at a time.
 
-A longer row fills vectors of its own. Classes that are apart are gathered once, not thrice.
+A longer row fills vectors of its own. Classes that are apart are gathered once, not thrice. Those
+of ROWS are at most a group of their sums (1024 bytes).
 """
 FEW_BYTES_BACKWARD = 340
 """The same where there are two arrays to pack, and no maximum or exponential sum to be found."""

@@ -124,7 +124,10 @@ class Short(Tiles):
 
         @device
         def take_vector(at, target, pitch, n, ahead, stream):
-            """Pack a vector of rows, of at most a vector of classes; their maxima."""
+            """Pack a vector of rows, of at most a vector of classes; their maxima.
+
+            As `take`, whose loop would take 8 to 10 % more time for so few.
+            """
             most = lowest(at)
             if n > half:
                 fetch(at, 0, ahead, stream)
@@ -229,7 +232,7 @@ class Short(Tiles):
 
         @device
         def give_vector(state, operands, c, n, shift):
-            """Unpack a vector of rows, of at most a vector of classes."""
+            """Unpack a vector of rows, of at most a vector of classes; as `take_vector`."""
             if n > half:
                 whole(state, operands, c, 0, n, shift)
             else:

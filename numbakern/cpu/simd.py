@@ -535,10 +535,8 @@ def when(mask, body):
 
 def value_if(mask, compute):
     """The integer compute() if a scalar mask holds, 0 otherwise."""
-    b, nothing = mask.builder, constant(mask, 0, "i8")
-    result = cgutils.alloca_once_value(b, nothing.value)
-    when(mask, lambda: b.store(compute().value, result))
-    return nothing.like(b.load(result))
+    (value,) = either(mask, lambda: (compute(),), lambda: (constant(mask, 0, "i8"),))
+    return value
 
 
 def either(mask, compute, otherwise):

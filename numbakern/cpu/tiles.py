@@ -17,7 +17,6 @@ import math
 from numbakern.cpu import column_sums, lines
 from numbakern.cpu.compile import apart, device
 from numbakern.cpu.frame import data, integer
-from numbakern.cpu.lines import WIDE
 from numbakern.cpu.rows import (
     BLOCK,
     COUNT,
@@ -130,7 +129,7 @@ def scratch_size(elem, layout, classes, panel, inputs):
 
 def _most_waiting(elem):
     """Most classes of which a tile may be WIDE, of at most 8 bytes an element."""
-    return TILE_BYTES[COLUMNS] // (WIDE // 8 * SIZES[elem])
+    return TILE_BYTES[COLUMNS] // (lines.WIDE // 8 * SIZES[elem])
 
 
 def _panels(layout):
@@ -889,7 +888,7 @@ class Tiles:
                 first = get_i64(state + slot) + j0 * step
                 if stream and (first % line or step % line):
                     stream = False
-                    wide = count * form_size >= WIDE and n <= most and j0 == 0
+                    wide = count * form_size >= lines.WIDE and n <= most and j0 == 0
                     if wide and first % form_size == 0 and step % form_size == 0:
                         unpack_by_lines(state, operands, count, n, first, step, staging)
                         return
